@@ -1,0 +1,56 @@
+# `make help` lists the targets. Each sets up .venv by itself if need be.
+PYTHON ?= python3
+RANKS ?=
+PYTEST_ARGS ?=
+
+BIN := .venv/bin
+STAMP := .venv/.made-from-constraints
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+
+.PHONY: help venv demo test checks clean
+
+help:
+	@echo "make venv    .venv with the versions of constraints.txt (PYTHON=$(PYTHON), 3.11 or newer)"
+	@echo "make demo    get a small teacher and data into demo/, run the whole pipeline (RANKS=processes)"
+	@echo "make test    run the tests (PYTEST_ARGS='-k name -x')"
+	@echo "make checks  lint, format and types"
+	@echo "make clean   remove what these targets made, except .venv and demo/"
+
+venv: $(STAMP)
+
+# A .venv without a working pip is a half-made one: start it anew.
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	    { echo "$(PYTHON) must be Python 3.11 or newer; choose one with make PYTHON=python3.12 $(MAKECMDGOALS)" >&2; exit 1; }
+	@$(BIN)/python -m pip --version > /dev/null 2>&1 || $(PYTHON) -m venv --clear .venv || \
+	    { echo "$(PYTHON) cannot make a virtual environment; on Debian install python3-venv" >&2; exit 1; }
+	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,onnx]'
+	@touch $@
+
+# One rank a GPU, or two on CPU, which share the cores: more threads than cores stall each other.
+# A free port: ranks of two programs on DeepSpeed's default one would join each other's process group.
+demo: $(STAMP)
+	$(BIN)/python -P -m peakd_ds.demo_data --out demo
+	@ranks='$(RANKS)'; \
+	[ -n "$$ranks" ] || ranks=$$($(BIN)/python -P -c 'import torch; print(torch.cuda.device_count() or 2)'); \
+	export PATH="$(CURDIR)/$(BIN):$$PATH"; \
+	export OMP_NUM_THREADS="$${OMP_NUM_THREADS:-$$(( ($$(nproc) + ranks - 1) / ranks ))}"; \
+	port=$$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'); \
+	set -x; \
+	deepspeed --num_gpus "$$ranks" --master_port "$$port" peakd_ds/train.py --config peakd_ds/recipes/demo.yaml \
+	    --teacher demo/encoder --data_dir demo/data --run_dir demo/run
+
+# A private folder: two DeepSpeed builds in the user's common one lock each other out.
+test: export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/build/torch_extensions
+test: $(STAMP)
+	$(BIN)/pytest $(PYTEST_ARGS)
+
+checks: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy peakd_ds kernels ds_configs
+
+clean:
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	find . -path ./.venv -prune -o -name __pycache__ -type d -exec rm -rf {} +

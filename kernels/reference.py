@@ -1,0 +1,141 @@
+"""Distillation loss in plain autograd PyTorch: the ground truth for every kernel, and the path for CPUs.
+
+Inputs are checked in `peakd_ds.kernels`; here is only the mathematics.
+
+Suffixes: B batch, S tokens, H hidden size, C classes, N rows of logits, K pairs of hidden states.
+"""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+class DistillationLoss(NamedTuple):
+    """Loss of one micro-batch, four 0-dim tensors in the dtype of the computation (fp32 or fp64)."""
+
+    total: Tensor
+    """(1 - alpha) * hard + alpha * soft + beta * hidden: the one to back-propagate."""
+    hard: Tensor
+    """Student against labels, unweighted, detached."""
+    soft: Tensor
+    """Student against teacher logits, unweighted, T^2 included, detached."""
+    hidden: Tensor
+    """Student against teacher hidden states, unweighted, detached."""
+
+
+def reference_loss(
+    student_logits: Tensor,
+    teacher_logits: Tensor | None,
+    labels: Tensor | None,
+    student_hidden: Sequence[Tensor],
+    teacher_hidden: Sequence[Tensor],
+    *,
+    temperature: float,
+    alpha: float,
+    beta: float,
+    attention_mask: Tensor | None,
+    normalize: bool,
+    reduction: str,
+    ignore_index: int,
+    num_items: int | Tensor | None,
+    num_tokens: int | Tensor | None,
+) -> DistillationLoss:
+    """See `peakd_ds.kernels.distillation_loss`."""
+    dtype = _compute_dtype(student_logits, teacher_logits, *student_hidden, *teacher_hidden)
+    hard = soft = hidden = zero = student_logits.new_zeros((), dtype=dtype)
+
+    # An ignored row becomes all zeros in student and teacher alike, so whatever it holds, it adds exactly 0
+    # to value and gradient. Masking its loss instead would leave 0 * NaN in the gradient of a NaN row.
+    ignored_N = torch.zeros_like(student_logits[:, 0], dtype=torch.bool)
+    if labels is not None:
+        ignored_N = labels == ignore_index
+    num_rows = _count((~ignored_N).sum() if num_items is None else num_items)
+    student_NC = student_logits.to(dtype).masked_fill(ignored_N[:, None], 0)
+
+    if labels is not None:
+        hard = _hard_sum(student_NC, labels, ignore_index) / num_rows
+    if teacher_logits is not None:
+        teacher_NC = teacher_logits.detach().to(dtype).masked_fill(ignored_N[:, None], 0)
+        soft = _soft_sum(student_NC, teacher_NC, temperature) / num_rows
+        if reduction == "mean":
+            soft = soft / student_NC.shape[1]
+    if student_hidden:
+        hidden = _hidden_mean(
+            [state.to(dtype) for state in student_hidden],
+            [state.detach().to(dtype) for state in teacher_hidden],
+            attention_mask,
+            normalize,
+            num_items,
+            num_tokens,
+        )
+
+    # A term of weight 0 stays out of the sum: 0 * inf, the weighted loss of a masked class, would be NaN.
+    weighted_terms = ((1 - alpha, hard), (alpha, soft), (beta, hidden))
+    total = sum((weight * term for weight, term in weighted_terms if weight != 0), zero)
+    return DistillationLoss(total, hard.detach(), soft.detach(), hidden.detach())
+
+
+def _hard_sum(student_NC: Tensor, labels_N: Tensor, ignore_index: int) -> Tensor:
+    """Sum over rows of cross-entropy, or of squared error when C = 1."""
+    if student_NC.shape[1] == 1:
+        error_N = student_NC[:, 0] - labels_N.to(student_NC.dtype)
+        return error_N.masked_fill(labels_N == ignore_index, 0).square().sum()
+    return F.cross_entropy(student_NC, labels_N.long(), ignore_index=ignore_index, reduction="sum")
+
+
+def _soft_sum(student_NC: Tensor, teacher_NC: Tensor, temperature: float) -> Tensor:
+    """Sum over rows of T^2 * KL(softmax(teacher / T) || softmax(student / T)); squared error when C = 1."""
+    if student_NC.shape[1] == 1:
+        return (student_NC - teacher_NC).square().sum()
+    log_student_NC = _log_softmax(student_NC, temperature)
+    log_teacher_NC = _log_softmax(teacher_NC, temperature)
+    teacher_prob_NC = log_teacher_NC.exp()
+    kl_NC = teacher_prob_NC * (log_teacher_NC - log_student_NC)
+    return temperature**2 * torch.where(teacher_prob_NC > 0, kl_NC, 0).sum()  # 0 * log 0 = 0
+
+
+def _log_softmax(logits_NC: Tensor, temperature: float) -> Tensor:
+    # Shifting before the division, not after it, keeps the difference of large logits exact.
+    shifted_NC = logits_NC - logits_NC.detach().amax(dim=1, keepdim=True)
+    return (shifted_NC / temperature).log_softmax(dim=1)
+
+
+def _hidden_mean(
+    student_states: Sequence[Tensor],
+    teacher_states: Sequence[Tensor],
+    attention_mask_BS: Tensor | None,
+    normalize: bool,
+    num_items: int | Tensor | None,
+    num_tokens: int | Tensor | None,
+) -> Tensor:
+    """Squared difference of [B, H] or [B, S, H] states, averaged over pairs, vectors and H."""
+    first = student_states[0]
+    is_per_token = first.ndim == 3
+    padded = first.new_zeros(first.shape[:-1], dtype=torch.bool)
+    if is_per_token and attention_mask_BS is not None:
+        padded = attention_mask_BS == 0
+    given = num_tokens if is_per_token else num_items
+    num_vectors = _count((~padded).sum() if given is None else given)
+
+    total = first.new_zeros(())
+    for student, teacher in zip(student_states, teacher_states, strict=True):
+        student = student.masked_fill(padded[..., None], 0)  # as for ignored rows: adds exactly 0
+        teacher = teacher.masked_fill(padded[..., None], 0)
+        if normalize:
+            student = F.normalize(student, dim=-1, eps=1e-12)
+            teacher = F.normalize(teacher, dim=-1, eps=1e-12)
+        total = total + (student - teacher).square().sum()
+    return total / (len(student_states) * first.shape[-1]) / num_vectors
+
+
+def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    is_double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
+    return torch.float64 if is_double else torch.float32
+
+
+def _count(count: int | Tensor) -> int | Tensor:
+    """At least one, so that a mean over nothing is 0."""
+    return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)

@@ -1,0 +1,234 @@
+"""Checkpoints that any number of ranks and any ZeRO stage can read.
+
+A checkpoint is a folder of tensors by parameter name in safetensors (fp32 weights and both Adam moments) and a JSON
+file (position, schedule, scores, checksums): no pickle, no shards. It is written under a temporary name, its DONE
+marker last, and then renamed, so a folder with its final name is whole unless the disk damaged it later.
+
+    checkpoints/STAGE/step-00000120/   weights.safetensors exp_avg.safetensors exp_avg_sq.safetensors state.json DONE
+    checkpoints/STAGE/best/            weights.safetensors of the best epoch, state.json, DONE
+    checkpoints/STAGE/latest           name of the newest folder, for people and other programs
+    checkpoints/STAGE/FINISHED.json    the stage is over; its summary
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from peakd_ds import dist, engine_state
+from peakd_ds.config import UserError
+from peakd_ds.engine_state import MOMENTS
+
+NUM_KEPT = 2
+
+
+@dataclass
+class TrainState:
+    """Where a stage stands. Dropout masks follow from (seed, stage, step, rank), so no generator state is kept."""
+
+    step: int = 0
+    """Optimiser steps done."""
+    epoch: int = 0
+    """Epochs done."""
+    batch: int = 0
+    """Global batches done in the current epoch."""
+    best_score: float | None = None
+    best_epoch: int = 0
+    """Epochs done when the best score was reached; 0: none yet."""
+    epochs_without_better: int = 0
+
+
+# -- Saving ------------------------------------------------------------------------------------------------------------
+
+
+def save(folder: Path, engine: Any, state: TrainState) -> None:
+    """Write a checkpoint of the stage (collective) and prune old ones.
+
+    Raises:
+        UserError: it cannot be written, on every rank; earlier checkpoints are untouched.
+    """
+    tensors = {"weights": gather(engine, None), **{key: gather(engine, key) for key in MOMENTS}}
+    position = {**asdict(state), "scheduler_step": engine.lr_scheduler.last_epoch, "adam_step": engine_state.adam_step(engine),
+                "world_size": dist.world_size()}
+    name = f"step-{state.step:08d}"
+
+    def write() -> None:
+        _write_folder(folder / name, tensors, position)
+        _write_atomically(folder / "latest", name)
+        for old in _candidates(folder)[NUM_KEPT:]:
+            shutil.rmtree(old, ignore_errors=True)
+
+    _on_main_or_stop(write, folder / name)
+
+
+def save_best(folder: Path, engine: Any, state: TrainState) -> None:
+    """Write the weights of the best epoch so far (collective). Raises UserError as `save` does."""
+    weights = gather(engine, None)
+    _on_main_or_stop(lambda: _write_folder(folder / "best", {"weights": weights}, asdict(state)), folder / "best")
+
+
+def finish(folder: Path, summary: dict[str, Any]) -> None:
+    """Mark the stage as over (collective)."""
+    _on_main_or_stop(lambda: _write_atomically(folder / "FINISHED.json", json.dumps(summary, indent=2) + "\n"), folder)
+
+
+def finished(folder: Path) -> dict[str, Any] | None:
+    """The summary of a stage that is over, else None."""
+    marker = folder / "FINISHED.json"
+    return json.loads(marker.read_text()) if marker.exists() else None
+
+
+def gather(engine: Any, moment: str | None) -> dict[str, torch.Tensor]:
+    """fp32 weights (`moment` None) or an Adam moment of every trained parameter (collective).
+
+    Returns:
+        Tensors on the CPU by parameter name on rank 0; an empty dict elsewhere.
+    """
+    whole = {}
+    for name, parameter in engine.module.named_parameters():
+        value = engine_state.read_full(engine, parameter, moment)
+        if dist.is_main():
+            whole[name] = value.detach().to("cpu", torch.float32, copy=True).contiguous()
+    return whole
+
+
+# -- Loading -----------------------------------------------------------------------------------------------------------
+
+
+def newest(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest whole checkpoint (collective, so that all ranks read the same one) and why newer ones were skipped."""
+
+    def look() -> tuple[Path | None, list[str]]:
+        skipped = []
+        for candidate in _candidates(folder):
+            damage = damage_of(candidate)
+            if damage is None:
+                return candidate, skipped
+            skipped.append(f"checkpoint {candidate.name} is skipped: {damage}")
+        return None, skipped
+
+    return dist.on_main(look)
+
+
+def load_weights(module: nn.Module, checkpoint: Path) -> None:
+    """Put a checkpoint's weights into a module that no engine has yet.
+
+    Raises:
+        UserError: names or shapes differ, with the first that does.
+    """
+    with safe_open(checkpoint / "weights.safetensors", framework="pt") as file:
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    parameters = dict(module.named_parameters())
+    for name in sorted(parameters.keys() | stored.keys()):
+        shapes = [list(tensors[name].shape) if name in tensors else "absent" for tensors in (stored, parameters)]
+        if shapes[0] != shapes[1]:
+            raise UserError(f"{checkpoint} does not fit the model: {name} is {shapes[0]} there and {shapes[1]} here; "
+                            "take another --run_dir")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(stored[name])
+
+
+def restore(engine: Any, checkpoint: Path) -> TrainState:
+    """Put master weights, Adam moments and schedule into an engine whose module already has the checkpoint's weights."""
+    position = json.loads((checkpoint / "state.json").read_text())["position"]
+    engine_state.create_adam_state(engine, position["adam_step"])
+    for moment in (None, *MOMENTS):
+        with safe_open(checkpoint / f"{moment or 'weights'}.safetensors", framework="pt") as file:
+            for name, parameter in engine.module.named_parameters():
+                engine_state.write_full(engine, parameter, moment, file.get_tensor(name))
+    engine.lr_scheduler.last_epoch = position["scheduler_step"] - 1
+    engine.lr_scheduler.step()
+    engine.global_steps = position["step"]
+    engine.global_samples = position["step"] * engine.train_batch_size()
+    return TrainState(**{name: position[name] for name in asdict(TrainState())})
+
+
+def damage_of(checkpoint: Path) -> str | None:
+    """What is missing or changed in a checkpoint folder; None if it is whole."""
+    try:
+        marker = (checkpoint / "DONE").read_text()
+        text = (checkpoint / "state.json").read_bytes()
+        if hashlib.sha256(text).hexdigest() != marker:
+            return "state.json is not what was written"
+        for name, digest in json.loads(text)["sha256"].items():
+            if _sha256(checkpoint / name) != digest:
+                return f"{name} is not what was written"
+            with safe_open(checkpoint / name, framework="pt"):
+                pass
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        return f"a file is missing or unreadable ({error})"
+    return None
+
+
+# -- Files -------------------------------------------------------------------------------------------------------------
+
+
+def _candidates(folder: Path) -> list[Path]:
+    """Checkpoint folders, newest first."""
+    return sorted(folder.glob("step-????????"), reverse=True)
+
+
+def _write_folder(target: Path, tensors: dict[str, dict[str, torch.Tensor]], position: dict[str, Any]) -> None:
+    temporary = target.with_name(target.name + ".tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir(parents=True)
+    try:
+        for name, group in tensors.items():
+            save_file(group, temporary / f"{name}.safetensors")
+        digests = {file.name: _sha256(file) for file in _synced(temporary)}
+        text = json.dumps({"position": position, "sha256": digests}, indent=2)
+        (temporary / "state.json").write_text(text)
+        (temporary / "DONE").write_text(hashlib.sha256(text.encode()).hexdigest())
+        list(_synced(temporary))
+        if target.exists():  # a folder cannot replace a folder that has files in it
+            aside = target.with_name(target.name + ".old")
+            shutil.rmtree(aside, ignore_errors=True)
+            target.rename(aside)
+            temporary.rename(target)
+            shutil.rmtree(aside, ignore_errors=True)
+        else:
+            temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def _synced(folder: Path) -> Iterator[Path]:
+    """Its files, each flushed to the disk: a full disk or quota shows here and not after the rename."""
+    for file in sorted(folder.iterdir()):
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+        yield file
+
+
+def _write_atomically(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(file)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as handle:
+        return hashlib.file_digest(handle, "sha256").hexdigest()
+
+
+def _on_main_or_stop(write: Any, what: Path) -> None:
+    def attempt() -> None:
+        try:
+            write()
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{what} cannot be written ({error}); what was saved before is untouched: free some space "
+                            "or mend the folder, then start the same command again") from error
+
+    dist.on_main(attempt)

@@ -1,0 +1,270 @@
+"""Rows of a task: read, tokenised once per node, and dealt into global batches that do not depend on the ranks.
+
+The rule for batches (world-size invariance): the training rows form 64 canonical shards, contiguous blocks of the row
+order. Each epoch each shard is shuffled from (seed, epoch, shard). A global batch takes the same number of rows from
+equally spaced shards, and a rank takes a block of the batch. So which rows form global batch k depends on the seed
+and k alone, and a node's rows come from its own block of shards wherever the number of nodes divides 64.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from math import gcd
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import torch
+from transformers import PreTrainedTokenizerBase
+
+from peakd_ds import dist
+from peakd_ds.config import UserError
+from peakd_ds.tasks import Task
+
+NUM_SHARDS = 64
+HOLDOUT_SHARE = 10  # one row in so many picks the epoch and trains nothing
+HUB_DATASET = "nyu-mll/glue"
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one rank feeds to one forward pass.
+
+    A rank that has no row left still gets one, `num_real` = 0, because engines talk to each other in every pass.
+    """
+
+    inputs: dict[str, torch.Tensor]
+    """input_ids, attention_mask, token_type_ids: int64 [B, S], padded to the longest row."""
+    labels: torch.Tensor
+    """int64 [B], or float32 [B] for regression."""
+    rows: torch.Tensor
+    """int64 [B], positions in the split."""
+    num_real: int
+    """The first so many rows count; the others must not touch loss or metrics."""
+
+
+@dataclass(frozen=True)
+class GlobalBatch:
+    """One rank's part of a global batch, with the counts of the whole."""
+
+    micro_batches: Iterator[MicroBatch]
+    num_items: int
+    """Rows in the global batch, over all ranks."""
+    num_tokens: int
+    """Non-padded tokens in the global batch, over all ranks."""
+
+
+class Split:
+    """A tokenised split: columns input_ids, token_type_ids, label; `lengths` are token counts, int64 [N]."""
+
+    def __init__(self, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, is_regression: bool):
+        self.rows, self.tokenizer = rows.with_format("numpy"), tokenizer
+        self.lengths = _column(rows, "length")
+        self.labels = torch.from_numpy(_column(rows, "label").astype(np.float32 if is_regression else np.int64))
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def micro_batch(self, rows: np.ndarray) -> MicroBatch:
+        """The given rows, padded and on this rank's device; for no rows, row 0 with num_real = 0."""
+        num_real = len(rows)
+        rows = rows if num_real else np.zeros(1, np.int64)
+        columns = self.rows[rows]
+        features = [dict(input_ids=ids, token_type_ids=types)
+                    for ids, types in zip(columns["input_ids"], columns["token_type_ids"], strict=True)]
+        device = dist.device()
+        # Tensor cores like widths that are multiples of 8; a CPU does not care and would only pad more.
+        padded = self.tokenizer.pad(features, return_tensors="pt",
+                                    pad_to_multiple_of=8 if device.type == "cuda" else None)
+        return MicroBatch(
+            inputs={name: tensor.to(device, non_blocking=True) for name, tensor in padded.items()},
+            labels=self.labels[rows].to(device),
+            rows=torch.from_numpy(rows),
+            num_real=num_real,
+        )
+
+
+def load_splits(task: Task, data_dir: str) -> dict[str, datasets.Dataset]:
+    """The splits of `task` as they are on disk or on the hub: train, its eval splits, and test splits where there.
+
+    Raises:
+        UserError: no data found, an empty or damaged file, missing columns, or labels out of range; with the file.
+    """
+    splits: dict[str, datasets.Dataset] = {}
+    wanted = ("train", *task.eval_splits)
+    for name in (*wanted, *task.submission_files):
+        rows = _read_parquet(task, data_dir, name) if data_dir else _read_hub(task, name, name in wanted)
+        if rows is not None:
+            _check_columns(task, name, rows)
+            splits[name] = rows
+        elif name in wanted:
+            raise UserError(f"no {task.name}/{name}-*.parquet in data folder {data_dir}; give --data_dir (or "
+                            f"PEAKD_DATA_DIR) a folder with it, or leave both unset to read {HUB_DATASET} from the hub")
+    return splits
+
+
+def tokenize(task: Task, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_seq_length: int,
+             cache: Path | None = None) -> Split:
+    """Tokenise once per node (collective), into an Arrow folder of this node's that later starts read again.
+
+    Without a `cache` folder each rank tokenises for itself, in memory.
+    """
+
+    def encode(batch: dict[str, list]) -> dict[str, list]:
+        encoded = tokenizer(*(batch[name] for name in task.text_columns), truncation=True, max_length=max_seq_length,
+                            return_token_type_ids=True)
+        return {"input_ids": encoded["input_ids"], "token_type_ids": encoded["token_type_ids"],
+                "length": [len(ids) for ids in encoded["input_ids"]]}
+
+    def encode_all() -> datasets.Dataset:
+        return rows.map(encode, batched=True, remove_columns=[name for name in rows.column_names if name != "label"],
+                        keep_in_memory=True)
+
+    def encode_on_disk(folder: Path) -> None:
+        if dist.local_rank() == 0 and not (folder / "state.json").exists():
+            temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+            encode_all().save_to_disk(str(temporary))
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+
+    with _quiet_progress_bars():
+        if cache is None:
+            return Split(encode_all(), tokenizer, task.is_regression)
+        state = json.dumps([tokenizer.get_vocab(), tokenizer.init_kwargs.get("do_lower_case"), max_seq_length,
+                            task.text_columns, rows.num_rows, rows._fingerprint], sort_keys=True)
+        folder = cache / socket.gethostname() / hashlib.sha256(state.encode()).hexdigest()[:16]
+        dist.agree(lambda: encode_on_disk(folder))
+        return Split(datasets.load_from_disk(str(folder)), tokenizer, task.is_regression)
+
+
+def split_holdout(num_rows: int) -> tuple[np.ndarray, np.ndarray]:
+    """Rows to train on and the fixed tenth that only picks epochs; both sorted, the same for every seed."""
+    shuffled = np.random.default_rng(0).permutation(num_rows)
+    num_holdout = num_rows // HOLDOUT_SHARE
+    return np.sort(shuffled[num_holdout:]), np.sort(shuffled[:num_holdout])
+
+
+def epoch_slots(num_rows: int, global_batch_size: int, seed: int, epoch: int) -> np.ndarray:
+    """Which training row fills which slot of which global batch: int64 [steps, global_batch_size], -1 for none.
+
+    Slots of a batch are ordered by shard. The last batches of an epoch have empty slots; no row is left out, none is
+    used twice.
+    """
+    bounds = np.arange(NUM_SHARDS + 1) * num_rows // NUM_SHARDS
+    shards = [np.random.default_rng([seed, epoch, shard]).permutation(np.arange(bounds[shard], bounds[shard + 1]))
+              for shard in range(NUM_SHARDS)]
+    num_taken = gcd(global_batch_size, NUM_SHARDS)  # shards that one batch takes from
+    stride, per_shard = NUM_SHARDS // num_taken, global_batch_size // num_taken
+    rounds = -(-max(len(shard) for shard in shards) // per_shard)
+    table = np.full((NUM_SHARDS, rounds * per_shard), -1, dtype=np.int64)
+    for row_of_table, shard in zip(table, shards, strict=True):
+        row_of_table[: len(shard)] = shard
+    # [taken, stride, rounds, per_shard] -> one batch for each (round, offset), its slots by shard
+    slots = table.reshape(num_taken, stride, rounds, per_shard).transpose(2, 1, 0, 3).reshape(-1, global_batch_size)
+    return slots[(slots >= 0).any(axis=1)]
+
+
+def global_batches(split: Split, rows: np.ndarray, slots: np.ndarray, num_accum_steps: int,
+                   first: int = 0) -> Iterator[GlobalBatch]:
+    """This rank's part of each global batch of an epoch, from batch `first` on.
+
+    Args:
+        rows: int64 [N], the rows of `split` that are trained on.
+        slots: `epoch_slots` over them.
+    """
+    for batch in slots[first:]:
+        present = rows[batch[batch >= 0]]
+        mine = batch.reshape(dist.world_size(), -1)[dist.rank()]
+        parts = np.array_split(rows[mine[mine >= 0]], num_accum_steps)
+        yield GlobalBatch(
+            micro_batches=(split.micro_batch(part) for part in parts),
+            num_items=len(present),
+            num_tokens=int(split.lengths[present].sum()),
+        )
+
+
+def eval_batches(split: Split, rows: np.ndarray, micro_batch_size: int) -> Iterator[MicroBatch]:
+    """This rank's share of `rows`, each row on exactly one rank; every rank gets the same number of micro-batches."""
+    by_length = rows[np.argsort(-split.lengths[rows], kind="stable")]  # like lengths together: little padding
+    num_passes = -(-len(rows) // (micro_batch_size * dist.world_size()))
+    for part in np.array_split(by_length, num_passes * dist.world_size())[dist.rank() :: dist.world_size()]:
+        yield split.micro_batch(part)
+
+
+def _read_parquet(task: Task, data_dir: str, split: str) -> datasets.Dataset | None:
+    files = sorted((Path(data_dir) / task.name).glob(f"{split}-*.parquet"))
+    tables = []
+    for file in files:
+        try:
+            tables.append(pyarrow.parquet.read_table(file))
+        except (pyarrow.ArrowException, OSError) as error:
+            raise UserError(f"{file} is not a whole parquet file ({str(error).splitlines()[0]}); get it again") from error
+    if not tables:
+        return None
+    table = pyarrow.concat_tables(tables)
+    if table.num_rows == 0:
+        raise UserError(f"{files[0]} has no rows; get the {split} split of {task.name} again")
+    digest = hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
+    return datasets.Dataset(table, fingerprint=digest[:16])
+
+
+def _read_hub(task: Task, split: str, wanted: bool) -> datasets.Dataset | None:
+    if task.name != task.base or task.base == "movie_reviews":
+        raise UserError(f"task {task.name} is not on the hub; give --data_dir (or PEAKD_DATA_DIR) the folder that "
+                        f"holds {task.name}/train-*.parquet")
+    try:
+        return datasets.load_dataset(HUB_DATASET, task.base, split=split)
+    except Exception as error:
+        if not wanted:
+            return None
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"no data for task {task.name}: the hub's {HUB_DATASET} cannot be read ({reason}); go online, "
+                        f"or give --data_dir (or PEAKD_DATA_DIR) a folder with {task.name}/train-*.parquet") from error
+
+
+def _check_columns(task: Task, split: str, rows: datasets.Dataset) -> None:
+    missing = [name for name in (*task.text_columns, "label") if name not in rows.column_names]
+    if missing:
+        raise UserError(f"{task.name}/{split} has no column {missing[0]!r} but {rows.column_names}; "
+                        f"the task needs {[*task.text_columns, 'label']}")
+    if split in task.submission_files:
+        return  # GLUE hides test labels behind -1
+    labels = _column(rows, "label").astype(np.float64)
+    if task.is_regression:
+        bad = ~np.isfinite(labels)
+        rule = "a finite number"
+    else:
+        bad = ~np.isin(labels, np.arange(task.num_labels))
+        rule = f"a whole number from 0 to {task.num_labels - 1} ({', '.join(task.label_names)})"
+    if bad.any():
+        where = int(np.argmax(bad))
+        raise UserError(f"{task.name}/{split} row {where} has label {labels[where]:g}; it must be {rule}; mend the data")
+    names = getattr(rows.features["label"], "names", None)
+    if names and tuple(names) != task.label_names:
+        raise UserError(f"{task.name}/{split} orders its labels {list(names)}, the task {list(task.label_names)}; "
+                        f"write the file with the task's order")
+
+
+def _column(rows: datasets.Dataset, name: str) -> np.ndarray:
+    return rows.data.column(name).to_numpy()
+
+
+class _quiet_progress_bars:
+    """Hides datasets' own progress bars, one for each rank, while its body runs."""
+
+    def __enter__(self) -> None:
+        datasets.disable_progress_bars()
+
+    def __exit__(self, *_: object) -> None:
+        datasets.enable_progress_bars()
+
+
+def describe(splits: dict[str, datasets.Dataset], holdout: Sequence[int]) -> str:
+    """One line of row counts for the log."""
+    return ", ".join(f"{name} {rows.num_rows:,}" for name, rows in splits.items()) + f"; holdout {len(holdout):,}"

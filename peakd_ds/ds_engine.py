@@ -1,0 +1,160 @@
+"""The two DeepSpeed engines of a rank: the trained model's and the frozen teacher's. Only caller of deepspeed.initialize.
+
+Files in ds_configs/ say how an engine is spread (ZeRO stage, precision, offload). What the run's own settings fix
+(batch sizes, clipping) is filled in here, so that no number is stated twice.
+"""
+
+import importlib.resources
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import get_linear_schedule_with_warmup
+
+from peakd_ds import dist, engine_state
+from peakd_ds.config import RunConfig, UserError
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+FILLED_IN = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
+             "optimizer", "scheduler"}
+
+
+def batch_plan(global_batch_size: int, micro_batch_size: int, world_size: int) -> tuple[int, int]:
+    """(micro, accum) with global = micro x accum x world and the largest micro that is at most `micro_batch_size`.
+
+    Raises:
+        UserError: the global batch is not a multiple of the number of ranks.
+    """
+    local, rest = divmod(global_batch_size, world_size)
+    if rest:
+        below, above = local * world_size, (local + 1) * world_size
+        choice = f"{below} or {above}" if below else f"{above}"
+        raise UserError(f"--global_batch_size {global_batch_size} is not a multiple of the {world_size} ranks; "
+                        f"set {choice}, or start another number of ranks")
+    micro = max(size for size in range(1, min(local, micro_batch_size) + 1) if local % size == 0)
+    return micro, local // micro
+
+
+def load_ds_config(name: str, option: str) -> dict[str, Any]:
+    """A DeepSpeed config by file path, or by name from ds_configs/.
+
+    Raises:
+        UserError: no such file, not JSON, or it holds a number that the run's own settings fill in.
+    """
+    builtin = importlib.resources.files("peakd_ds.ds_configs")
+    known = sorted(item.name.removesuffix(".json") for item in builtin.iterdir() if item.name.endswith(".json"))
+    try:
+        text = (builtin / f"{name}.json").read_text() if name in known else Path(name).read_text()
+        config = json.loads(text)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--{option} {name} is neither a file nor one of {', '.join(known)}") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"--{option} {name} is not JSON ({error})") from error
+    stated = FILLED_IN & config.keys()
+    if stated:
+        raise UserError(f"--{option} {name} sets {sorted(stated)[0]}, which follows from the run's own settings; "
+                        "take it out of the file")
+    return config
+
+
+def zero_stage(ds_config: dict[str, Any]) -> int:
+    return int(ds_config.get("zero_optimization", {}).get("stage", 0))
+
+
+def resolve(config: RunConfig) -> tuple[str, dict[str, Any], dict[str, Any]]:
+    """(dtype, training ds config, teacher ds config) as the engines will get them, without batch sizes.
+
+    Raises:
+        UserError: dtype and file disagree; fp16 without a GPU; a teacher at stage 1 or 2; offload to where it cannot.
+    """
+    on_gpu = torch.cuda.is_available()
+    dtype = config.dtype
+    if config.student_ds_config:
+        student = load_ds_config(config.student_ds_config, "student_ds_config")
+        stated = next((name for name in ("bf16", "fp16") if student.get(name, {}).get("enabled")), "fp32")
+        if dtype not in ("auto", stated):
+            raise UserError(f"--dtype {dtype} does not fit --student_ds_config {config.student_ds_config}, which is "
+                            f"{stated}; set --dtype {stated} or take another config")
+        dtype = stated
+    else:
+        if dtype == "auto":
+            dtype = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32"
+        student = load_ds_config(f"zero1_{dtype}", "student_ds_config")
+    if dtype == "fp16" and not on_gpu:
+        raise UserError("fp16 needs a GPU: CPU kernels and gloo have no loss scaling in half precision; "
+                        "set --dtype bf16 or fp32")
+    teacher = load_ds_config(config.teacher_ds_config, "teacher_ds_config")
+    if zero_stage(teacher) in (1, 2):
+        raise UserError(f"--teacher_ds_config {config.teacher_ds_config} has ZeRO stage {zero_stage(teacher)}, which "
+                        "shards optimiser states and gradients, and a frozen teacher has neither; take stage 0 "
+                        "(replicated) or 3 (sharded)")
+    if dtype != "fp32":
+        teacher[dtype] = {"enabled": True}
+    return dtype, student, teacher
+
+
+def training_engine(module: nn.Module, config: RunConfig, ds_config: dict[str, Any], num_steps: int) -> Any:
+    """An engine that trains `module` with AdamW and linear warm-up and decay over `num_steps` optimiser steps.
+
+    torch's fused AdamW needs no compiler on any device. `engine.backward(loss)` expects this rank's share of the
+    global-batch mean, times `loss_scale(engine)`.
+    """
+    import deepspeed
+
+    micro, accum = batch_plan(config.global_batch_size, config.micro_batch_size, dist.world_size())
+    ds_config = {
+        **ds_config,
+        "train_batch_size": config.global_batch_size,
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": accum,
+        "gradient_clipping": config.max_grad_norm,  # explicit: DeepSpeed's default is 1.0, at every stage
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    optimizer = torch.optim.AdamW(_parameter_groups(module, config.weight_decay), lr=config.lr, fused=True)
+    scheduler = get_linear_schedule_with_warmup(optimizer, round(config.warmup_ratio * num_steps), num_steps)
+    _forget_global_mesh()
+    engine, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=scheduler,
+                                           config=ds_config, dist_init_required=False)
+    engine_state.create_adam_state(engine, 0)
+    assert engine.dp_world_size == dist.world_size(), "the engine does not average gradients over all ranks"
+    return engine
+
+
+def teacher_engine(model: nn.Module, ds_config: dict[str, Any]) -> Any:
+    """An engine without optimiser around the frozen teacher, at ZeRO stage 0 or 3, in eval mode."""
+    import deepspeed
+
+    model.requires_grad_(False)
+    _forget_global_mesh()
+    engine, _, _, _ = deepspeed.initialize(
+        model=model,
+        config={**ds_config, "train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0},
+        dist_init_required=False,
+    )
+    engine.eval()
+    return engine
+
+
+def loss_scale(engine: Any) -> int:
+    """What undoes DeepSpeed's averaging over ranks and accumulation steps: our losses are already shares of a mean."""
+    return engine.dp_world_size * engine.gradient_accumulation_steps()
+
+
+def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Biases and LayerNorm weights (the one-dimensional parameters) are not decayed, as in BERT's own recipe."""
+    trained = [parameter for parameter in module.parameters() if parameter.requires_grad]
+    return [
+        {"params": [parameter for parameter in trained if parameter.dim() > 1], "weight_decay": weight_decay},
+        {"params": [parameter for parameter in trained if parameter.dim() <= 1], "weight_decay": 0.0},
+    ]
+
+
+def _forget_global_mesh() -> None:
+    """DeepSpeed keeps an earlier engine's process groups in module globals, and a later engine silently inherits
+    them: it would then average over too few ranks."""
+    from deepspeed.utils import groups
+
+    groups.mpu = None
+    groups.mesh_device = None

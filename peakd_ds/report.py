@@ -1,0 +1,135 @@
+"""The end of a run: dev metrics of teacher and student, once; results.json, README.md, loss curves and exports."""
+
+import json
+from dataclasses import asdict
+from typing import Any
+
+import torch
+
+from peakd_ds import dist, figures, glue_eval
+from peakd_ds.ds_engine import DTYPES
+from peakd_ds.export import export_model, export_onnx, model_card, unroll
+from peakd_ds.run_log import RunLog
+from peakd_ds.sps import SPSBertForSequenceClassification
+from peakd_ds.stages import Run
+
+
+def write(run: Run, log: RunLog) -> None:
+    """Evaluate what the run has made (collective), then export, write and print the table."""
+    teacher, teacher_logits = _judge_teacher(run)
+    student = _judge_student(run, teacher_logits)
+    results = {
+        "task": run.task.name,
+        "method": run.config.method,
+        "seed": run.config.seed,
+        "world_size": dist.world_size(),
+        "selected_on": run.selection[0],
+        "settings": {**asdict(run.config), "layer_pairs": run.pairs},
+        "teacher": teacher,
+        "student": student,
+    }
+    dist.on_main(lambda: _write_files(run, results, log))
+
+
+def _judge_teacher(run: Run) -> tuple[dict[str, Any] | None, dict[str, torch.Tensor]]:
+    if not run.has_teacher():
+        return None, {}
+    engine = run.teacher()
+    metrics, logits, speed = glue_eval.evaluate(lambda inputs: engine(**inputs).logits, run.task, run.dev,
+                                                run.micro_and_accum[0])
+    num_params = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters())
+    return {"metrics": metrics, "params": num_params, "effective_layers": engine.module.config.num_hidden_layers,
+            "samples_per_s": round(speed, 1)}, logits
+
+
+def _judge_student(run: Run, teacher_logits: dict[str, torch.Tensor]) -> dict[str, Any] | None:
+    """The student as exported, in the run's precision."""
+    folder = run.folder / "student"
+    if not (folder / "config.json").exists():
+        return None
+    student = SPSBertForSequenceClassification.from_pretrained(folder)
+    student = student.to(dist.device(), DTYPES[run.config.dtype]).eval()
+    metrics, logits, speed = glue_eval.evaluate(lambda inputs: student(**inputs).logits, run.task, run.dev,
+                                                run.micro_and_accum[0])
+    agreement = None
+    if teacher_logits:
+        agreement = glue_eval.agreement(run.task, torch.cat(list(logits.values())),
+                                        torch.cat(list(teacher_logits.values())))
+    return {"metrics": metrics, "params": sum(parameter.numel() for parameter in student.parameters()),
+            "stored_layers": student.config.num_hidden_layers,
+            "effective_layers": student.config.num_effective_layers, "samples_per_s": round(speed, 1),
+            "agreement": agreement}
+
+
+def _write_files(run: Run, results: dict[str, Any], log: RunLog) -> None:
+    if results["student"] is not None:
+        _export(run, results, log)
+    if (run.folder / "metrics.jsonl").exists():
+        figures.loss_curves(run.folder / "metrics.jsonl", run.folder / "loss_curves.png")
+    table = markdown_table(results)
+    (run.folder / "README.md").write_text(_readme(run, results, table))
+    temporary = run.folder / "results.json.tmp"
+    temporary.write_text(json.dumps(results, indent=2) + "\n")
+    temporary.replace(run.folder / "results.json")
+    final = (results["student"] or results["teacher"] or {"metrics": {}})["metrics"]
+    log.hparams(results["settings"], final)
+    log.say(f"\n{table}\n\nwritten to {run.folder}/: results.json, README.md, loss_curves.png, student/"
+            + (", student_unrolled/" if run.config.export_unrolled else ""))
+
+
+def _export(run: Run, results: dict[str, Any], log: RunLog) -> None:
+    student = SPSBertForSequenceClassification.from_pretrained(run.folder / "student")
+    facts = dict(
+        task=run.task.name,
+        method=run.config.method,
+        metrics=results["student"]["metrics"],
+        teacher_metrics=(results["teacher"] or {}).get("metrics"),
+        params=results["student"]["params"],
+        stored_layers=results["student"]["stored_layers"],
+        effective_layers=results["student"]["effective_layers"],
+        settings=results["settings"],
+    )
+    export_model(student, run.tokenizer, run.folder / "student", model_card(**facts, model_type="sps_bert"))
+    if not run.config.export_unrolled and not run.config.export_onnx:
+        return
+    plain = unroll(student)
+    folder = run.folder / "student_unrolled"
+    facts["params"] = sum(parameter.numel() for parameter in plain.parameters())
+    export_model(plain, run.tokenizer, folder, model_card(**facts))
+    if run.config.export_onnx:
+        difference = export_onnx(plain, run.tokenizer, folder / "model.onnx")
+        log.say(f"model.onnx gives the same logits in onnxruntime to {difference:.1e}")
+
+
+def markdown_table(results: dict[str, Any]) -> str:
+    """Teacher and student side by side."""
+    metrics = list((results["student"] or results["teacher"] or {"metrics": {}})["metrics"])
+    header = ["", "params", "layers (stored)", *metrics, "agreement", "samples/s"]
+    rows = [header, ["---"] * len(header)]
+    for name in ("teacher", "student"):
+        model = results[name]
+        if model is None:
+            continue
+        stored = model.get("stored_layers", model["effective_layers"])
+        agreement = model.get("agreement")
+        rows.append([name, f"{model['params'] / 1e6:.1f} M", f"{model['effective_layers']} ({stored})",
+                     *(f"{model['metrics'][metric]:.4f}" for metric in metrics),
+                     "" if agreement is None else f"{agreement:.4f}", f"{model['samples_per_s']:.0f}"])
+    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
+    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
+                     for row in rows)
+
+
+def _readme(run: Run, results: dict[str, Any], table: str) -> str:
+    chosen = {"holdout": "a fixed tenth of train, which no stage trained on",
+              "dev": "the dev set itself, so the figures below are optimistic"}[results["selected_on"]]
+    curves = "\n![loss curves](loss_curves.png)\n" if (run.folder / "loss_curves.png").exists() else ""
+    return f"""# {results["task"]}: {results["method"]}, seed {results["seed"]}
+
+{table}
+
+Metrics are of the whole dev set ({", ".join(f"{name} {len(split):,} rows" for name, split in run.dev.items())}).
+Epochs were picked on {chosen}. Samples per second are of inference on dev with {results["world_size"]} rank(s).
+{curves}
+`config.yaml` holds every setting; the same command started again in this folder goes on where it stopped.
+"""

@@ -1,0 +1,287 @@
+"""Shuffled Parameter Sharing (SPS): a BERT classifier that runs its stored layers more than once.
+
+Pea-KD (Cho & Kang, arXiv 2009.14822) lets pairs of encoder layers share all parameters and, in the second run
+of a layer, exchanges its query and key projections. As K Q^T = (Q K^T)^T, the second run attends with the
+transposed scores of the same parameters: more depth and a second attention pattern at no extra parameter.
+
+Importing this module registers the architecture ``sps_bert`` with transformers, so ``AutoConfig`` and
+``AutoModelForSequenceClassification`` load a folder that ``save_pretrained`` wrote.
+
+Orders without the exchange are those of Takase & Kiyono (arXiv 2104.06022).
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from huggingface_hub.dataclasses import strict
+from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.models.bert.modeling_bert import (
+    BertEncoder,
+    BertForSequenceClassification,
+    BertLayer,
+    BertModel,
+    BertSelfAttention,
+    eager_attention_forward,
+)
+from transformers.utils.output_capturing import OutputRecorder
+
+SHARINGS = ("none", "sps", "cycle", "cycle_rev", "sequence")
+"""Values of ``sharing``; :func:`execution_order` says what each means."""
+
+_ENCODER_FIELDS = (
+    "vocab_size",
+    "type_vocab_size",
+    "max_position_embeddings",
+    "hidden_size",
+    "num_attention_heads",
+    "intermediate_size",
+    "hidden_act",
+)
+
+
+def execution_order(
+    num_layers: int, sharing: str, shuffle_qk: bool | None = None
+) -> tuple[tuple[int, bool], ...]:
+    """Return the layers in the order in which they run.
+
+    With n stored layers, numbered from 1 here and from 0 in the result:
+
+    ========== ============================= ==============================
+    sharing    n other than 6                n = 6
+    ========== ============================= ==============================
+    none       1..n                          1..6
+    sps, cycle 1..n, 1..n                    1..6, 4..6
+    cycle_rev  1..n, n..1                    1..6, 6..4
+    sequence   1, 1, 2, 2, .., n, n          1, 2, 3, 4, 4, 5, 5, 6, 6
+    ========== ============================= ==============================
+
+    Six stored layers repeat only their upper three, as in the SPS encoder of the method's published code.
+
+    Args:
+        num_layers: Number of stored layers n, at least 1.
+        sharing: One of :data:`SHARINGS`.
+        shuffle_qk: Whether the second run of a layer exchanges query and key. None: on for ``sps``, off
+            for the others, which is the only difference between ``sps`` and ``cycle``.
+
+    Returns:
+        One (index of the stored layer from 0, query and key exchanged) per effective layer.
+
+    Raises:
+        ValueError: For an unknown sharing, fewer than 1 layer, or ``shuffle_qk=True`` with ``none``.
+    """
+    if num_layers < 1:
+        raise ValueError(f"num_layers is {num_layers}, but a model needs a stored layer; set 1 or more")
+    if sharing not in SHARINGS:
+        raise ValueError(
+            f"sharing is {sharing!r}, which is no order of layers; set one of {', '.join(SHARINGS)}"
+        )
+    if sharing == "none" and shuffle_qk:
+        raise ValueError(
+            "shuffle_qk is True with sharing 'none', but the exchange is made in a layer's second run and no "
+            "layer runs twice; set shuffle_qk to False or choose another sharing"
+        )
+    first = list(range(num_layers))
+    second = first[3:] if num_layers == 6 else first
+    if sharing == "none":
+        order = first
+    elif sharing == "cycle_rev":
+        order = first + second[::-1]
+    elif sharing == "sequence":
+        order = sorted(first + second)
+    else:
+        order = first + second
+    exchange = _resolve_shuffle_qk(sharing, shuffle_qk)
+    return tuple((index, exchange and index in order[:position]) for position, index in enumerate(order))
+
+
+def _resolve_shuffle_qk(sharing: str, shuffle_qk: bool | None) -> bool:
+    return sharing == "sps" if shuffle_qk is None else shuffle_qk
+
+
+@strict
+class SPSBertConfig(BertConfig):
+    """BertConfig of ``num_hidden_layers`` stored layers and the order in which they run.
+
+    Attributes:
+        sharing: Order of the layers, see :func:`execution_order`.
+        shuffle_qk: Whether second runs exchange query and key. None becomes True for ``sps`` and False for
+            the others at construction.
+
+    Raises:
+        ValueError: As :func:`execution_order`; and for a decoder, whose cache has one entry per stored layer.
+    """
+
+    model_type = "sps_bert"
+
+    sharing: str = "sps"
+    shuffle_qk: bool | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        kwargs.pop("num_effective_layers", None)  # derived: a value in a file must not shadow the property
+        super().__post_init__(**kwargs)
+        if self.is_decoder or self.add_cross_attention:
+            raise ValueError(
+                f"is_decoder is {self.is_decoder} and add_cross_attention is {self.add_cross_attention}, but "
+                "SPS is an encoder; leave both False"
+            )
+        execution_order(self.num_hidden_layers, self.sharing, self.shuffle_qk)  # raises for what cannot run
+        self.shuffle_qk = _resolve_shuffle_qk(self.sharing, self.shuffle_qk)
+
+    @property
+    def num_effective_layers(self) -> int:
+        """Number of layers that run: the depth of the same model with nothing shared."""
+        return len(execution_order(self.num_hidden_layers, self.sharing, self.shuffle_qk))
+
+
+class SPSBertSelfAttention(BertSelfAttention):
+    """Self-attention whose query and key projections can change places in one call."""
+
+    def forward(  # type: ignore[override]  # an encoder has no cache; upstream's return type omits the weights
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: None = None,
+        swap_qk: bool = False,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Attend like ``BertSelfAttention``, with query and key exchanged if ``swap_qk``.
+
+        Args:
+            hidden_states: [batch, tokens, hidden].
+            attention_mask: The padding mask in the form of the attention implementation, or None.
+            past_key_values: Always None; the caller passes it.
+            swap_qk: Use ``key`` for the queries and ``query`` for the keys, weights and biases.
+
+        Returns:
+            Attention output [batch, tokens, hidden], and the weights [batch, heads, tokens, tokens] where the
+            implementation gives them (eager does).
+        """
+        heads_shape = (*hidden_states.shape[:-1], -1, self.attention_head_size)
+        # Both runs call the same modules in the same order and only use the results differently: no module is
+        # written to (threads, recomputed activations), and the hooks that gather ZeRO-3 parameters fire.
+        projections = (self.query, self.key, self.value)
+        query, key, value = (proj(hidden_states).view(heads_shape).transpose(1, 2) for proj in projections)
+        if swap_qk:
+            query, key = key, query
+        implementation = self.config._attn_implementation
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        output, weights = attend(
+            self,
+            query,
+            key,
+            value,
+            attention_mask,
+            dropout=self.dropout.p if self.training else 0.0,
+            scaling=self.scaling,
+            **kwargs,
+        )
+        return output.reshape(*hidden_states.shape[:-1], -1).contiguous(), weights
+
+
+class SPSBertEncoder(BertEncoder):
+    """The stored layers, run in the order of the configuration."""
+
+    def __init__(self, config: SPSBertConfig) -> None:
+        super().__init__(config)
+        self.order = execution_order(config.num_hidden_layers, config.sharing, config.shuffle_qk)
+        for index in range(config.num_hidden_layers):
+            self.set_submodule(f"layer.{index}.attention.self", SPSBertSelfAttention(config, layer_idx=index))
+
+    def forward(  # type: ignore[override]  # the parent's decoder arguments pass through kwargs
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        """Run [batch, tokens, hidden] through every effective layer; ``use_cache`` has no effect."""
+        for index, swapped in self.order:
+            # BertLayer and BertAttention hand keyword arguments on, so swap_qk reaches SPSBertSelfAttention.
+            hidden_states = self.layer[index](hidden_states, attention_mask, swap_qk=swapped, **kwargs)
+        return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states)
+
+
+def _recorded_outputs() -> dict[str, Any]:
+    """What transformers records for hidden states and attentions: one of each per run of a layer."""
+    hidden_states = OutputRecorder(BertLayer)
+    # Negative output_hidden_states indices count from the effective depth. Set after construction because
+    # transformers 5.17, which does not take such indices, has no field of this name.
+    hidden_states.num_hidden_layers_key = "num_effective_layers"
+    return {"hidden_states": hidden_states, "attentions": SPSBertSelfAttention}
+
+
+class SPSBertModel(BertModel):
+    """BertModel with :class:`SPSBertEncoder`."""
+
+    config: SPSBertConfig
+    _can_record_outputs = _recorded_outputs()
+
+    def __init__(self, config: SPSBertConfig) -> None:
+        super().__init__(config)
+        self.encoder = SPSBertEncoder(config)
+        self.post_init()
+
+
+class SPSBertForSequenceClassification(BertForSequenceClassification):
+    """``BertForSequenceClassification`` whose encoder runs its stored layers in the order of SPS.
+
+    Parameter names are those of ``BertForSequenceClassification`` with n layers, and so is ``forward``; with
+    ``output_hidden_states`` it returns ``num_effective_layers + 1`` states, the embeddings first.
+    """
+
+    config: SPSBertConfig
+
+    def __init__(self, config: SPSBertConfig) -> None:
+        super().__init__(config)
+        self.bert = SPSBertModel(config)
+        self.post_init()
+
+
+AutoConfig.register("sps_bert", SPSBertConfig)
+AutoModelForSequenceClassification.register(SPSBertConfig, SPSBertForSequenceClassification)
+
+
+def init_from_encoder(
+    student: SPSBertForSequenceClassification, encoder: BertModel, init_layers: Sequence[int]
+) -> None:
+    """Copy embeddings, chosen layers and the pooler of a BERT encoder into the student.
+
+    Pea-KD initialises the student from layers 1..n of pretrained (not fine-tuned) BERT. The student's
+    classifier, and its pooler where ``encoder`` has none, keep their values.
+
+    Args:
+        student: Model to write to, with n stored layers.
+        encoder: Model to read from.
+        init_layers: n layer numbers of ``encoder``, from 1: the i-th becomes stored layer i.
+
+    Raises:
+        ValueError: If the number of layers is not n, a layer is out of range, or the models differ in a size
+            or another setting that changes what the parameters compute. The student is then unchanged.
+    """
+    num_stored = student.config.num_hidden_layers
+    num_source = len(encoder.encoder.layer)
+    if len(init_layers) != num_stored:
+        raise ValueError(
+            f"init_layers {list(init_layers)} names {len(init_layers)} layers, but the student stores "
+            f"{num_stored}; name {num_stored} layers between 1 and {num_source}"
+        )
+    for number in init_layers:
+        if not 1 <= number <= num_source:
+            raise ValueError(
+                f"init_layers has {number}, but the encoder's layers are 1 to {num_source}; name those"
+            )
+    for name in _ENCODER_FIELDS:
+        ours, theirs = getattr(student.config, name), getattr(encoder.config, name)
+        if ours != theirs:
+            raise ValueError(
+                f"{name} is {ours} in the student and {theirs} in the encoder it is initialised from, but "
+                f"they must be equal; set the student's {name} to {theirs} or choose another encoder"
+            )
+    student.bert.embeddings.load_state_dict(encoder.embeddings.state_dict())
+    for layer, number in zip(student.bert.encoder.layer, init_layers, strict=True):
+        layer.load_state_dict(encoder.encoder.layer[number - 1].state_dict())
+    if encoder.pooler is not None and student.bert.pooler is not None:
+        student.bert.pooler.load_state_dict(encoder.pooler.state_dict())
