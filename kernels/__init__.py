@@ -143,9 +143,7 @@ def _check_logits(student: Tensor, teacher: Tensor | None, labels: Tensor | None
         _check_device("teacher_logits", teacher, student)
     if labels is not None:
         if labels.shape != student.shape[:1]:
-            raise ValueError(
-                f"labels {list(labels.shape)} do not fit student_logits {list(student.shape)}; pass [N]"
-            )
+            raise ValueError(f"labels {list(labels.shape)} do not fit student_logits {list(student.shape)}; pass [N]")
         _check_device("labels", labels, student)
         if student.shape[1] > 1 and labels.is_floating_point():
             raise ValueError(
@@ -190,6 +188,4 @@ def _check_floating(name: str, tensor: Tensor) -> None:
 
 def _check_device(name: str, tensor: Tensor, student_logits: Tensor) -> None:
     if tensor.device != student_logits.device:
-        raise ValueError(
-            f"{name} are on {tensor.device}, student_logits on {student_logits.device}; use one device"
-        )
+        raise ValueError(f"{name} are on {tensor.device}, student_logits on {student_logits.device}; use one device")

@@ -57,8 +57,12 @@ def save(folder: Path, engine: Any, state: TrainState) -> None:
         UserError: it cannot be written, on every rank; earlier checkpoints are untouched.
     """
     tensors = {"weights": gather(engine, None), **{key: gather(engine, key) for key in MOMENTS}}
-    position = {**asdict(state), "scheduler_step": engine.lr_scheduler.last_epoch, "adam_step": engine_state.adam_step(engine),
-                "world_size": dist.world_size()}
+    position = {
+        **asdict(state),
+        "scheduler_step": engine.lr_scheduler.last_epoch,
+        "adam_step": engine_state.adam_step(engine),
+        "world_size": dist.world_size(),
+    }
     name = f"step-{state.step:08d}"
 
     def write() -> None:
@@ -108,7 +112,7 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     """The newest whole checkpoint (collective, so that all ranks read the same one) and why newer ones were skipped."""
 
     def look() -> tuple[Path | None, list[str]]:
-        skipped = []
+        skipped: list[str] = []
         for candidate in _candidates(folder):
             damage = damage_of(candidate)
             if damage is None:
@@ -131,15 +135,17 @@ def load_weights(module: nn.Module, checkpoint: Path) -> None:
     for name in sorted(parameters.keys() | stored.keys()):
         shapes = [list(tensors[name].shape) if name in tensors else "absent" for tensors in (stored, parameters)]
         if shapes[0] != shapes[1]:
-            raise UserError(f"{checkpoint} does not fit the model: {name} is {shapes[0]} there and {shapes[1]} here; "
-                            "take another --run_dir")
+            raise UserError(
+                f"{checkpoint} does not fit the model: {name} is {shapes[0]} there and {shapes[1]} here; "
+                "take another --run_dir"
+            )
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(stored[name])
 
 
 def restore(engine: Any, checkpoint: Path) -> TrainState:
-    """Put master weights, Adam moments and schedule into an engine whose module already has the checkpoint's weights."""
+    """Put master weights, Adam moments and schedule into an engine whose module has the checkpoint's weights."""
     position = json.loads((checkpoint / "state.json").read_text())["position"]
     engine_state.create_adam_state(engine, position["adam_step"])
     for moment in (None, *MOMENTS):
@@ -228,7 +234,9 @@ def _on_main_or_stop(write: Any, what: Path) -> None:
         try:
             write()
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{what} cannot be written ({error}); what was saved before is untouched: free some space "
-                            "or mend the folder, then start the same command again") from error
+            raise UserError(
+                f"{what} cannot be written ({error}); what was saved before is untouched: free some space "
+                "or mend the folder, then start the same command again"
+            ) from error
 
     dist.on_main(attempt)

@@ -20,8 +20,21 @@ STAGES = ("teacher", "ptp", "distill")
 
 # Settings that may differ between two starts in one run folder, because they do not change the result.
 RESULT_NEUTRAL = frozenset(
-    "run_dir data_dir stages micro_batch_size student_ds_config teacher_ds_config teacher_mode save_steps eval_steps "
-    "log_steps dry_run export_unrolled export_onnx".split()
+    [
+        "run_dir",
+        "data_dir",
+        "stages",
+        "micro_batch_size",
+        "student_ds_config",
+        "teacher_ds_config",
+        "teacher_mode",
+        "save_steps",
+        "eval_steps",
+        "log_steps",
+        "dry_run",
+        "export_unrolled",
+        "export_onnx",
+    ]
 )
 
 
@@ -42,7 +55,13 @@ def _setting(
 ) -> Any:
     """A dataclass field that carries its command-line help, its range, and the check that enforces the range."""
     metadata = dict(
-        help=help, unit=unit, range=range, check=check, choices=choices, parse=parse, shown_default=shown_default
+        help=help,
+        unit=unit,
+        range=range,
+        check=check,
+        choices=choices,
+        parse=parse,
+        shown_default=shown_default,
     )
     return field(default=default, metadata=metadata)
 
@@ -89,104 +108,226 @@ class RunConfig:
     """All settings of a run. Field metadata holds what `--help` prints and what `validate` enforces."""
 
     # What to run
-    task: str = _setting("", "GLUE task (cola sst2 mrpc stsb qqp mnli qnli rte wnli) or movie_reviews; NAME_SUFFIX "
-                         "reads the folder of that name, e.g. qnli_10k", shown_default="required")
-    teacher: str = _setting("", "folder or hub id of a BERT encoder (it is fine-tuned first) or of a BERT classifier "
-                            "for the task (it is used as it is)", shown_default="required")
-    run_dir: str = _setting("", "folder that receives everything the run writes; started again in it, a run goes on",
-                            shown_default="required")
-    data_dir: str = _setting("", "folder with TASK/train-*.parquet and TASK/validation*-*.parquet",
-                             shown_default="$PEAKD_DATA_DIR, else the hub's nyu-mll/glue")
-    stages: tuple[str, ...] = _setting(STAGES, "stages to run, comma-separated", parse=_parse_stages,
-                                       range="teacher,ptp,distill")
+    task: str = _setting(
+        "",
+        "GLUE task (cola sst2 mrpc stsb qqp mnli qnli rte wnli) or movie_reviews; NAME_SUFFIX "
+        "reads the folder of that name, e.g. qnli_10k",
+        shown_default="required",
+    )
+    teacher: str = _setting(
+        "",
+        "folder or hub id of a BERT encoder (it is fine-tuned first) or of a BERT classifier "
+        "for the task (it is used as it is)",
+        shown_default="required",
+    )
+    run_dir: str = _setting(
+        "",
+        "folder that receives everything the run writes; started again in it, a run goes on",
+        shown_default="required",
+    )
+    data_dir: str = _setting(
+        "",
+        "folder with TASK/train-*.parquet and TASK/validation*-*.parquet",
+        shown_default="$PEAKD_DATA_DIR, else the hub's nyu-mll/glue",
+    )
+    stages: tuple[str, ...] = _setting(
+        STAGES, "stages to run, comma-separated", parse=_parse_stages, range="teacher,ptp,distill"
+    )
     # The student
-    student_init: str = _setting("", "folder or hub id of the pretrained BERT encoder whose embeddings, pooler and "
-                                 "layers start the student; another hidden size than the teacher's is allowed",
-                                 shown_default="the --teacher weights as given")
-    num_hidden_layers: int = _setting(3, "stored layers n of the student; sps runs them twice", unit="layers",
-                                      range=">= 1", check=lambda v: v >= 1)
-    init_layers: tuple[int, ...] | None = _setting(None, "1-based layers of --student_init that start the student, "
-                                                   "e.g. 1,3,5", unit="layer numbers", parse=_parse_layers,
-                                                   range="n numbers >= 1", check=lambda v: min(v) >= 1,
-                                                   shown_default="1..n")
-    sharing: str = _setting("sps", "order in which stored layers run",
-                            choices=("none", "sps", "cycle", "cycle_rev", "sequence"))
-    shuffle_qk: bool | None = _setting(None, "exchange query and key in a layer's second run",
-                                       shown_default="on for sps, off for the others")
+    student_init: str = _setting(
+        "",
+        "folder or hub id of the pretrained BERT encoder whose embeddings, pooler and "
+        "layers start the student; another hidden size than the teacher's is allowed",
+        shown_default="the --teacher weights as given",
+    )
+    num_hidden_layers: int = _setting(
+        3,
+        "stored layers n of the student; sps runs them twice",
+        unit="layers",
+        range=">= 1",
+        check=lambda v: v >= 1,
+    )
+    init_layers: tuple[int, ...] | None = _setting(
+        None,
+        "1-based layers of --student_init that start the student, e.g. 1,3,5",
+        unit="layer numbers",
+        parse=_parse_layers,
+        range="n numbers >= 1",
+        check=lambda v: min(v) >= 1,
+        shown_default="1..n",
+    )
+    sharing: str = _setting(
+        "sps", "order in which stored layers run", choices=("none", "sps", "cycle", "cycle_rev", "sequence")
+    )
+    shuffle_qk: bool | None = _setting(
+        None, "exchange query and key in a layer's second run", shown_default="on for sps, off for the others"
+    )
     # Pretraining with the teacher's predictions
     ptp: bool = _setting(True, "pretrain the student with the teacher's predictions before distilling")
-    t_correct: float | str | None = _setting(None, "a right teacher prediction is confident above this probability",
-                                             parse=_parse_threshold, range="[0, 1] or median",
-                                             check=lambda v: v == "median" or 0 <= v <= 1,
-                                             shown_default="Pea-KD's for its five tasks, else median")
-    t_wrong: float | str | None = _setting(None, "a wrong teacher prediction is confident above this probability",
-                                           parse=_parse_threshold, range="[0, 1] or median",
-                                           check=lambda v: v == "median" or 0 <= v <= 1,
-                                           shown_default="Pea-KD's for its five tasks, else median")
+    t_correct: float | str | None = _setting(
+        None,
+        "a right teacher prediction is confident above this probability",
+        parse=_parse_threshold,
+        range="[0, 1] or median",
+        check=lambda v: v == "median" or 0 <= v <= 1,
+        shown_default="Pea-KD's for its five tasks, else median",
+    )
+    t_wrong: float | str | None = _setting(
+        None,
+        "a wrong teacher prediction is confident above this probability",
+        parse=_parse_threshold,
+        range="[0, 1] or median",
+        check=lambda v: v == "median" or 0 <= v <= 1,
+        shown_default="Pea-KD's for its five tasks, else median",
+    )
     # The objective: (1 - alpha) * hard + alpha * soft + beta * hidden
-    temperature: float = _setting(10.0, "softmax temperature T of the soft loss, which is scaled by T^2",
-                                  range="> 0", check=lambda v: v > 0)
-    alpha: float = _setting(0.7, "weight of the soft loss; 1 - alpha weighs the hard loss", range="[0, 1]",
-                            check=lambda v: 0 <= v <= 1)
+    temperature: float = _setting(
+        10.0,
+        "softmax temperature T of the soft loss, which is scaled by T^2",
+        range="> 0",
+        check=lambda v: v > 0,
+    )
+    alpha: float = _setting(
+        0.7,
+        "weight of the soft loss; 1 - alpha weighs the hard loss",
+        range="[0, 1]",
+        check=lambda v: 0 <= v <= 1,
+    )
     beta: float = _setting(100.0, "weight of the hidden-state loss", range=">= 0", check=lambda v: v >= 0)
     layer_map: str | tuple[tuple[int, int], ...] = _setting(
-        "skip", "student:teacher layer pairs of the hidden-state loss, 1-based over effective layers",
-        parse=_parse_layer_map, range="skip, last or pairs like 1:2,2:4")
-    hidden_loss: str = _setting("cls", "compare L2-normalised [CLS] vectors, or all non-padded tokens as they are",
-                                choices=("cls", "tokens"))
+        "skip",
+        "student:teacher layer pairs of the hidden-state loss, 1-based over effective layers",
+        parse=_parse_layer_map,
+        range="skip, last or pairs like 1:2,2:4",
+    )
+    hidden_loss: str = _setting(
+        "cls",
+        "compare L2-normalised [CLS] vectors, or all non-padded tokens as they are",
+        choices=("cls", "tokens"),
+    )
     # Optimisation
-    teacher_epochs: int = _setting(3, "passes over the training rows in the teacher stage", unit="epochs",
-                                   range=">= 1", check=lambda v: v >= 1)
-    ptp_epochs: int = _setting(4, "passes over the training rows in the ptp stage", unit="epochs", range=">= 1",
-                               check=lambda v: v >= 1)
-    distill_epochs: int = _setting(6, "passes over the training rows in the distill stage", unit="epochs",
-                                   range=">= 1", check=lambda v: v >= 1)
-    epochs: int | None = _setting(None, "sets --teacher_epochs, --ptp_epochs and --distill_epochs together",
-                                  unit="epochs", range=">= 1", check=lambda v: v >= 1, shown_default="each its own")
+    teacher_epochs: int = _setting(
+        3,
+        "passes over the training rows in the teacher stage",
+        unit="epochs",
+        range=">= 1",
+        check=lambda v: v >= 1,
+    )
+    ptp_epochs: int = _setting(
+        4,
+        "passes over the training rows in the ptp stage",
+        unit="epochs",
+        range=">= 1",
+        check=lambda v: v >= 1,
+    )
+    distill_epochs: int = _setting(
+        6,
+        "passes over the training rows in the distill stage",
+        unit="epochs",
+        range=">= 1",
+        check=lambda v: v >= 1,
+    )
+    epochs: int | None = _setting(
+        None,
+        "sets --teacher_epochs, --ptp_epochs and --distill_epochs together",
+        unit="epochs",
+        range=">= 1",
+        check=lambda v: v >= 1,
+        shown_default="each its own",
+    )
     lr: float = _setting(2e-5, "peak learning rate of AdamW", range="> 0", check=lambda v: v > 0)
-    warmup_ratio: float = _setting(0.1, "share of a stage's steps in which the learning rate rises linearly; it then "
-                                   "falls linearly to 0", range="[0, 1]", check=lambda v: 0 <= v <= 1)
-    weight_decay: float = _setting(0.01, "AdamW weight decay; biases and LayerNorms have none", range=">= 0",
-                                   check=lambda v: v >= 0)
-    max_grad_norm: float = _setting(1.0, "clip the global gradient norm to this; 0 does not clip", range=">= 0",
-                                    check=lambda v: v >= 0)
-    dropout: float | None = _setting(None, "dropout probability of hidden states, attention and head", range="[0, 1)",
-                                     check=lambda v: 0 <= v < 1, shown_default="the encoder's own")
+    warmup_ratio: float = _setting(
+        0.1,
+        "share of a stage's steps in which the learning rate rises linearly; it then falls linearly to 0",
+        range="[0, 1]",
+        check=lambda v: 0 <= v <= 1,
+    )
+    weight_decay: float = _setting(
+        0.01, "AdamW weight decay; biases and LayerNorms have none", range=">= 0", check=lambda v: v >= 0
+    )
+    max_grad_norm: float = _setting(
+        1.0, "clip the global gradient norm to this; 0 does not clip", range=">= 0", check=lambda v: v >= 0
+    )
+    dropout: float | None = _setting(
+        None,
+        "dropout probability of hidden states, attention and head",
+        range="[0, 1)",
+        check=lambda v: 0 <= v < 1,
+        shown_default="the encoder's own",
+    )
     max_seq_length: int = _setting(128, "longer inputs are cut", unit="tokens", range=">= 8", check=lambda v: v >= 8)
-    global_batch_size: int = _setting(32, "samples per optimiser step over all ranks", unit="samples", range=">= 1",
-                                      check=lambda v: v >= 1)
-    micro_batch_size: int = _setting(32, "most samples per rank and forward pass; gradient accumulation follows",
-                                     unit="samples", range=">= 1", check=lambda v: v >= 1)
-    seed: int = _setting(42, "seeds data order, new weights and dropout; dropout masks also depend on the number of "
-                         "ranks", range="[0, 2^32)", check=lambda v: 0 <= v < 2**32)
+    global_batch_size: int = _setting(
+        32, "samples per optimiser step over all ranks", unit="samples", range=">= 1", check=lambda v: v >= 1
+    )
+    micro_batch_size: int = _setting(
+        32,
+        "most samples per rank and forward pass; gradient accumulation follows",
+        unit="samples",
+        range=">= 1",
+        check=lambda v: v >= 1,
+    )
+    seed: int = _setting(
+        42,
+        "seeds data order, new weights and dropout; dropout masks also depend on the number of ranks",
+        range="[0, 2^32)",
+        check=lambda v: 0 <= v < 2**32,
+    )
     # The engines
-    dtype: str = _setting("auto", "compute precision; auto: the DeepSpeed config's, else bf16 on a GPU that has it, "
-                          "else fp32", choices=("auto", "fp32", "bf16", "fp16"))
-    student_ds_config: str = _setting("", "DeepSpeed config of the trained model: file, or name in ds_configs/",
-                                      shown_default="zero1_DTYPE")
-    teacher_ds_config: str = _setting("teacher_zero0", "DeepSpeed config of the frozen teacher (stage 0 or 3): file, "
-                                      "or name in ds_configs/")
+    dtype: str = _setting(
+        "auto",
+        "compute precision; auto: the DeepSpeed config's, else bf16 on a GPU that has it, else fp32",
+        choices=("auto", "fp32", "bf16", "fp16"),
+    )
+    student_ds_config: str = _setting(
+        "", "DeepSpeed config of the trained model: file, or name in ds_configs/", shown_default="zero1_DTYPE"
+    )
+    teacher_ds_config: str = _setting(
+        "teacher_zero0", "DeepSpeed config of the frozen teacher (stage 0 or 3): file, or name in ds_configs/"
+    )
     teacher_mode: str = _setting("online", "online: the teacher runs beside the student", choices=("online",))
     # Watching, saving, choosing
-    save_steps: int = _setting(500, "checkpoint every so many steps, besides each epoch's end; 0: epochs only",
-                               unit="steps", range=">= 0", check=lambda v: v >= 0)
-    eval_steps: int = _setting(0, "evaluate every so many steps, besides each epoch's end; 0: epochs only",
-                               unit="steps", range=">= 0", check=lambda v: v >= 0)
-    log_steps: int = _setting(10, "write metrics every so many steps", unit="steps", range=">= 1",
-                              check=lambda v: v >= 1)
-    early_stopping_patience: int = _setting(0, "stop a stage after so many epochs without a better score; 0: never",
-                                            unit="epochs", range=">= 0", check=lambda v: v >= 0)
-    select_on: str = _setting("holdout", "what picks the best epoch: a fixed 10% of train that no stage trains on, or "
-                              "dev (optimistic; the results say so)", choices=("holdout", "dev"))
+    save_steps: int = _setting(
+        500,
+        "checkpoint every so many steps, besides each epoch's end; 0: epochs only",
+        unit="steps",
+        range=">= 0",
+        check=lambda v: v >= 0,
+    )
+    eval_steps: int = _setting(
+        0,
+        "evaluate every so many steps, besides each epoch's end; 0: epochs only",
+        unit="steps",
+        range=">= 0",
+        check=lambda v: v >= 0,
+    )
+    log_steps: int = _setting(
+        10, "write metrics every so many steps", unit="steps", range=">= 1", check=lambda v: v >= 1
+    )
+    early_stopping_patience: int = _setting(
+        0,
+        "stop a stage after so many epochs without a better score; 0: never",
+        unit="epochs",
+        range=">= 0",
+        check=lambda v: v >= 0,
+    )
+    select_on: str = _setting(
+        "holdout",
+        "what picks the best epoch: a fixed 10% of train that no stage trains on, or "
+        "dev (optimistic; the results say so)",
+        choices=("holdout", "dev"),
+    )
     export_unrolled: bool = _setting(True, "also write the student as a plain BERT of the effective depth")
-    export_onnx: bool = _setting(False, "also write student_unrolled/model.onnx, checked against onnxruntime "
-                                 "(needs the onnx extra)")
+    export_onnx: bool = _setting(
+        False, "also write student_unrolled/model.onnx, checked against onnxruntime (needs the onnx extra)"
+    )
     dry_run: bool = _setting(False, "check everything, print the plan, and stop before any engine starts")
 
     def epochs_of(self, stage: str) -> int:
         """Passes over the training rows in `stage`."""
-        return self.epochs or {"teacher": self.teacher_epochs, "ptp": self.ptp_epochs,
-                               "distill": self.distill_epochs}[stage]
+        return (
+            self.epochs
+            or {"teacher": self.teacher_epochs, "ptp": self.ptp_epochs, "distill": self.distill_epochs}[stage]
+        )
 
     @property
     def swaps_qk(self) -> bool:
@@ -213,14 +354,17 @@ def validate(config: RunConfig) -> None:
         value, rule = getattr(config, spec.name), spec.metadata["range"]
         check = spec.metadata["check"]
         if value is not None and check is not None and not check(value):
-            raise UserError(f"--{spec.name} {value} is outside its range {rule}; the default is "
-                            f"{_shown_default(spec)}")
+            raise UserError(f"--{spec.name} {value} is outside its range {rule}; the default is {_shown_default(spec)}")
     if config.init_layers is not None and len(config.init_layers) != config.num_hidden_layers:
-        raise UserError(f"--init_layers {','.join(map(str, config.init_layers))} names {len(config.init_layers)} "
-                        f"layers, but --num_hidden_layers is {config.num_hidden_layers}; give one source layer for each")
+        raise UserError(
+            f"--init_layers {','.join(map(str, config.init_layers))} names {len(config.init_layers)} "
+            f"layers, but --num_hidden_layers is {config.num_hidden_layers}; give one source layer for each"
+        )
     if config.sharing == "none" and config.shuffle_qk:
-        raise UserError("--shuffle_qk exchanges query and key in a layer's second run, but --sharing none has no "
-                        "second run; choose --sharing sps, cycle, cycle_rev or sequence")
+        raise UserError(
+            "--shuffle_qk exchanges query and key in a layer's second run, but --sharing none has no "
+            "second run; choose --sharing sps, cycle, cycle_rev or sequence"
+        )
 
 
 def parse(argv: Sequence[str]) -> RunConfig:
@@ -257,8 +401,11 @@ def build_parser() -> argparse.ArgumentParser:
         description="Distil a BERT classifier into a small student with shuffled parameter sharing (SPS) and "
         "pretraining with the teacher's predictions (PTP).",
     )
-    parser.add_argument("--config", metavar="FILE.yaml", help="YAML file of the settings below, by the same names; "
-                        "the command line wins")
+    parser.add_argument(
+        "--config",
+        metavar="FILE.yaml",
+        help="YAML file of the settings below, by the same names; the command line wins",
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     for spec in fields(RunConfig):
         meta = spec.metadata
@@ -266,12 +413,22 @@ def build_parser() -> argparse.ArgumentParser:
         text = f"{meta['help']} [{'; '.join(fact for fact in facts if fact)}]".replace("%", "%%")
         if spec.type in (bool, bool | None):
             parser.add_argument(f"--{spec.name}", action="store_true", default=spec.default, help=text)
-            parser.add_argument(f"--no_{spec.name}", dest=spec.name, action="store_false", default=spec.default,
-                                help=f"the opposite of --{spec.name}")
+            parser.add_argument(
+                f"--no_{spec.name}",
+                dest=spec.name,
+                action="store_false",
+                default=spec.default,
+                help=f"the opposite of --{spec.name}",
+            )
         else:
-            parser.add_argument(f"--{spec.name}", type=_value_type(spec), default=spec.default,
-                                choices=meta["choices"] or None, help=text, metavar=spec.name.upper()
-                                if not meta["choices"] else None)
+            parser.add_argument(
+                f"--{spec.name}",
+                type=_value_type(spec),
+                default=spec.default,
+                choices=meta["choices"] or None,
+                help=text,
+                metavar=spec.name.upper() if not meta["choices"] else None,
+            )
     return parser
 
 
@@ -305,8 +462,10 @@ def _words_from_yaml(file: str) -> list[str]:
             raise UserError(f"--config {file}: unknown setting {name!r}{_suggest(str(name), names)}")
         if isinstance(value, bool) or _field(name).type in (bool, bool | None):
             if not isinstance(value, bool) or _field(name).type not in (bool, bool | None):
-                raise UserError(f"--config {file}: {name}: {value!r} does not fit; "
-                                f"{'true or false' if not isinstance(value, bool) else 'a value'} is wanted")
+                raise UserError(
+                    f"--config {file}: {name}: {value!r} does not fit; "
+                    f"{'true or false' if not isinstance(value, bool) else 'a value'} is wanted"
+                )
             words.append(f"--{name}" if value else f"--no_{name}")
         elif value is not None:
             words.append(f"--{name}={_to_word(value)}")

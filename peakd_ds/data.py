@@ -76,12 +76,15 @@ class Split:
         num_real = len(rows)
         rows = rows if num_real else np.zeros(1, np.int64)
         columns = self.rows[rows]
-        features = [dict(input_ids=ids, token_type_ids=types)
-                    for ids, types in zip(columns["input_ids"], columns["token_type_ids"], strict=True)]
+        features = [
+            dict(input_ids=ids, token_type_ids=types)
+            for ids, types in zip(columns["input_ids"], columns["token_type_ids"], strict=True)
+        ]
         device = dist.device()
         # Tensor cores like widths that are multiples of 8; a CPU does not care and would only pad more.
-        padded = self.tokenizer.pad(features, return_tensors="pt",
-                                    pad_to_multiple_of=8 if device.type == "cuda" else None)
+        padded = self.tokenizer.pad(
+            features, return_tensors="pt", pad_to_multiple_of=8 if device.type == "cuda" else None
+        )
         return MicroBatch(
             inputs={name: tensor.to(device, non_blocking=True) for name, tensor in padded.items()},
             labels=self.labels[rows].to(device),
@@ -104,27 +107,45 @@ def load_splits(task: Task, data_dir: str) -> dict[str, datasets.Dataset]:
             _check_columns(task, name, rows)
             splits[name] = rows
         elif name in wanted:
-            raise UserError(f"no {task.name}/{name}-*.parquet in data folder {data_dir}; give --data_dir (or "
-                            f"PEAKD_DATA_DIR) a folder with it, or leave both unset to read {HUB_DATASET} from the hub")
+            raise UserError(
+                f"no {task.name}/{name}-*.parquet in data folder {data_dir}; give --data_dir (or "
+                f"PEAKD_DATA_DIR) a folder with it, or leave both unset to read {HUB_DATASET} from the hub"
+            )
     return splits
 
 
-def tokenize(task: Task, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, max_seq_length: int,
-             cache: Path | None = None) -> Split:
+def tokenize(
+    task: Task,
+    rows: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_seq_length: int,
+    cache: Path | None = None,
+) -> Split:
     """Tokenise once per node (collective), into an Arrow folder of this node's that later starts read again.
 
     Without a `cache` folder each rank tokenises for itself, in memory.
     """
 
     def encode(batch: dict[str, list]) -> dict[str, list]:
-        encoded = tokenizer(*(batch[name] for name in task.text_columns), truncation=True, max_length=max_seq_length,
-                            return_token_type_ids=True)
-        return {"input_ids": encoded["input_ids"], "token_type_ids": encoded["token_type_ids"],
-                "length": [len(ids) for ids in encoded["input_ids"]]}
+        encoded = tokenizer(
+            *(batch[name] for name in task.text_columns),
+            truncation=True,
+            max_length=max_seq_length,
+            return_token_type_ids=True,
+        )
+        return {
+            "input_ids": encoded["input_ids"],
+            "token_type_ids": encoded["token_type_ids"],
+            "length": [len(ids) for ids in encoded["input_ids"]],
+        }
 
     def encode_all() -> datasets.Dataset:
-        return rows.map(encode, batched=True, remove_columns=[name for name in rows.column_names if name != "label"],
-                        keep_in_memory=True)
+        return rows.map(
+            encode,
+            batched=True,
+            remove_columns=[name for name in rows.column_names if name != "label"],
+            keep_in_memory=True,
+        )
 
     def encode_on_disk(folder: Path) -> None:
         if dist.local_rank() == 0 and not (folder / "state.json").exists():
@@ -136,8 +157,17 @@ def tokenize(task: Task, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerB
     with _quiet_progress_bars():
         if cache is None:
             return Split(encode_all(), tokenizer, task.is_regression)
-        state = json.dumps([tokenizer.get_vocab(), tokenizer.init_kwargs.get("do_lower_case"), max_seq_length,
-                            task.text_columns, rows.num_rows, rows._fingerprint], sort_keys=True)
+        state = json.dumps(
+            [
+                tokenizer.get_vocab(),
+                tokenizer.init_kwargs.get("do_lower_case"),
+                max_seq_length,
+                task.text_columns,
+                rows.num_rows,
+                rows._fingerprint,
+            ],
+            sort_keys=True,
+        )
         folder = cache / socket.gethostname() / hashlib.sha256(state.encode()).hexdigest()[:16]
         dist.agree(lambda: encode_on_disk(folder))
         return Split(datasets.load_from_disk(str(folder)), tokenizer, task.is_regression)
@@ -157,8 +187,10 @@ def epoch_slots(num_rows: int, global_batch_size: int, seed: int, epoch: int) ->
     used twice.
     """
     bounds = np.arange(NUM_SHARDS + 1) * num_rows // NUM_SHARDS
-    shards = [np.random.default_rng([seed, epoch, shard]).permutation(np.arange(bounds[shard], bounds[shard + 1]))
-              for shard in range(NUM_SHARDS)]
+    shards = [
+        np.random.default_rng([seed, epoch, shard]).permutation(np.arange(bounds[shard], bounds[shard + 1]))
+        for shard in range(NUM_SHARDS)
+    ]
     num_taken = gcd(global_batch_size, NUM_SHARDS)  # shards that one batch takes from
     stride, per_shard = NUM_SHARDS // num_taken, global_batch_size // num_taken
     rounds = -(-max(len(shard) for shard in shards) // per_shard)
@@ -170,8 +202,9 @@ def epoch_slots(num_rows: int, global_batch_size: int, seed: int, epoch: int) ->
     return slots[(slots >= 0).any(axis=1)]
 
 
-def global_batches(split: Split, rows: np.ndarray, slots: np.ndarray, num_accum_steps: int,
-                   first: int = 0) -> Iterator[GlobalBatch]:
+def global_batches(
+    split: Split, rows: np.ndarray, slots: np.ndarray, num_accum_steps: int, first: int = 0
+) -> Iterator[GlobalBatch]:
     """This rank's part of each global batch of an epoch, from batch `first` on.
 
     Args:
@@ -204,7 +237,9 @@ def _read_parquet(task: Task, data_dir: str, split: str) -> datasets.Dataset | N
         try:
             tables.append(pyarrow.parquet.read_table(file))
         except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{file} is not a whole parquet file ({str(error).splitlines()[0]}); get it again") from error
+            raise UserError(
+                f"{file} is not a whole parquet file ({str(error).splitlines()[0]}); get it again"
+            ) from error
     if not tables:
         return None
     table = pyarrow.concat_tables(tables)
@@ -216,23 +251,29 @@ def _read_parquet(task: Task, data_dir: str, split: str) -> datasets.Dataset | N
 
 def _read_hub(task: Task, split: str, wanted: bool) -> datasets.Dataset | None:
     if task.name != task.base or task.base == "movie_reviews":
-        raise UserError(f"task {task.name} is not on the hub; give --data_dir (or PEAKD_DATA_DIR) the folder that "
-                        f"holds {task.name}/train-*.parquet")
+        raise UserError(
+            f"task {task.name} is not on the hub; give --data_dir (or PEAKD_DATA_DIR) the folder that "
+            f"holds {task.name}/train-*.parquet"
+        )
     try:
         return datasets.load_dataset(HUB_DATASET, task.base, split=split)
     except Exception as error:
         if not wanted:
             return None
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise UserError(f"no data for task {task.name}: the hub's {HUB_DATASET} cannot be read ({reason}); go online, "
-                        f"or give --data_dir (or PEAKD_DATA_DIR) a folder with {task.name}/train-*.parquet") from error
+        raise UserError(
+            f"no data for task {task.name}: the hub's {HUB_DATASET} cannot be read ({reason}); go online, "
+            f"or give --data_dir (or PEAKD_DATA_DIR) a folder with {task.name}/train-*.parquet"
+        ) from error
 
 
 def _check_columns(task: Task, split: str, rows: datasets.Dataset) -> None:
     missing = [name for name in (*task.text_columns, "label") if name not in rows.column_names]
     if missing:
-        raise UserError(f"{task.name}/{split} has no column {missing[0]!r} but {rows.column_names}; "
-                        f"the task needs {[*task.text_columns, 'label']}")
+        raise UserError(
+            f"{task.name}/{split} has no column {missing[0]!r} but {rows.column_names}; "
+            f"the task needs {[*task.text_columns, 'label']}"
+        )
     if split in task.submission_files:
         return  # GLUE hides test labels behind -1
     labels = _column(rows, "label").astype(np.float64)
@@ -244,11 +285,15 @@ def _check_columns(task: Task, split: str, rows: datasets.Dataset) -> None:
         rule = f"a whole number from 0 to {task.num_labels - 1} ({', '.join(task.label_names)})"
     if bad.any():
         where = int(np.argmax(bad))
-        raise UserError(f"{task.name}/{split} row {where} has label {labels[where]:g}; it must be {rule}; mend the data")
+        raise UserError(
+            f"{task.name}/{split} row {where} has label {labels[where]:g}; it must be {rule}; mend the data"
+        )
     names = getattr(rows.features["label"], "names", None)
     if names and tuple(names) != task.label_names:
-        raise UserError(f"{task.name}/{split} orders its labels {list(names)}, the task {list(task.label_names)}; "
-                        f"write the file with the task's order")
+        raise UserError(
+            f"{task.name}/{split} orders its labels {list(names)}, the task {list(task.label_names)}; "
+            f"write the file with the task's order"
+        )
 
 
 def _column(rows: datasets.Dataset, name: str) -> np.ndarray:

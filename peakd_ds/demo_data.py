@@ -37,9 +37,7 @@ import pyarrow.parquet as pq
 from datasets import ClassLabel, Features, Value
 
 LABEL_NAMES = ("negative", "positive")
-FEATURES = Features(
-    {"sentence": Value("string"), "label": ClassLabel(names=list(LABEL_NAMES)), "idx": Value("int32")}
-)
+FEATURES = Features({"sentence": Value("string"), "label": ClassLabel(names=list(LABEL_NAMES)), "idx": Value("int32")})
 NEUTRAL_BELOW = 0.5  # ratings with a smaller absolute value are left out: too faint to label
 VALIDATION_ONE_IN = 5
 

@@ -89,7 +89,7 @@ def broadcast(value: T) -> T:
 
 
 def agree(action: Callable[[], T]) -> T:
-    """Run `action` on every rank (collective); if it raises ValueError or OSError anywhere, every rank raises UserError.
+    """Run `action` on every rank (collective); its ValueError or OSError on any rank is a UserError on all.
 
     Nobody is left waiting in a later collective for a rank that has given up.
     """
@@ -146,12 +146,18 @@ def _ranks_from_srun() -> dict[str, object]:
     nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", ""))
     master = "127.0.0.1"
     if int(env.get("SLURM_STEP_NUM_NODES", "1")) > 1:
-        master = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True,
-                                check=True).stdout.split()[0]
+        master = subprocess.run(
+            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
+        ).stdout.split()[0]
     number = int(env["SLURM_JOB_ID"]) * 64 + int(env["SLURM_STEP_ID"]) * 8 + int(env.get("SLURM_RESTART_COUNT", "0"))
-    return dict(RANK=env["SLURM_PROCID"], WORLD_SIZE=env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1")),
-                LOCAL_RANK=env["SLURM_LOCALID"], MASTER_ADDR=master, MASTER_PORT=20000 + number % 20000,
-                LOCAL_WORLD_SIZE=env.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0])
+    return dict(
+        RANK=env["SLURM_PROCID"],
+        WORLD_SIZE=env.get("SLURM_STEP_NUM_TASKS", env.get("SLURM_NTASKS", "1")),
+        LOCAL_RANK=env["SLURM_LOCALID"],
+        MASTER_ADDR=master,
+        MASTER_PORT=20000 + number % 20000,
+        LOCAL_WORLD_SIZE=env.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0],
+    )
 
 
 def _ranks_from_mpi() -> dict[str, object]:

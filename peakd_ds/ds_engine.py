@@ -1,4 +1,4 @@
-"""The two DeepSpeed engines of a rank: the trained model's and the frozen teacher's. Only caller of deepspeed.initialize.
+"""The two DeepSpeed engines of a rank, the trained model's and the frozen teacher's: all of deepspeed.initialize.
 
 Files in ds_configs/ say how an engine is spread (ZeRO stage, precision, offload). What the run's own settings fix
 (batch sizes, clipping) is filled in here, so that no number is stated twice.
@@ -17,8 +17,14 @@ from peakd_ds import dist, engine_state
 from peakd_ds.config import RunConfig, UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-FILLED_IN = {"train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping",
-             "optimizer", "scheduler"}
+FILLED_IN = {
+    "train_batch_size",
+    "train_micro_batch_size_per_gpu",
+    "gradient_accumulation_steps",
+    "gradient_clipping",
+    "optimizer",
+    "scheduler",
+}
 
 
 def batch_plan(global_batch_size: int, micro_batch_size: int, world_size: int) -> tuple[int, int]:
@@ -31,8 +37,10 @@ def batch_plan(global_batch_size: int, micro_batch_size: int, world_size: int) -
     if rest:
         below, above = local * world_size, (local + 1) * world_size
         choice = f"{below} or {above}" if below else f"{above}"
-        raise UserError(f"--global_batch_size {global_batch_size} is not a multiple of the {world_size} ranks; "
-                        f"set {choice}, or start another number of ranks")
+        raise UserError(
+            f"--global_batch_size {global_batch_size} is not a multiple of the {world_size} ranks; "
+            f"set {choice}, or start another number of ranks"
+        )
     micro = max(size for size in range(1, min(local, micro_batch_size) + 1) if local % size == 0)
     return micro, local // micro
 
@@ -54,8 +62,10 @@ def load_ds_config(name: str, option: str) -> dict[str, Any]:
         raise UserError(f"--{option} {name} is not JSON ({error})") from error
     stated = FILLED_IN & config.keys()
     if stated:
-        raise UserError(f"--{option} {name} sets {sorted(stated)[0]}, which follows from the run's own settings; "
-                        "take it out of the file")
+        raise UserError(
+            f"--{option} {name} sets {sorted(stated)[0]}, which follows from the run's own settings; "
+            "take it out of the file"
+        )
     return config
 
 
@@ -75,21 +85,26 @@ def resolve(config: RunConfig) -> tuple[str, dict[str, Any], dict[str, Any]]:
         student = load_ds_config(config.student_ds_config, "student_ds_config")
         stated = next((name for name in ("bf16", "fp16") if student.get(name, {}).get("enabled")), "fp32")
         if dtype not in ("auto", stated):
-            raise UserError(f"--dtype {dtype} does not fit --student_ds_config {config.student_ds_config}, which is "
-                            f"{stated}; set --dtype {stated} or take another config")
+            raise UserError(
+                f"--dtype {dtype} does not fit --student_ds_config {config.student_ds_config}, which is "
+                f"{stated}; set --dtype {stated} or take another config"
+            )
         dtype = stated
     else:
         if dtype == "auto":
             dtype = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32"
         student = load_ds_config(f"zero1_{dtype}", "student_ds_config")
     if dtype == "fp16" and not on_gpu:
-        raise UserError("fp16 needs a GPU: CPU kernels and gloo have no loss scaling in half precision; "
-                        "set --dtype bf16 or fp32")
+        raise UserError(
+            "fp16 needs a GPU: CPU kernels and gloo have no loss scaling in half precision; set --dtype bf16 or fp32"
+        )
     teacher = load_ds_config(config.teacher_ds_config, "teacher_ds_config")
     if zero_stage(teacher) in (1, 2):
-        raise UserError(f"--teacher_ds_config {config.teacher_ds_config} has ZeRO stage {zero_stage(teacher)}, which "
-                        "shards optimiser states and gradients, and a frozen teacher has neither; take stage 0 "
-                        "(replicated) or 3 (sharded)")
+        raise UserError(
+            f"--teacher_ds_config {config.teacher_ds_config} has ZeRO stage {zero_stage(teacher)}, which "
+            "shards optimiser states and gradients, and a frozen teacher has neither; take stage 0 "
+            "(replicated) or 3 (sharded)"
+        )
     if dtype != "fp32":
         teacher[dtype] = {"enabled": True}
     return dtype, student, teacher
@@ -115,8 +130,9 @@ def training_engine(module: nn.Module, config: RunConfig, ds_config: dict[str, A
     optimizer = torch.optim.AdamW(_parameter_groups(module, config.weight_decay), lr=config.lr, fused=True)
     scheduler = get_linear_schedule_with_warmup(optimizer, round(config.warmup_ratio * num_steps), num_steps)
     _forget_global_mesh()
-    engine, _, _, _ = deepspeed.initialize(model=module, optimizer=optimizer, lr_scheduler=scheduler,
-                                           config=ds_config, dist_init_required=False)
+    engine, _, _, _ = deepspeed.initialize(
+        model=module, optimizer=optimizer, lr_scheduler=scheduler, config=ds_config, dist_init_required=False
+    )
     engine_state.create_adam_state(engine, 0)
     assert engine.dp_world_size == dist.world_size(), "the engine does not average gradients over all ranks"
     return engine

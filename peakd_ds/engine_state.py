@@ -51,8 +51,10 @@ def create_adam_state(engine: Any, adam_step: int) -> None:
     """
     state = engine.basic_optimizer.state
     for master in _master_tensors(engine):
-        state[master] = {"step": torch.tensor(float(adam_step), device=master.device),
-                         **{key: torch.zeros_like(master) for key in MOMENTS}}
+        state[master] = {
+            "step": torch.tensor(float(adam_step), device=master.device),
+            **{key: torch.zeros_like(master) for key in MOMENTS},
+        }
     if hasattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state"):
         engine.optimizer._hp_optimizer_states_linked = False
         engine.optimizer._lazy_init_hp_params_optimizer_state()
@@ -81,7 +83,7 @@ def write_full(engine: Any, parameter: nn.Parameter, moment: str | None, value: 
         (master if moment is None else engine.basic_optimizer.state[master][moment]).copy_(value)
     elif engine.zero_optimization_stage() == 3:
         # The full-value API cuts past the end of parameters that the ranks do not divide: hand over this rank's part.
-        size = parameter.ds_tensor.numel()
+        size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
         part = value.flatten()[dist.rank() * size : (dist.rank() + 1) * size]
         part = nn.functional.pad(part, (0, size - part.numel()))
         if moment is None:

@@ -48,9 +48,7 @@ def unroll(student: SPSBertForSequenceClassification) -> BertForSequenceClassifi
     return plain.train(student.training)
 
 
-def _unrolled_state(
-    state: Mapping[str, torch.Tensor], order: tuple[tuple[int, bool], ...]
-) -> dict[str, torch.Tensor]:
+def _unrolled_state(state: Mapping[str, torch.Tensor], order: tuple[tuple[int, bool], ...]) -> dict[str, torch.Tensor]:
     unrolled = {name: tensor for name, tensor in state.items() if not name.startswith(_LAYERS)}
     for target, (source, swapped) in enumerate(order):
         prefix = f"{_LAYERS}{source}."

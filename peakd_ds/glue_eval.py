@@ -1,6 +1,6 @@
 """Evaluation that counts every sample exactly once on any number of ranks, and `peakd-eval` for a saved model.
 
-    peakd-eval --model RUN/student --task rte --data_dir DATA [--submission FOLDER]
+peakd-eval --model RUN/student --task rte --data_dir DATA [--submission FOLDER]
 """
 
 import argparse
@@ -25,8 +25,9 @@ Forward = Callable[[dict[str, torch.Tensor]], torch.Tensor]
 
 
 @torch.no_grad()
-def predict(forward: Forward, split: Split, rows: np.ndarray, micro_batch_size: int,
-            num_columns: int) -> tuple[torch.Tensor, float]:
+def predict(
+    forward: Forward, split: Split, rows: np.ndarray, micro_batch_size: int, num_columns: int
+) -> tuple[torch.Tensor, float]:
     """Logits of the given rows (collective), in their order, and the seconds it took.
 
     Every rank makes the same number of forward passes, as sharded engines need, and gets the whole answer.
@@ -45,15 +46,18 @@ def predict(forward: Forward, split: Split, rows: np.ndarray, micro_batch_size: 
     return logits, time.perf_counter() - start
 
 
-def evaluate(forward: Forward, task: Task, dev: dict[str, Split],
-             micro_batch_size: int) -> tuple[dict[str, float], dict[str, torch.Tensor], float]:
+def evaluate(
+    forward: Forward, task: Task, dev: dict[str, Split], micro_batch_size: int
+) -> tuple[dict[str, float], dict[str, torch.Tensor], float]:
     """Official metrics on every eval split of the task (collective).
 
     Returns:
         Metrics, those of a second split with its suffix (mnli: accuracy and accuracy_mismatched); logits [N, C] by
         split; samples per second over all ranks.
     """
-    metrics, logits, num_samples, seconds = {}, {}, 0, 0.0
+    metrics: dict[str, float] = {}
+    logits: dict[str, torch.Tensor] = {}
+    num_samples, seconds = 0, 0.0
     for name, split in dev.items():
         rows = np.arange(len(split))
         logits[name], spent = predict(forward, split, rows, micro_batch_size, task.num_labels)
@@ -88,7 +92,11 @@ def _submitted(task: Task, row: torch.Tensor) -> str:
     if task.is_regression:
         return f"{min(max(row.item(), 0.0), 5.0):.3f}"
     number = int(row.argmax())
-    names_wanted = task.base in ("mnli", "qnli", "rte")  # the server takes class names here, 0 and 1 elsewhere
+    names_wanted = task.base in (
+        "mnli",
+        "qnli",
+        "rte",
+    )  # the server takes class names here, 0 and 1 elsewhere
     return task.label_names[number] if names_wanted else str(number)
 
 
@@ -112,8 +120,10 @@ def main(argv: Sequence[str]) -> None:
             raise UserError(f"--model {args.model} is not a folder with config.json; give a saved classifier")
         model = AutoModelForSequenceClassification.from_pretrained(args.model, use_safetensors=True).float().eval()
         if model.config.num_labels != task.num_labels:
-            raise UserError(f"--model {args.model} has {model.config.num_labels} labels, task {task.name} has "
-                            f"{task.num_labels}; give a model of this task")
+            raise UserError(
+                f"--model {args.model} has {model.config.num_labels} labels, task {task.name} has "
+                f"{task.num_labels}; give a model of this task"
+            )
         return task, model.to(dist.device()), data.load_splits(task, args.data_dir)
 
     task, model, splits = dist.agree(load)
@@ -128,12 +138,16 @@ def main(argv: Sequence[str]) -> None:
     dev = {name: split_of(name) for name in task.eval_splits}
     metrics, _, speed = evaluate(forward, task, dev, args.micro_batch_size)
     if dist.is_main():
-        print(json.dumps({"task": task.name, "model": args.model, "metrics": metrics, "samples_per_s": speed}, indent=2))
+        print(
+            json.dumps({"task": task.name, "model": args.model, "metrics": metrics, "samples_per_s": speed}, indent=2)
+        )
     if args.submission:
         tests = [name for name in task.submission_files if name in splits]
         if not tests:
-            raise UserError(f"task {task.name} has no test split in the data, so there is nothing to submit; "
-                            f"add {task.name}/test-*.parquet")
+            raise UserError(
+                f"task {task.name} has no test split in the data, so there is nothing to submit; "
+                f"add {task.name}/test-*.parquet"
+            )
         for name in tests:
             split = split_of(name)
             logits, _ = predict(forward, split, np.arange(len(split)), args.micro_batch_size, task.num_labels)

@@ -45,8 +45,10 @@ def find_encoder(path: str, option: str) -> Encoder:
     """
     folder = Path(path)
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        raise UserError(f"--{option} {path} has no weights; the folder must hold model.safetensors beside config.json "
-                        "(save the model again with save_pretrained)")
+        raise UserError(
+            f"--{option} {path} has no weights; the folder must hold model.safetensors beside config.json "
+            "(save the model again with save_pretrained)"
+        )
     for file in folder.glob("*.safetensors"):
         try:
             with safe_open(file, framework="pt"):
@@ -56,11 +58,15 @@ def find_encoder(path: str, option: str) -> Encoder:
     try:
         config = AutoConfig.from_pretrained(path)
     except (OSError, ValueError) as error:
-        raise UserError(f"--{option} {path} is neither a folder with config.json nor a model that the hub gives "
-                        f"({_first_line(error)})") from error
+        raise UserError(
+            f"--{option} {path} is neither a folder with config.json nor a model that the hub gives "
+            f"({_first_line(error)})"
+        ) from error
     if config.model_type != "bert":
-        raise UserError(f"--{option} {path} is a {config.model_type} model; it must be a bert, since the student "
-                        "takes its layers and vocabulary from it")
+        raise UserError(
+            f"--{option} {path} is a {config.model_type} model; it must be a bert, since the student "
+            "takes its layers and vocabulary from it"
+        )
     architectures = config.architectures or []
     return Encoder(path, option, config, "BertForSequenceClassification" in architectures)
 
@@ -70,12 +76,15 @@ def load_tokenizer(encoder: Encoder) -> PreTrainedTokenizerBase:
     try:
         return AutoTokenizer.from_pretrained(encoder.path)
     except (OSError, ValueError, TypeError, KeyError) as error:
-        raise UserError(f"--{encoder.option} {encoder.path} has no tokenizer that can be read "
-                        f"({_first_line(error)}); save it there with save_pretrained") from error
+        raise UserError(
+            f"--{encoder.option} {encoder.path} has no tokenizer that can be read "
+            f"({_first_line(error)}); save it there with save_pretrained"
+        ) from error
 
 
-def check_contract(config: RunConfig, task: Task, teacher: Encoder, student_init: Encoder,
-                   tokenizer: PreTrainedTokenizerBase) -> None:
+def check_contract(
+    config: RunConfig, task: Task, teacher: Encoder, student_init: Encoder, tokenizer: PreTrainedTokenizerBase
+) -> None:
     """What teacher and student must share, checked before any engine starts.
 
     Raises:
@@ -84,41 +93,58 @@ def check_contract(config: RunConfig, task: Task, teacher: Encoder, student_init
     for side in {teacher.path: teacher, student_init.path: student_init}.values():
         name = f"--{side.option} {side.path}"
         if len(tokenizer) > side.config.vocab_size:
-            raise UserError(f"the teacher's tokenizer has {len(tokenizer)} entries, but {name} embeds "
-                            f"{side.config.vocab_size}; teacher and student must share one vocabulary")
+            raise UserError(
+                f"the teacher's tokenizer has {len(tokenizer)} entries, but {name} embeds "
+                f"{side.config.vocab_size}; teacher and student must share one vocabulary"
+            )
         if config.max_seq_length > side.config.max_position_embeddings:
-            raise UserError(f"--max_seq_length {config.max_seq_length} is longer than the "
-                            f"{side.config.max_position_embeddings} positions of {name}; "
-                            f"set at most {side.config.max_position_embeddings}")
+            raise UserError(
+                f"--max_seq_length {config.max_seq_length} is longer than the "
+                f"{side.config.max_position_embeddings} positions of {name}; "
+                f"set at most {side.config.max_position_embeddings}"
+            )
         if len(task.text_columns) == 2 and side.config.type_vocab_size < 2:
-            raise UserError(f"task {task.name} has sentence pairs, but {name} has {side.config.type_vocab_size} token "
-                            "type; it would not see which sentence is which: take a BERT with 2")
+            raise UserError(
+                f"task {task.name} has sentence pairs, but {name} has {side.config.type_vocab_size} token "
+                "type; it would not see which sentence is which: take a BERT with 2"
+            )
     if "token_type_ids" not in tokenizer.model_input_names:
-        raise UserError(f"the tokenizer of --teacher {teacher.path} gives no token_type_ids, which BERT reads; "
-                        "use the tokenizer the teacher was trained with")
+        raise UserError(
+            f"the tokenizer of --teacher {teacher.path} gives no token_type_ids, which BERT reads; "
+            "use the tokenizer the teacher was trained with"
+        )
     if student_init.path != teacher.path and load_tokenizer(student_init).get_vocab() != tokenizer.get_vocab():
-        raise UserError(f"--teacher {teacher.path} and --{student_init.option} {student_init.path} have different "
-                        "vocabularies; take a student encoder with the teacher's tokenizer")
+        raise UserError(
+            f"--teacher {teacher.path} and --{student_init.option} {student_init.path} have different "
+            "vocabularies; take a student encoder with the teacher's tokenizer"
+        )
     if teacher.is_classifier:
         _check_labels(task, teacher)
     layers = config.init_layers or tuple(range(1, config.num_hidden_layers + 1))
     if max(layers) > student_init.config.num_hidden_layers:
-        raise UserError(f"layer {max(layers)} of --{student_init.option} {student_init.path} was asked for, which has "
-                        f"{student_init.config.num_hidden_layers}; lower --num_hidden_layers or set --init_layers")
+        raise UserError(
+            f"layer {max(layers)} of --{student_init.option} {student_init.path} was asked for, which has "
+            f"{student_init.config.num_hidden_layers}; lower --num_hidden_layers or set --init_layers"
+        )
 
 
 def _check_labels(task: Task, teacher: Encoder) -> None:
     if task.is_regression != (teacher.config.num_labels == 1):
-        raise UserError(f"--teacher {teacher.path} has {teacher.config.num_labels} label(s), task {task.name} needs "
-                        f"{task.num_labels}; take a teacher of this task, or an encoder without a head")
+        raise UserError(
+            f"--teacher {teacher.path} has {teacher.config.num_labels} label(s), task {task.name} needs "
+            f"{task.num_labels}; take a teacher of this task, or an encoder without a head"
+        )
     if task.is_regression:
         return
-    names = tuple(teacher.config.id2label[number] for number in sorted(teacher.config.id2label))
+    id2label: dict[int, str] = teacher.config.id2label  # type: ignore[assignment]
+    names = tuple(id2label[number] for number in sorted(id2label))
     unnamed = all(name == f"LABEL_{number}" for number, name in enumerate(names))
     if len(names) != task.num_labels or (not unnamed and tuple(n.lower() for n in names) != task.label_names):
-        raise UserError(f"--teacher {teacher.path} orders its labels {list(names)}, task {task.name} orders them "
-                        f"{list(task.label_names)}; take a teacher of this task with this order "
-                        "(or mend id2label in its config.json)")
+        raise UserError(
+            f"--teacher {teacher.path} orders its labels {list(names)}, task {task.name} orders them "
+            f"{list(task.label_names)}; take a teacher of this task with this order "
+            "(or mend id2label in its config.json)"
+        )
 
 
 # -- Building ----------------------------------------------------------------------------------------------------------
@@ -133,12 +159,27 @@ def build_teacher(config: RunConfig, task: Task, encoder: Encoder) -> BertForSeq
 def build_student(config: RunConfig, student_init: Encoder, head: dict[str, Any]) -> SPSBertForSequenceClassification:
     """A new student with `head` settings (`task_head` or `ptp_head`) and the encoder's weights, in fp32."""
     inherited = student_init.config.to_dict()
-    for name in ("model_type", "architectures", "num_hidden_layers", "id2label", "label2id", "dtype",
-                 "transformers_version", "_name_or_path", "problem_type"):
+    for name in (
+        "model_type",
+        "architectures",
+        "num_hidden_layers",
+        "id2label",
+        "label2id",
+        "dtype",
+        "transformers_version",
+        "_name_or_path",
+        "problem_type",
+    ):
         inherited.pop(name, None)
     settings = inherited | head | _dropout_settings(config.dropout)
-    student = SPSBertForSequenceClassification(SPSBertConfig(
-        num_hidden_layers=config.num_hidden_layers, sharing=config.sharing, shuffle_qk=config.swaps_qk, **settings))
+    student = SPSBertForSequenceClassification(
+        SPSBertConfig(
+            num_hidden_layers=config.num_hidden_layers,
+            sharing=config.sharing,
+            shuffle_qk=config.swaps_qk,
+            **settings,
+        )
+    )
     encoder = _load(BertModel, student_init.path, student_init.option)
     init_from_encoder(student, encoder, config.init_layers or tuple(range(1, config.num_hidden_layers + 1)))
     return student
@@ -159,9 +200,11 @@ def task_head(task: Task) -> dict[str, Any]:
     """Config entries of a head for the task: label names both ways and the kind of problem."""
     if task.is_regression:
         return {"num_labels": 1, "problem_type": "regression"}
-    return {"id2label": dict(enumerate(task.label_names)),
-            "label2id": {name: number for number, name in enumerate(task.label_names)},
-            "problem_type": "single_label_classification"}
+    return {
+        "id2label": dict(enumerate(task.label_names)),
+        "label2id": {name: number for number, name in enumerate(task.label_names)},
+        "problem_type": "single_label_classification",
+    }
 
 
 def ptp_head() -> dict[str, Any]:
@@ -172,28 +215,38 @@ def ptp_head() -> dict[str, Any]:
 def _dropout_settings(dropout: float | None) -> dict[str, Any]:
     if dropout is None:
         return {}
-    return {"hidden_dropout_prob": dropout, "attention_probs_dropout_prob": dropout, "classifier_dropout": dropout}
+    return {
+        "hidden_dropout_prob": dropout,
+        "attention_probs_dropout_prob": dropout,
+        "classifier_dropout": dropout,
+    }
 
 
 def _load(model_class: Any, path: str, option: str, **settings: Any) -> Any:
     try:
-        model, report = model_class.from_pretrained(path, use_safetensors=True, dtype=torch.float32,
-                                                    output_loading_info=True, **settings)
+        model, report = model_class.from_pretrained(
+            path, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **settings
+        )
     except Exception as error:  # safetensors, hub and shape errors have no common base
-        raise UserError(f"--{option} {path}: the weights cannot be read ({_first_line(error)}); get the model again") \
-            from error
-    missing = [name for name in report["missing_keys"] if not name.startswith(("classifier.", "bert.pooler.", "pooler."))]
+        raise UserError(
+            f"--{option} {path}: the weights cannot be read ({_first_line(error)}); get the model again"
+        ) from error
+    missing = [
+        name for name in report["missing_keys"] if not name.startswith(("classifier.", "bert.pooler.", "pooler."))
+    ]
     if missing:
-        raise UserError(f"--{option} {path} lacks {len(missing)} weights, {missing[0]} among them; it is not a whole "
-                        "BERT encoder")
+        raise UserError(
+            f"--{option} {path} lacks {len(missing)} weights, {missing[0]} among them; it is not a whole BERT encoder"
+        )
     return model.float()
 
 
 # -- What the engine trains in the distill stage -----------------------------------------------------------------------
 
 
-def layer_pairs(layer_map: str | Sequence[tuple[int, int]], student_depth: int,
-                teacher_depth: int) -> tuple[tuple[int, int], ...]:
+def layer_pairs(
+    layer_map: str | Sequence[tuple[int, int]], student_depth: int, teacher_depth: int
+) -> tuple[tuple[int, int], ...]:
     """(student layer, teacher layer) pairs, 1-based, over effective depths; the last layers are not matched.
 
     `skip` pairs (i, i * Lt / Ls) where that is whole and `last` pairs (i, Lt - Ls + i), both for i < Ls (Sun et al.
@@ -203,18 +256,26 @@ def layer_pairs(layer_map: str | Sequence[tuple[int, int]], student_depth: int,
         UserError: a layer that is not there, or `last` with a teacher shallower than the student.
     """
     if layer_map == "skip":
-        return tuple((i, i * teacher_depth // student_depth) for i in range(1, student_depth)
-                     if i * teacher_depth % student_depth == 0)
+        return tuple(
+            (i, i * teacher_depth // student_depth)
+            for i in range(1, student_depth)
+            if i * teacher_depth % student_depth == 0
+        )
     if layer_map == "last":
         if teacher_depth < student_depth:
-            raise UserError(f"--layer_map last needs a teacher at least as deep as the student, but the teacher has "
-                            f"{teacher_depth} layers and the student runs {student_depth}; use skip or a list")
+            raise UserError(
+                f"--layer_map last needs a teacher at least as deep as the student, but the teacher has "
+                f"{teacher_depth} layers and the student runs {student_depth}; use skip or a list"
+            )
         return tuple((i, teacher_depth - student_depth + i) for i in range(1, student_depth))
-    for i, j in layer_map:  # type: ignore[misc]
+    assert not isinstance(layer_map, str)
+    for i, j in layer_map:
         if not (1 <= int(i) <= student_depth and 1 <= int(j) <= teacher_depth):
-            raise UserError(f"--layer_map pair {i}:{j} is out of range; the student runs layers 1 to {student_depth}, "
-                            f"the teacher 1 to {teacher_depth}")
-    return tuple(layer_map)  # type: ignore[arg-type]
+            raise UserError(
+                f"--layer_map pair {i}:{j} is out of range; the student runs layers 1 to {student_depth}, "
+                f"the teacher 1 to {teacher_depth}"
+            )
+    return tuple(layer_map)
 
 
 class MatchedStudent(nn.Module):
@@ -223,8 +284,13 @@ class MatchedStudent(nn.Module):
     Where hidden sizes differ, each pair has a trained projection Hs -> Ht.
     """
 
-    def __init__(self, student: SPSBertForSequenceClassification, pairs: Sequence[tuple[int, int]], teacher_hidden: int,
-                 hidden_loss: str):
+    def __init__(
+        self,
+        student: SPSBertForSequenceClassification,
+        pairs: Sequence[tuple[int, int]],
+        teacher_hidden: int,
+        hidden_loss: str,
+    ):
         super().__init__()
         self.student, self.pairs, self.hidden_loss = student, tuple(pairs), hidden_loss
         width = student.config.hidden_size

@@ -6,8 +6,6 @@ The student is first trained to tell these classes apart, then its 4-class head 
 Suffixes: N samples of the training set, C task classes.
 """
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
@@ -19,7 +17,8 @@ PTP_LABEL_NAMES = (
 )
 NUM_PTP_LABELS = len(PTP_LABEL_NAMES)
 
-Threshold = float | Literal["median"]
+Threshold = float | str
+"""A probability, or "median"."""
 
 
 def ptp_labels(teacher_logits: Tensor, labels: Tensor, t_correct: Threshold, t_wrong: Threshold) -> Tensor:
@@ -113,7 +112,5 @@ def _resolve(name: str, threshold: Threshold, confidence: Tensor) -> float:
     if threshold == "median":
         return confidence.median().item() if len(confidence) else 0.5  # Tensor.median is the lower one
     if isinstance(threshold, str) or not 0 <= threshold <= 1:
-        raise ValueError(
-            f'{name} {threshold!r} is neither a number in [0, 1] nor "median"; RTE uses 0.8 and 0.6'
-        )
+        raise ValueError(f'{name} {threshold!r} is neither a number in [0, 1] nor "median"; RTE uses 0.8 and 0.6')
     return float(threshold)

@@ -5,13 +5,14 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
+from torch import nn
 
 from peakd_ds import dist, figures, glue_eval
 from peakd_ds.ds_engine import DTYPES
 from peakd_ds.export import export_model, export_onnx, model_card, unroll
+from peakd_ds.run import Run
 from peakd_ds.run_log import RunLog
 from peakd_ds.sps import SPSBertForSequenceClassification
-from peakd_ds.stages import Run
 
 
 def write(run: Run, log: RunLog) -> None:
@@ -35,11 +36,16 @@ def _judge_teacher(run: Run) -> tuple[dict[str, Any] | None, dict[str, torch.Ten
     if not run.has_teacher():
         return None, {}
     engine = run.teacher()
-    metrics, logits, speed = glue_eval.evaluate(lambda inputs: engine(**inputs).logits, run.task, run.dev,
-                                                run.micro_and_accum[0])
+    metrics, logits, speed = glue_eval.evaluate(
+        lambda inputs: engine(**inputs).logits, run.task, run.dev, run.micro_and_accum[0]
+    )
     num_params = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters())
-    return {"metrics": metrics, "params": num_params, "effective_layers": engine.module.config.num_hidden_layers,
-            "samples_per_s": round(speed, 1)}, logits
+    return {
+        "metrics": metrics,
+        "params": num_params,
+        "effective_layers": engine.module.config.num_hidden_layers,
+        "samples_per_s": round(speed, 1),
+    }, logits
 
 
 def _judge_student(run: Run, teacher_logits: dict[str, torch.Tensor]) -> dict[str, Any] | None:
@@ -48,17 +54,23 @@ def _judge_student(run: Run, teacher_logits: dict[str, torch.Tensor]) -> dict[st
     if not (folder / "config.json").exists():
         return None
     student = SPSBertForSequenceClassification.from_pretrained(folder)
-    student = student.to(dist.device(), DTYPES[run.config.dtype]).eval()
-    metrics, logits, speed = glue_eval.evaluate(lambda inputs: student(**inputs).logits, run.task, run.dev,
-                                                run.micro_and_accum[0])
+    nn.Module.to(student, dist.device(), DTYPES[run.config.dtype]).eval()  # transformers' own `to` has no types
+    metrics, logits, speed = glue_eval.evaluate(
+        lambda inputs: student(**inputs).logits, run.task, run.dev, run.micro_and_accum[0]
+    )
     agreement = None
     if teacher_logits:
-        agreement = glue_eval.agreement(run.task, torch.cat(list(logits.values())),
-                                        torch.cat(list(teacher_logits.values())))
-    return {"metrics": metrics, "params": sum(parameter.numel() for parameter in student.parameters()),
-            "stored_layers": student.config.num_hidden_layers,
-            "effective_layers": student.config.num_effective_layers, "samples_per_s": round(speed, 1),
-            "agreement": agreement}
+        agreement = glue_eval.agreement(
+            run.task, torch.cat(list(logits.values())), torch.cat(list(teacher_logits.values()))
+        )
+    return {
+        "metrics": metrics,
+        "params": sum(parameter.numel() for parameter in student.parameters()),
+        "stored_layers": student.config.num_hidden_layers,
+        "effective_layers": student.config.num_effective_layers,
+        "samples_per_s": round(speed, 1),
+        "agreement": agreement,
+    }
 
 
 def _write_files(run: Run, results: dict[str, Any], log: RunLog) -> None:
@@ -73,28 +85,32 @@ def _write_files(run: Run, results: dict[str, Any], log: RunLog) -> None:
     temporary.replace(run.folder / "results.json")
     final = (results["student"] or results["teacher"] or {"metrics": {}})["metrics"]
     log.hparams(results["settings"], final)
-    log.say(f"\n{table}\n\nwritten to {run.folder}/: results.json, README.md, loss_curves.png, student/"
-            + (", student_unrolled/" if run.config.export_unrolled else ""))
+    log.say(
+        f"\n{table}\n\nwritten to {run.folder}/: results.json, README.md, loss_curves.png, student/"
+        + (", student_unrolled/" if run.config.export_unrolled else "")
+    )
 
 
 def _export(run: Run, results: dict[str, Any], log: RunLog) -> None:
     student = SPSBertForSequenceClassification.from_pretrained(run.folder / "student")
-    facts = dict(
+    facts: dict[str, Any] = dict(
         task=run.task.name,
         method=run.config.method,
         metrics=results["student"]["metrics"],
         teacher_metrics=(results["teacher"] or {}).get("metrics"),
-        params=results["student"]["params"],
-        stored_layers=results["student"]["stored_layers"],
-        effective_layers=results["student"]["effective_layers"],
+        num_parameters=results["student"]["params"],
+        num_stored_layers=results["student"]["stored_layers"],
+        num_effective_layers=results["student"]["effective_layers"],
         settings=results["settings"],
+        base_model=run.student_init.path,
     )
     export_model(student, run.tokenizer, run.folder / "student", model_card(**facts, model_type="sps_bert"))
     if not run.config.export_unrolled and not run.config.export_onnx:
         return
     plain = unroll(student)
     folder = run.folder / "student_unrolled"
-    facts["params"] = sum(parameter.numel() for parameter in plain.parameters())
+    facts["num_parameters"] = sum(parameter.numel() for parameter in plain.parameters())
+    facts["num_stored_layers"] = facts["num_effective_layers"]
     export_model(plain, run.tokenizer, folder, model_card(**facts))
     if run.config.export_onnx:
         difference = export_onnx(plain, run.tokenizer, folder / "model.onnx")
@@ -112,17 +128,27 @@ def markdown_table(results: dict[str, Any]) -> str:
             continue
         stored = model.get("stored_layers", model["effective_layers"])
         agreement = model.get("agreement")
-        rows.append([name, f"{model['params'] / 1e6:.1f} M", f"{model['effective_layers']} ({stored})",
-                     *(f"{model['metrics'][metric]:.4f}" for metric in metrics),
-                     "" if agreement is None else f"{agreement:.4f}", f"{model['samples_per_s']:.0f}"])
+        rows.append(
+            [
+                name,
+                f"{model['params'] / 1e6:.1f} M",
+                f"{model['effective_layers']} ({stored})",
+                *(f"{model['metrics'][metric]:.4f}" for metric in metrics),
+                "" if agreement is None else f"{agreement:.4f}",
+                f"{model['samples_per_s']:.0f}",
+            ]
+        )
     widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |"
-                     for row in rows)
+    return "\n".join(
+        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
+    )
 
 
 def _readme(run: Run, results: dict[str, Any], table: str) -> str:
-    chosen = {"holdout": "a fixed tenth of train, which no stage trained on",
-              "dev": "the dev set itself, so the figures below are optimistic"}[results["selected_on"]]
+    chosen = {
+        "holdout": "a fixed tenth of train, which no stage trained on",
+        "dev": "the dev set itself, so the figures below are optimistic",
+    }[results["selected_on"]]
     curves = "\n![loss curves](loss_curves.png)\n" if (run.folder / "loss_curves.png").exists() else ""
     return f"""# {results["task"]}: {results["method"]}, seed {results["seed"]}
 

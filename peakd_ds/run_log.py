@@ -49,16 +49,29 @@ class RunLog:
         if fresh:
             self.writer.add_text("settings", "".join(f"    {line}\n" for line in settings_yaml.splitlines()), 0)
             self.writer.add_custom_scalars(_CUSTOM_SCALARS)
-        self.bar = tqdm(total=num_steps, initial=step, desc=stage, unit="step", disable=not sys.stderr.isatty(),
-                        dynamic_ncols=True, leave=False)
+        self.bar = tqdm(
+            total=num_steps,
+            initial=step,
+            desc=stage,
+            unit="step",
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+            leave=False,
+        )
 
     def advance(self) -> None:
         """One optimiser step is done."""
         if self.bar is not None:
             self.bar.update()
 
-    def step(self, step: int, num_steps: int, epoch: int, values: Mapping[str, float | None],
-             watched: Mapping[str, float]) -> None:
+    def step(
+        self,
+        step: int,
+        num_steps: int,
+        epoch: int,
+        values: Mapping[str, float | None],
+        watched: Mapping[str, float],
+    ) -> None:
         """A logged training step: `values` go to metrics.jsonl, these and `watched` to TensorBoard."""
         if not self.writes:
             return
@@ -67,22 +80,36 @@ class RunLog:
         if self.bar is not None:
             self.bar.set_postfix(loss=f"{values['loss']:.4f}")
             if self.bar.disable:
-                self.say(f"{self.stage} step {step}/{num_steps}  loss {values['loss']:.4f} "
-                         f"(hard {values['hard_loss']:.4f} soft {values['soft_loss']:.4f} hidden "
-                         f"{values['hidden_loss']:.6f})  lr {values['lr']:.2e}  {values['samples_per_s']:.1f} samples/s")
+                self.say(
+                    f"{self.stage} step {step}/{num_steps}  loss {values['loss']:.4f} "
+                    f"(hard {values['hard_loss']:.4f} soft {values['soft_loss']:.4f} hidden "
+                    f"{values['hidden_loss']:.6f})  lr {values['lr']:.2e}  {values['samples_per_s']:.1f} samples/s"
+                )
 
     def monitor(self, engine: Any, values: Mapping[str, float | None]) -> None:
         """The same to DeepSpeed's own monitors (csv, wandb, ...) where the DeepSpeed config turns one on."""
         if self.writes and engine.monitor.enabled:
-            engine.monitor.write_events([(f"{self.stage}/{name}", value, engine.global_samples)
-                                         for name, value in values.items() if value is not None])
+            engine.monitor.write_events(
+                [
+                    (f"{self.stage}/{name}", value, engine.global_samples)
+                    for name, value in values.items()
+                    if value is not None
+                ]
+            )
 
     def evaluation(self, step: int, epoch: int, split: str, metrics: Mapping[str, float]) -> None:
         """An evaluation on `split` (holdout or dev)."""
         if not self.writes:
             return
-        self._append({"stage": self.stage, "step": step, "epoch": epoch, "split": split,
-                      **{f"eval_{name}": value for name, value in metrics.items()}})
+        self._append(
+            {
+                "stage": self.stage,
+                "step": step,
+                "epoch": epoch,
+                "split": split,
+                **{f"eval_{name}": value for name, value in metrics.items()},
+            }
+        )
         self._scalars({f"eval/{name}": value for name, value in metrics.items()}, step)
         self.say(f"{self.stage} step {step}  {split}: " + "  ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
 
@@ -95,7 +122,9 @@ class RunLog:
         if self.writes:
             simple = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
             with SummaryWriter(str(self.folder / "tb")) as writer:
-                writer.add_hparams(simple, {f"final/{name}": value for name, value in metrics.items()}, run_name="final")
+                writer.add_hparams(
+                    simple, {f"final/{name}": value for name, value in metrics.items()}, run_name="final"
+                )
 
     def end_stage(self) -> None:
         if self.writer is not None:
@@ -177,13 +206,17 @@ class StepMeter:
         mine = self.bad_terms if self.first_bad_step == worst else torch.zeros_like(self.bad_terms)
         values = dist.all_reduce(torch.where(torch.isfinite(mine), 0.0, 1.0)).tolist()
         names = [name for name, value in zip(TERMS, values, strict=True) if value]
-        raise UserError(f"{self.stage} step {int(worst)}: {', '.join(names[1:] or names)} is NaN or infinite; the last "
-                        f"good checkpoint is kept in {checkpoints}: lower --lr, or take --dtype fp32 or bf16")
+        raise UserError(
+            f"{self.stage} step {int(worst)}: {', '.join(names[1:] or names)} is NaN or infinite; the last "
+            f"good checkpoint is kept in {checkpoints}: lower --lr, or take --dtype fp32 or bf16"
+        )
 
     def reduce(self, teacher_seconds: float) -> tuple[dict[str, float], dict[str, float]]:
         """(metrics, watched) of the step and of the time since the last log (collective)."""
-        sums = [self.terms.double(), torch.tensor([float(self.num_positions), teacher_seconds], device=dist.device(),
-                                                  dtype=torch.float64)]
+        sums = [
+            self.terms.double(),
+            torch.tensor([float(self.num_positions), teacher_seconds], device=dist.device(), dtype=torch.float64),
+        ]
         if self.pair_distances is not None:
             sums.append(self.pair_distances.double())
         total = dist.all_reduce(torch.cat(sums)).tolist()
@@ -247,9 +280,13 @@ def quiet_libraries() -> None:
 
 
 _CUSTOM_SCALARS = {
-    "losses": {"terms": ["Multiline", [f"train/{name}" for name in TERMS]],
-               "hidden distance by pair": ["Multiline", ["train/hidden_distance/.*"]]},
-    "speed": {"samples/s and tokens/s": ["Multiline", ["train/samples_per_s", "train/tokens_per_s"]],
-              "shares": ["Multiline", ["train/padding_share", "train/teacher_time_share"]]},
+    "losses": {
+        "terms": ["Multiline", [f"train/{name}" for name in TERMS]],
+        "hidden distance by pair": ["Multiline", ["train/hidden_distance/.*"]],
+    },
+    "speed": {
+        "samples/s and tokens/s": ["Multiline", ["train/samples_per_s", "train/tokens_per_s"]],
+        "shares": ["Multiline", ["train/padding_share", "train/teacher_time_share"]],
+    },
     "evaluation": {"metrics": ["Multiline", ["eval/.*"]]},
 }

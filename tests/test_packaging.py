@@ -49,9 +49,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_wheel_holds_every_source_file_and_nothing_else(wheel: Path) -> None:
-    expected = {
-        f"{target}/{name}" for folder, target in PACKAGE_FOLDERS.items() for name in source_files(folder)
-    }
+    expected = {f"{target}/{name}" for folder, target in PACKAGE_FOLDERS.items() for name in source_files(folder)}
     with zipfile.ZipFile(wheel) as opened:
         found = {name for name in opened.namelist() if ".dist-info/" not in name}
     assert found == expected
@@ -136,9 +134,7 @@ def run_python(arguments: list[str], cwd: Path, **environment: str) -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_hugging_face_kernels_beside_ours_outside_the_repository(
-    stand_in_kernels: Path, tmp_path: Path
-) -> None:
+def test_hugging_face_kernels_beside_ours_outside_the_repository(stand_in_kernels: Path, tmp_path: Path) -> None:
     run_python(["-c", IMPORT_ALL], cwd=tmp_path, PYTHONPATH=str(stand_in_kernels))
 
 
@@ -165,9 +161,7 @@ def test_constraints_pin_every_dependency_within_its_range() -> None:
         assert str(pin.specifier).startswith("==") and "+" not in str(pin.specifier), pin
         pins[canonicalize_name(pin.name)] = str(pin.specifier).removeprefix("==")
     project = PYPROJECT["project"]
-    for requirement in map(
-        Requirement, chain(project["dependencies"], *project["optional-dependencies"].values())
-    ):
+    for requirement in map(Requirement, chain(project["dependencies"], *project["optional-dependencies"].values())):
         assert requirement.specifier.contains(pins[canonicalize_name(requirement.name)]), requirement
 
 
@@ -202,6 +196,4 @@ def test_no_file_names_a_home_folder() -> None:
     assert paths
     # A binary file, such as a picture, may hold these bytes by chance.
     contents = {path: path.read_bytes() for path in paths}
-    assert not [
-        path for path, content in contents.items() if b"\0" not in content and home_folder.search(content)
-    ]
+    assert not [path for path, content in contents.items() if b"\0" not in content and home_folder.search(content)]

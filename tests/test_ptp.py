@@ -161,9 +161,7 @@ def test_no_gradient_reaches_the_teacher():
 
 def test_summarize():
     assert NUM_PTP_LABELS == 4
-    assert summarize(torch.tensor([0, 3, 3, 1, 0, 0])) == dict(
-        zip(PTP_LABEL_NAMES, (3, 1, 0, 2), strict=True)
-    )
+    assert summarize(torch.tensor([0, 3, 3, 1, 0, 0])) == dict(zip(PTP_LABEL_NAMES, (3, 1, 0, 2), strict=True))
     assert summarize(torch.zeros(0, dtype=torch.int64)) == dict.fromkeys(PTP_LABEL_NAMES, 0)
     for wrong in (-1, 4):
         with pytest.raises(ValueError, match=f"run from {min(wrong, 0)} to {max(wrong, 0)}, not from 0 to 3"):

@@ -77,9 +77,7 @@ def randomise(model, seed=0):
 
 
 def make_student(num_layers=3, sharing="sps", shuffle_qk=None, attention="eager", **settings):
-    config = SPSBertConfig(
-        num_hidden_layers=num_layers, sharing=sharing, shuffle_qk=shuffle_qk, **(SIZES | settings)
-    )
+    config = SPSBertConfig(num_hidden_layers=num_layers, sharing=sharing, shuffle_qk=shuffle_qk, **(SIZES | settings))
     config._attn_implementation = attention
     return randomise(SPSBertForSequenceClassification(config)).eval()
 
@@ -115,9 +113,7 @@ def reference_layer(state, name, x, mask, transposed):
     def split(y):
         return y.reshape(rows, tokens, heads, hidden // heads).permute(0, 2, 1, 3)
 
-    query, key, value = (
-        split(affine(state, f"{name}.attention.self.{part}", x)) for part in ("query", "key", "value")
-    )
+    query, key, value = (split(affine(state, f"{name}.attention.self.{part}", x)) for part in ("query", "key", "value"))
     scores = query @ key.permute(0, 1, 3, 2) / math.sqrt(hidden // heads)
     if transposed:  # exchanging query and key is the same as transposing Q K^T, before the mask
         scores = scores.permute(0, 1, 3, 2)
@@ -136,22 +132,13 @@ def reference_layer(state, name, x, mask, transposed):
 
 def reference_forward(state, inputs, order):
     """Hidden states (embeddings first) and logits."""
-    table = {
-        name: state[f"bert.embeddings.{name}_embeddings.weight"]
-        for name in ("word", "position", "token_type")
-    }
+    table = {name: state[f"bert.embeddings.{name}_embeddings.weight"] for name in ("word", "position", "token_type")}
     tokens = inputs["input_ids"].shape[1]
-    x = (
-        table["word"][inputs["input_ids"]]
-        + table["token_type"][inputs["token_type_ids"]]
-        + table["position"][:tokens]
-    )
+    x = table["word"][inputs["input_ids"]] + table["token_type"][inputs["token_type_ids"]] + table["position"][:tokens]
     hidden_states = [layer_norm(state, "bert.embeddings.LayerNorm", x)]
     for index, swapped in order:
         name = f"bert.encoder.layer.{index}"
-        hidden_states.append(
-            reference_layer(state, name, hidden_states[-1], inputs["attention_mask"], swapped)
-        )
+        hidden_states.append(reference_layer(state, name, hidden_states[-1], inputs["attention_mask"], swapped))
     pooled = torch.tanh(affine(state, "bert.pooler.dense", hidden_states[-1][:, 0]))
     return hidden_states, affine(state, "classifier", pooled)
 
@@ -218,9 +205,7 @@ def test_config_round_trip(sharing, shuffle_qk, tmp_path):
 @pytest.mark.parametrize("num_layers", [1, 3, 6])
 def test_parameters_are_those_of_a_plain_bert(num_layers, sharing):
     plain = BertForSequenceClassification(BertConfig(num_hidden_layers=num_layers, **SIZES))
-    student = SPSBertForSequenceClassification(
-        SPSBertConfig(num_hidden_layers=num_layers, sharing=sharing, **SIZES)
-    )
+    student = SPSBertForSequenceClassification(SPSBertConfig(num_hidden_layers=num_layers, sharing=sharing, **SIZES))
     shapes = {name: tensor.shape for name, tensor in student.state_dict().items()}
     assert shapes == {name: tensor.shape for name, tensor in plain.state_dict().items()}
     assert [name for name, _ in student.named_parameters()] == [name for name, _ in plain.named_parameters()]
@@ -228,9 +213,7 @@ def test_parameters_are_those_of_a_plain_bert(num_layers, sharing):
 
 
 def test_initial_values_have_the_scale_of_bert():
-    student = SPSBertForSequenceClassification(
-        SPSBertConfig(num_hidden_layers=2, **(SIZES | {"hidden_size": 64}))
-    )
+    student = SPSBertForSequenceClassification(SPSBertConfig(num_hidden_layers=2, **(SIZES | {"hidden_size": 64})))
     for name, parameter in student.named_parameters():
         if name.endswith("bias"):
             assert torch.all(parameter == 0), name
@@ -302,9 +285,7 @@ def test_attentions_of_every_run_are_returned():
     assert [weights.shape for weights in output.attentions] == [(3, 2, 7, 7)] * 4
     # Without the mask the weights of the exchanged run are softmax((Q K^T)^T) of its input.
     layer = student.bert.encoder.layer[1].attention.self
-    query, key = (
-        linear(hidden_states[3]).view(3, 7, 2, 8).transpose(1, 2) for linear in (layer.query, layer.key)
-    )
+    query, key = (linear(hidden_states[3]).view(3, 7, 2, 8).transpose(1, 2) for linear in (layer.query, layer.key))
     expected = ((query @ key.mT).mT / math.sqrt(8))[0].softmax(-1)
     torch.testing.assert_close(output.attentions[3][0], expected, rtol=0, atol=1e-12)
 
@@ -344,9 +325,7 @@ def test_losses(return_dict):
         torch.testing.assert_close(output[0], loss(output[1], labels))
 
 
-@pytest.mark.parametrize(
-    "dropout", ["hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"]
-)
+@pytest.mark.parametrize("dropout", ["hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 def test_each_dropout_acts_in_training_only(dropout, attention):
     inputs = make_inputs()
@@ -422,9 +401,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant, monkeypa
     monkeypatch.setattr(SPSBertSelfAttention, "forward", counted)
 
     def gradients(checkpointing):
-        student = make_student(
-            num_layers=2, attention="sdpa"
-        ).train()  # dropout on: its noise is to be replayed
+        student = make_student(num_layers=2, attention="sdpa").train()  # dropout on: its noise is to be replayed
         if checkpointing:
             student.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
         runs.clear()
@@ -443,7 +420,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(use_reentrant, monkeypa
 
 
 def test_compile_captures_one_graph():
-    student, inputs = make_student(2, attention="sdpa"), make_inputs()
+    student, inputs = make_student(1, attention="sdpa"), make_inputs()
     compiled = torch.compile(student, backend="aot_eager", fullgraph=True)
     compiled(**inputs).logits.sum().backward()
     gradients = {name: parameter.grad.clone() for name, parameter in student.named_parameters()}
@@ -459,19 +436,21 @@ def test_compile_captures_one_graph():
 
 
 def test_save_and_load(tmp_path):
-    student, inputs = make_student(2, num_labels=3, id2label={0: "a", 1: "b", 2: "c"}), make_inputs()
+    student = make_student(2, attention="sdpa", id2label={0: "a", 1: "b", 2: "c"})
+    inputs = make_inputs()
     student.save_pretrained(tmp_path)
     assert (tmp_path / "model.safetensors").is_file()
     again, info = SPSBertForSequenceClassification.from_pretrained(
         tmp_path, dtype=torch.float64, output_loading_info=True
     )
     assert not any(info[kind] for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert again.config.id2label == student.config.id2label
     assert type(again.bert.encoder.layer[0].attention.self) is SPSBertSelfAttention
     assert torch.equal(again(**inputs).logits, student(**inputs).logits)
 
 
 def test_importing_sps_is_enough_to_load(tmp_path):
-    student, inputs = make_student(2), make_inputs()
+    student, inputs = make_student(2, attention="sdpa"), make_inputs()
     student.save_pretrained(tmp_path / "student")
     torch.save(inputs, tmp_path / "inputs.pt")
     script = f"""

