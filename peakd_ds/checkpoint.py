@@ -68,7 +68,9 @@ def save(folder: Path, engine: Any, state: TrainState) -> None:
     def write() -> None:
         _write_folder(folder / name, tensors, position)
         _write_atomically(folder / "latest", name)
-        for old in _candidates(folder)[NUM_KEPT:]:
+        # Those beyond this step were skipped as damaged when the run started; they must not push out good ones.
+        upto_now = [candidate for candidate in _candidates(folder) if candidate.name <= name]
+        for old in set(_candidates(folder)) - set(upto_now[:NUM_KEPT]):
             shutil.rmtree(old, ignore_errors=True)
 
     _on_main_or_stop(write, folder / name)

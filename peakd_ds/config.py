@@ -69,7 +69,7 @@ def _setting(
 def _finite(text: str) -> float:
     value = float(text)
     if not math.isfinite(value):
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+        raise ValueError(text)
     return value
 
 
@@ -275,7 +275,7 @@ class RunConfig:
     # The engines
     dtype: str = _setting(
         "auto",
-        "compute precision; auto: the DeepSpeed config's, else bf16 on a GPU that has it, else fp32",
+        "compute precision; auto: the DeepSpeed config's, else bf16 where the GPU, or CPU (AVX512_BF16, AMX), has it, else fp32",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
     student_ds_config: str = _setting(
@@ -379,7 +379,7 @@ def parse(argv: Sequence[str]) -> RunConfig:
     words = [*_words_from_yaml(config_file), *argv] if config_file else argv
     values, unknown = parser.parse_known_args(words)
     if unknown:
-        names = [f"--{spec.name}" for spec in fields(RunConfig)]
+        names = [word for action in parser._actions for word in action.option_strings]
         parser.error(f"unknown option {unknown[0]}{_suggest(unknown[0].split('=')[0], names)}")
     settings = {name: value for name, value in vars(values).items() if name not in ("config", "local_rank")}
     config = RunConfig(**settings)
@@ -440,7 +440,12 @@ def to_yaml(config: RunConfig) -> str:
 
 def differences(config: RunConfig, saved_yaml: str) -> list[str]:
     """Lines `name: saved -> now` for each setting that changes the result and differs from a saved config.yaml."""
-    saved = yaml.safe_load(saved_yaml) or {}
+    try:
+        saved = yaml.safe_load(saved_yaml)
+    except yaml.YAMLError:
+        saved = None
+    if not isinstance(saved, dict):
+        raise UserError("the config.yaml in --run_dir is damaged: it holds no settings; take another --run_dir")
     now = yaml.safe_load(to_yaml(config))
     names = [spec.name for spec in fields(RunConfig) if spec.name not in RESULT_NEUTRAL]
     return [f"{name}: {saved.get(name)} -> {now.get(name)}" for name in names if saved.get(name) != now.get(name)]
@@ -460,6 +465,8 @@ def _words_from_yaml(file: str) -> list[str]:
     for name, value in settings.items():
         if name not in names:
             raise UserError(f"--config {file}: unknown setting {name!r}{_suggest(str(name), names)}")
+        if value is None:
+            continue  # unset, as in a file where the value was deleted and the name left
         if isinstance(value, bool) or _field(name).type in (bool, bool | None):
             if not isinstance(value, bool) or _field(name).type not in (bool, bool | None):
                 raise UserError(
@@ -467,7 +474,7 @@ def _words_from_yaml(file: str) -> list[str]:
                     f"{'true or false' if not isinstance(value, bool) else 'a value'} is wanted"
                 )
             words.append(f"--{name}" if value else f"--no_{name}")
-        elif value is not None:
+        else:
             words.append(f"--{name}={_to_word(value)}")
     return words
 
@@ -488,10 +495,21 @@ def _field(name: str) -> Any:
 
 
 def _value_type(spec: Any) -> Callable[[str], Any]:
-    if spec.metadata["parse"] is not None:
-        return spec.metadata["parse"]
-    kind = next(kind for kind in (int, float, str) if spec.type in (kind, kind | None))
-    return _finite if kind is float else kind
+    """What argparse calls on the word; it would name a failing function in its message, so failures are told here."""
+    kind = next((kind for kind in (int, float, str) if spec.type in (kind, kind | None)), str)
+    wanted = {int: "a whole number", float: "a finite number"}.get(kind, "a value that fits")
+    read = spec.metadata["parse"] or (_finite if kind is float else kind)
+
+    def convert(text: str) -> Any:
+        try:
+            return read(text)
+        except ValueError as error:
+            rule = f"; its range is {spec.metadata['range']}" if spec.metadata["range"] else ""
+            raise argparse.ArgumentTypeError(
+                f"{text!r} is not {wanted}{rule}; the default is {_shown_default(spec)}"
+            ) from error
+
+    return convert
 
 
 def _shown_default(spec: Any) -> str:
@@ -504,11 +522,11 @@ def _shown_default(spec: Any) -> str:
 
 
 def _suggest(word: str, names: Sequence[str]) -> str:
-    close = difflib.get_close_matches(word, names, n=1)
+    close = difflib.get_close_matches(word, names, n=1, cutoff=0.7)
     return f"; did you mean {close[0]}?" if close else "; --help lists all"
 
 
-def exit_with(error: UserError) -> NoReturn:
+def exit_with(error: UserError, program: str = "train.py") -> NoReturn:
     """Print a user's error in one line from rank 0 and leave with code 2.
 
     Other ranks leave a little later: launchers kill the rest of a job when its first process fails, and the line
@@ -517,7 +535,7 @@ def exit_with(error: UserError) -> NoReturn:
     import time
 
     if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
-        print(f"train.py: error: {error}", file=sys.stderr, flush=True)
+        print(f"{program}: error: {' '.join(str(error).splitlines())}", file=sys.stderr, flush=True)
     else:
         time.sleep(3)
     raise SystemExit(2)

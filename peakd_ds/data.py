@@ -214,7 +214,9 @@ def global_batches(
     for batch in slots[first:]:
         present = rows[batch[batch >= 0]]
         mine = batch.reshape(dist.world_size(), -1)[dist.rank()]
-        parts = np.array_split(rows[mine[mine >= 0]], num_accum_steps)
+        mine = rows[mine[mine >= 0]]
+        mine = mine[np.argsort(split.lengths[mine], kind="stable")]  # like lengths share a micro-batch: less padding
+        parts = np.array_split(mine, num_accum_steps)
         yield GlobalBatch(
             micro_batches=(split.micro_batch(part) for part in parts),
             num_items=len(present),
@@ -274,15 +276,24 @@ def _check_columns(task: Task, split: str, rows: datasets.Dataset) -> None:
             f"{task.name}/{split} has no column {missing[0]!r} but {rows.column_names}; "
             f"the task needs {[*task.text_columns, 'label']}"
         )
+    for name in task.text_columns:
+        column = rows.data.column(name)
+        is_text = pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)
+        if not is_text or column.null_count:
+            raise UserError(
+                f"{task.name}/{split} column {name!r} holds {column.type}, {column.null_count} of them null; it must "
+                "be a string in every row; mend the data"
+            )
     if split in task.submission_files:
         return  # GLUE hides test labels behind -1
-    labels = _column(rows, "label").astype(np.float64)
+    rule = f"a whole number from 0 to {task.num_labels - 1} ({', '.join(task.label_names)})"
     if task.is_regression:
-        bad = ~np.isfinite(labels)
         rule = "a finite number"
-    else:
-        bad = ~np.isin(labels, np.arange(task.num_labels))
-        rule = f"a whole number from 0 to {task.num_labels - 1} ({', '.join(task.label_names)})"
+    try:
+        labels = _column(rows, "label").astype(np.float64)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{task.name}/{split} has labels of another kind ({error}); each must be {rule}") from error
+    bad = ~np.isfinite(labels) if task.is_regression else ~np.isin(labels, np.arange(task.num_labels))
     if bad.any():
         where = int(np.argmax(bad))
         raise UserError(

@@ -4,12 +4,16 @@ Files in ds_configs/ say how an engine is spread (ZeRO stage, precision, offload
 (batch sizes, clipping) is filled in here, so that no number is stated twice.
 """
 
+import contextlib
 import importlib.resources
+import io
 import json
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
+from deepspeed.utils import groups
 from torch import nn
 from transformers import get_linear_schedule_with_warmup
 
@@ -57,9 +61,13 @@ def load_ds_config(name: str, option: str) -> dict[str, Any]:
         text = (builtin / f"{name}.json").read_text() if name in known else Path(name).read_text()
         config = json.loads(text)
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--{option} {name} is neither a file nor one of {', '.join(known)}") from error
+        raise UserError(
+            f"--{option} {name} is neither a file nor one of {', '.join(known)}; give one of these"
+        ) from error
     except json.JSONDecodeError as error:
-        raise UserError(f"--{option} {name} is not JSON ({error})") from error
+        raise UserError(f"--{option} {name} is not JSON ({error}); mend the file or take one of ds_configs/") from error
+    if not isinstance(config, dict):
+        raise UserError(f"--{option} {name} is JSON, but not an object; write it like those in ds_configs/")
     stated = FILLED_IN & config.keys()
     if stated:
         raise UserError(
@@ -92,7 +100,7 @@ def resolve(config: RunConfig) -> tuple[str, dict[str, Any], dict[str, Any]]:
         dtype = stated
     else:
         if dtype == "auto":
-            dtype = "bf16" if on_gpu and torch.cuda.is_bf16_supported() else "fp32"
+            dtype = "bf16" if has_fast_bf16() else "fp32"
         student = load_ds_config(f"zero1_{dtype}", "student_ds_config")
     if dtype == "fp16" and not on_gpu:
         raise UserError(
@@ -110,14 +118,19 @@ def resolve(config: RunConfig) -> tuple[str, dict[str, Any], dict[str, Any]]:
     return dtype, student, teacher
 
 
+def has_fast_bf16() -> bool:
+    """Whether the GPU, or else the CPU (AVX512_BF16 or AMX), multiplies bf16 matrices natively."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def training_engine(module: nn.Module, config: RunConfig, ds_config: dict[str, Any], num_steps: int) -> Any:
     """An engine that trains `module` with AdamW and linear warm-up and decay over `num_steps` optimiser steps.
 
     torch's fused AdamW needs no compiler on any device. `engine.backward(loss)` expects this rank's share of the
     global-batch mean, times `loss_scale(engine)`.
     """
-    import deepspeed
-
     micro, accum = batch_plan(config.global_batch_size, config.micro_batch_size, dist.world_size())
     ds_config = {
         **ds_config,
@@ -129,10 +142,7 @@ def training_engine(module: nn.Module, config: RunConfig, ds_config: dict[str, A
     }
     optimizer = torch.optim.AdamW(_parameter_groups(module, config.weight_decay), lr=config.lr, fused=True)
     scheduler = get_linear_schedule_with_warmup(optimizer, round(config.warmup_ratio * num_steps), num_steps)
-    _forget_global_mesh()
-    engine, _, _, _ = deepspeed.initialize(
-        model=module, optimizer=optimizer, lr_scheduler=scheduler, config=ds_config, dist_init_required=False
-    )
+    engine = _initialize(model=module, optimizer=optimizer, lr_scheduler=scheduler, config=ds_config)
     engine_state.create_adam_state(engine, 0)
     assert engine.dp_world_size == dist.world_size(), "the engine does not average gradients over all ranks"
     return engine
@@ -140,14 +150,10 @@ def training_engine(module: nn.Module, config: RunConfig, ds_config: dict[str, A
 
 def teacher_engine(model: nn.Module, ds_config: dict[str, Any]) -> Any:
     """An engine without optimiser around the frozen teacher, at ZeRO stage 0 or 3, in eval mode."""
-    import deepspeed
-
     model.requires_grad_(False)
-    _forget_global_mesh()
-    engine, _, _, _ = deepspeed.initialize(
+    engine = _initialize(
         model=model,
         config={**ds_config, "train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0},
-        dist_init_required=False,
     )
     engine.eval()
     return engine
@@ -167,10 +173,13 @@ def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, 
     ]
 
 
-def _forget_global_mesh() -> None:
-    """DeepSpeed keeps an earlier engine's process groups in module globals, and a later engine silently inherits
-    them: it would then average over too few ranks."""
-    from deepspeed.utils import groups
+def _initialize(**arguments: Any) -> deepspeed.DeepSpeedEngine:
+    """deepspeed.initialize, free of what it leaves behind and of what it prints.
 
+    It keeps an earlier engine's process groups in module globals, and a later engine silently inherits them: it would
+    then average over too few ranks. The bf16 optimiser prints its memory use at every construction.
+    """
     groups.mpu = None
     groups.mesh_device = None
+    with contextlib.redirect_stdout(io.StringIO()):
+        return deepspeed.initialize(**arguments, dist_init_required=False)[0]

@@ -9,6 +9,7 @@ import importlib
 import os
 import secrets
 import shutil
+import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 
@@ -228,16 +229,19 @@ def export_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file
     file.parent.mkdir(parents=True, exist_ok=True)
     new = _hidden_sibling(file, "new")
     try:
-        torch.onnx.export(
-            reference,
-            kwargs=traced,
-            f=new,
-            dynamo=True,
-            external_data=False,
-            verbose=False,
-            output_names=["logits"],
-            dynamic_shapes={name: {0: "batch", 1: "sequence"} for name in traced},
-        )
+        with warnings.catch_warnings():
+            # Every input has the same two axes, and the exporter warns once for each name it sees again.
+            warnings.filterwarnings("ignore", message=".*axis name.*will not be used", category=UserWarning)
+            torch.onnx.export(
+                reference,
+                kwargs=traced,
+                f=new,
+                dynamo=True,
+                external_data=False,
+                verbose=False,
+                output_names=["logits"],
+                dynamic_shapes={name: {0: "batch", 1: "sequence"} for name in traced},
+            )
         other_shapes = ((3, 13), (1, 5))
         differences = [
             _onnx_difference(reference, new, _random_inputs(tokenizer, reference.config, *shape))

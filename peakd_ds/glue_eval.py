@@ -161,7 +161,7 @@ def cli() -> None:
     try:
         main(sys.argv[1:])
     except UserError as error:
-        exit_with(error)
+        exit_with(error, "peakd-eval")
 
 
 if __name__ == "__main__":

@@ -41,9 +41,9 @@ def find_encoder(path: str, option: str) -> Encoder:
     """Look at a folder or hub id.
 
     Raises:
-        UserError: nothing there, no weights in safetensors, or not a BERT.
+        UserError: nothing there, no weights in safetensors, not a BERT, or a classifier without its head.
     """
-    folder = Path(path)
+    folder, names = Path(path), set()
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
         raise UserError(
             f"--{option} {path} has no weights; the folder must hold model.safetensors beside config.json "
@@ -51,8 +51,8 @@ def find_encoder(path: str, option: str) -> Encoder:
         )
     for file in folder.glob("*.safetensors"):
         try:
-            with safe_open(file, framework="pt"):
-                pass
+            with safe_open(file, framework="pt") as opened:
+                names |= set(opened.keys())
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file} is not a whole safetensors file ({_first_line(error)}); get it again") from error
     try:
@@ -60,21 +60,29 @@ def find_encoder(path: str, option: str) -> Encoder:
     except (OSError, ValueError) as error:
         raise UserError(
             f"--{option} {path} is neither a folder with config.json nor a model that the hub gives "
-            f"({_first_line(error)})"
+            f"({_first_line(error)}); give a folder that save_pretrained wrote, or go online for a hub id"
         ) from error
     if config.model_type != "bert":
         raise UserError(
             f"--{option} {path} is a {config.model_type} model; it must be a bert, since the student "
-            "takes its layers and vocabulary from it"
+            "takes its layers and vocabulary from it: take a BERT"
         )
-    architectures = config.architectures or []
-    return Encoder(path, option, config, "BertForSequenceClassification" in architectures)
+    is_classifier = "BertForSequenceClassification" in (config.architectures or [])
+    if is_classifier and names and "classifier.weight" not in names:  # transformers would make up a random head
+        raise UserError(
+            f"--{option} {path} is a classifier by its config.json, but its weights hold no classifier.weight; get the "
+            "whole model, or set architectures in config.json to BertModel to have it fine-tuned"
+        )
+    return Encoder(path, option, config, is_classifier)
 
 
 def load_tokenizer(encoder: Encoder) -> PreTrainedTokenizerBase:
     """The encoder's own tokenizer. Raises UserError if there is none."""
     try:
-        return AutoTokenizer.from_pretrained(encoder.path)
+        tokenizer = AutoTokenizer.from_pretrained(encoder.path)
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a folder without one
+            raise ValueError("no vocabulary in tokenizer.json or vocab.txt")
+        return tokenizer
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(
             f"--{encoder.option} {encoder.path} has no tokenizer that can be read "
@@ -95,7 +103,8 @@ def check_contract(
         if len(tokenizer) > side.config.vocab_size:
             raise UserError(
                 f"the teacher's tokenizer has {len(tokenizer)} entries, but {name} embeds "
-                f"{side.config.vocab_size}; teacher and student must share one vocabulary"
+                f"{side.config.vocab_size}; teacher and student must share one vocabulary: take the tokenizer that the "
+                "model was trained with"
             )
         if config.max_seq_length > side.config.max_position_embeddings:
             raise UserError(

@@ -103,6 +103,12 @@ def open_run(config: RunConfig) -> Run:
         depth = len(execution_order(config.num_hidden_layers, config.sharing, config.swaps_qk))
         pairs = modeling.layer_pairs(config.layer_map, depth, teacher.config.num_hidden_layers)
         _check_stages(resolved, task, teacher)
+        splits = data.load_splits(task, config.data_dir)
+        if config.select_on == "holdout" and len(splits["train"]) < data.HOLDOUT_SHARE:
+            raise UserError(
+                f"task {task.name} has {len(splits['train'])} training rows, too few to hold out a tenth; "
+                "set --select_on dev"
+            )
         return (
             task,
             resolved,
@@ -112,7 +118,7 @@ def open_run(config: RunConfig) -> Run:
             student_init,
             tokenizer,
             pairs,
-            data.load_splits(task, config.data_dir),
+            splits,
         )
 
     task, config, student_ds_config, teacher_ds_config, teacher, student_init, tokenizer, pairs, splits = dist.agree(
@@ -131,10 +137,6 @@ def open_run(config: RunConfig) -> Run:
     if config.select_on == "holdout":
         train_rows, holdout_rows = data.split_holdout(len(train))
         selection = ("holdout", train, holdout_rows)
-        if not len(holdout_rows):
-            raise UserError(
-                f"task {task.name} has {len(train)} training rows, too few to hold out a tenth; set --select_on dev"
-            )
     else:
         selection = ("dev", dev[task.eval_splits[0]], np.arange(len(dev[task.eval_splits[0]])))
     return Run(

@@ -226,6 +226,9 @@ class SPSBertForSequenceClassification(BertForSequenceClassification):
 
     Parameter names are those of ``BertForSequenceClassification`` with n layers, and so is ``forward``; with
     ``output_hidden_states`` it returns ``num_effective_layers + 1`` states, the embeddings first.
+
+    Under DeepSpeed ZeRO, gradient checkpointing must be non-reentrant (transformers' default): the reentrant kind
+    runs a backward per layer, so ZeRO meets the gradient of a shared parameter twice and stops.
     """
 
     config: SPSBertConfig

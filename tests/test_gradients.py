@@ -1,0 +1,123 @@
+"""Gradients of the distributed engines against plain PyTorch on the whole global batch, with formulas written out here.
+
+Adam hides a wrong scale of the loss, so the gradients themselves are compared, before the optimiser's step.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from deepspeed.utils import safe_get_full_grad
+
+from peakd_ds import data, dist, ds_engine, stages, train
+from peakd_ds.config import parse
+from peakd_ds.run import open_run
+from peakd_ds.run_log import RunLog
+
+TOLERANCE = 1e-5  # of the gradient's norm, parameter by parameter and as a whole
+
+
+def distributed_gradients(argv: list[str]) -> tuple[dict[str, np.ndarray], np.ndarray, float]:
+    """Runs on every rank: gradients of the distill stage's first small batch, its rows, and the loss on all ranks."""
+    config = parse(argv)
+    run = open_run(config)
+    stage = stages.build_stage("distill", run, RunLog(run.folder))
+    engine = ds_engine.training_engine(train.build(stage, config), config, run.student_ds_config, num_steps=10)
+    slots = data.epoch_slots(len(run.train_rows), config.global_batch_size, config.seed, epoch=0)
+    number = next(i for i, batch in enumerate(slots) if (batch < 0).any())  # a last, smaller batch: uneven ranks
+    batch = next(data.global_batches(run.train, run.train_rows, slots, run.micro_and_accum[1], first=number))
+    total = torch.zeros(())
+    micro_batches = list(batch.micro_batches)
+    for i, micro in enumerate(micro_batches):
+        loss, _ = stage.loss(engine, micro, batch, False)
+        engine.backward(loss.total * ds_engine.loss_scale(engine))
+        total += loss.total.detach().float()
+        if i < len(micro_batches) - 1:
+            engine.step()
+    gradients = {name: safe_get_full_grad(p).float().numpy().copy() for name, p in engine.module.named_parameters()}
+    present = run.train_rows[slots[number][slots[number] >= 0]]
+    loss_of_all = dist.all_reduce(total).item()
+    engine.destroy()
+    return gradients, present, loss_of_all
+
+
+def plain_gradients(argv: list[str], rows: np.ndarray) -> tuple[dict[str, torch.Tensor], float]:
+    """The same on the whole batch at once: no engine, no peakd_ds loss."""
+    config = parse(argv)
+    run = open_run(config)
+    stage = stages.build_stage("distill", run, RunLog(run.folder))
+    module = train.build(stage, config).eval()
+    batch = run.train.micro_batch(rows)
+    teacher = run.teacher().module
+    with torch.no_grad():
+        answer = teacher(**batch.inputs, output_hidden_states=True)
+    logits, hidden = module(**batch.inputs)
+    if run.task.is_regression:
+        hard = F.mse_loss(logits[:, 0], batch.labels)
+        soft = F.mse_loss(logits, answer.logits)
+    else:
+        hard = F.cross_entropy(logits, batch.labels)
+        t = config.temperature
+        soft = t**2 * F.kl_div(
+            F.log_softmax(logits / t, -1), F.log_softmax(answer.logits / t, -1), reduction="batchmean", log_target=True
+        )
+    wanted = [answer.hidden_states[j] for _, j in run.pairs]
+    if config.hidden_loss == "cls":
+        distances = [F.mse_loss(F.normalize(s, dim=-1), F.normalize(h[:, 0], dim=-1)) for s, h in zip(hidden, wanted)]
+    else:
+        mask = batch.inputs["attention_mask"].bool()
+        distances = [F.mse_loss(s[mask], h[mask]) for s, h in zip(hidden, wanted)]
+    total = (1 - config.alpha) * hard + config.alpha * soft + config.beta * torch.stack(distances).mean()
+    total.backward()
+    return {name: p.grad for name, p in module.named_parameters()}, total.item()
+
+
+def check(two_ranks, argv: list[str], tolerance: float = TOLERANCE) -> None:
+    answers = two_ranks.run(distributed_gradients, argv)
+    (gradients, rows, loss), (_, other_rows, _) = answers
+    assert np.array_equal(rows, other_rows)
+    expected, expected_loss = plain_gradients(argv, rows)
+    assert loss == pytest.approx(expected_loss, rel=tolerance)
+    assert gradients.keys() == expected.keys()
+    whole = torch.cat([grad.flatten() for grad in expected.values()]).norm()
+    for name, grad in expected.items():
+        error = torch.from_numpy(gradients[name]) - grad
+        assert error.norm() <= tolerance * max(grad.norm(), 1e-3 * whole), name
+
+
+@pytest.fixture
+def argv(tiny_data: Path, tiny_teacher, tmp_path: Path, single_rank) -> list[str]:
+    words = "--num_hidden_layers 2 --dropout 0 --dtype fp32 --no_ptp --stages distill --max_grad_norm 0 --beta 30"
+    batch = "--global_batch_size 16 --micro_batch_size 4"  # two ranks accumulate twice
+    paths = ["--teacher", str(tiny_teacher("rte")), "--data_dir", str(tiny_data), "--run_dir", str(tmp_path / "run")]
+    return ["--task", "rte", *paths, *words.split(), *batch.split(), "--layer_map", "1:1,2:2,3:4"]
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("hidden_loss", ["cls", "tokens"])
+def test_every_zero_stage_gives_plain_gradients(two_ranks, argv: list[str], stage: int, hidden_loss: str) -> None:
+    check(two_ranks, [*argv, "--student_ds_config", f"zero{stage}_fp32", "--hidden_loss", hidden_loss])
+
+
+def test_a_sharded_teacher_gives_plain_gradients(two_ranks, argv: list[str]) -> None:
+    check(two_ranks, [*argv, "--teacher_ds_config", "teacher_zero3", "--student_ds_config", "zero2_fp32"])
+
+
+def test_regression_gives_plain_gradients(two_ranks, argv: list[str], tiny_teacher) -> None:
+    check(two_ranks, [*argv, "--task", "stsb", "--teacher", str(tiny_teacher("stsb"))])
+
+
+def test_projections_get_plain_gradients(two_ranks, argv: list[str], narrow_encoder: Path) -> None:
+    check(two_ranks, [*argv, "--student_init", str(narrow_encoder), "--student_ds_config", "zero1_fp32"])
+
+
+def test_the_check_sees_a_wrong_scale(two_ranks, argv: list[str], tmp_path: Path) -> None:
+    """What these tests are for: a factor that Adam would hide."""
+    doubled = [*argv, "--beta", "60", "--run_dir", str(tmp_path / "doubled")]
+    (gradients, rows, _), _ = two_ranks.run(distributed_gradients, doubled)
+    expected, _ = plain_gradients(argv, rows)
+    whole = torch.cat([grad.flatten() for grad in expected.values()])
+    ours = torch.cat([torch.from_numpy(gradients[name]).flatten() for name in expected])
+    assert (ours - whole).norm() > 100 * TOLERANCE * whole.norm()

@@ -1,0 +1,111 @@
+"""Every way to start ranks gives the same ones: deepspeed, torchrun, mpirun, srun, and none."""
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from peakd_ds import dist
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+
+
+@pytest.fixture
+def argv(tiny_data: Path, tiny_encoder: Path, tmp_path: Path) -> list[str]:
+    words = ["peakd_ds/train.py", "--task", "rte", "--num_hidden_layers", "2", "--dry_run", "--dtype", "fp32"]
+    paths = ["--teacher", str(tiny_encoder), "--data_dir", str(tiny_data), "--run_dir", str(tmp_path / "run")]
+    return [*words, *paths]
+
+
+def free_port() -> str:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def output_of(command: list[str], env: dict[str, str]) -> str:
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout + done.stderr
+
+
+def test_no_launcher_is_one_rank(argv: list[str], env: dict[str, str], tmp_path: Path) -> None:
+    assert "global 32 = micro 32 x accum 1 x world 1" in output_of([sys.executable, *argv], env)
+    assert not (tmp_path / "run").exists(), "a dry run writes nothing"
+
+
+def test_deepspeed(argv: list[str], env: dict[str, str]) -> None:
+    command = [str(BIN / "deepspeed"), "--master_port", free_port(), "--num_gpus", "2", *argv]
+    assert output_of(command, env).count("global 32 = micro 16 x accum 1 x world 2") == 1
+
+
+def test_torchrun(argv: list[str], env: dict[str, str]) -> None:
+    command = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", free_port(), *argv]
+    assert output_of(command, env).count("global 32 = micro 16 x accum 1 x world 2") == 1
+
+
+@pytest.mark.skipif(shutil.which("mpirun", path=str(BIN)) is None, reason="no mpirun in the environment")
+def test_mpirun(argv: list[str], env: dict[str, str]) -> None:
+    options = ["--allow-run-as-root", "--oversubscribe", "--bind-to", "none"]
+    command = [str(BIN / "mpirun"), *options, "-n", "2", sys.executable, *argv]
+    assert output_of(command, env).count("global 32 = micro 16 x accum 1 x world 2") == 1
+
+
+@pytest.mark.skipif(
+    shutil.which("srun") is None or subprocess.run(["sinfo"], capture_output=True).returncode != 0,
+    reason="no Slurm cluster answers",
+)
+def test_srun(argv: list[str], env: dict[str, str]) -> None:
+    command = ["srun", "--overlap", "-n", "2", sys.executable, *argv]
+    assert output_of(command, env).count("global 32 = micro 16 x accum 1 x world 2") == 1
+
+
+SRUN_TASK = {
+    "SLURM_JOB_ID": "1234",
+    "SLURM_STEP_ID": "0",
+    "SLURM_PROCID": "5",
+    "SLURM_LOCALID": "1",
+    "SLURM_NTASKS": "8",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_STEP_NUM_NODES": "2",
+    "SLURM_STEP_NODELIST": "node[3-4]",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+}
+
+
+@pytest.fixture
+def srun_task(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
+    """The environment of an srun task, and an scontrol that answers as the real one does."""
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in SRUN_TASK.items():
+        monkeypatch.setenv(name, value)
+    scontrol = tmp_path / "scontrol"
+    scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames node[3-4]" ] && printf "node3\\nnode4\\n"\n')
+    scontrol.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # what the code sets is gone after the test
+    return monkeypatch
+
+
+def test_srun_tasks_become_ranks(srun_task: pytest.MonkeyPatch) -> None:
+    dist._set_rank_variables()
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
+    assert [os.environ[name] for name in names] == ["5", "8", "1", "4", "node3"]
+
+
+def test_a_requeued_job_gets_another_port(srun_task: pytest.MonkeyPatch) -> None:
+    first = dist._ranks_from_srun()["MASTER_PORT"]
+    srun_task.setitem(os.environ, "SLURM_RESTART_COUNT", "1")
+    assert dist._ranks_from_srun()["MASTER_PORT"] != first
+
+
+def test_the_batch_shell_is_no_rank(srun_task: pytest.MonkeyPatch) -> None:
+    srun_task.delitem(os.environ, "SLURM_STEP_ID")
+    dist._set_rank_variables()
+    assert os.environ["WORLD_SIZE"] == "1"
