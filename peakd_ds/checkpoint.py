@@ -14,6 +14,7 @@ import hashlib
 import json
 import os
 import shutil
+import warnings
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -155,7 +156,9 @@ def restore(engine: Any, checkpoint: Path) -> TrainState:
             for name, parameter in engine.module.named_parameters():
                 engine_state.write_full(engine, parameter, moment, file.get_tensor(name))
     engine.lr_scheduler.last_epoch = position["scheduler_step"] - 1
-    engine.lr_scheduler.step()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that this scheduler's optimiser has not stepped yet, which is so
+        engine.lr_scheduler.step()
     engine.global_steps = position["step"]
     engine.global_samples = position["step"] * engine.train_batch_size()
     return TrainState(**{name: position[name] for name in asdict(TrainState())})

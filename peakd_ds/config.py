@@ -275,7 +275,7 @@ class RunConfig:
     # The engines
     dtype: str = _setting(
         "auto",
-        "compute precision; auto: the DeepSpeed config's, else bf16 where the GPU, or CPU (AVX512_BF16, AMX), has it, else fp32",
+        "compute precision; auto: the DeepSpeed config's, else bf16 if GPU or CPU (AVX512_BF16, AMX) has it, else fp32",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
     student_ds_config: str = _setting(
@@ -457,7 +457,7 @@ def _words_from_yaml(file: str) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--config {file} cannot be read ({error}); give a YAML file of settings") from error
     except yaml.YAMLError as error:
-        raise UserError(f"--config {file} is not YAML: {' '.join(str(error).split())}") from error
+        raise UserError(f"--config {file} is not YAML: {' '.join(str(error).split())}; mend the file") from error
     if not isinstance(settings, dict):
         raise UserError(f"--config {file} holds no settings; write lines like 'task: rte'")
     names = [spec.name for spec in fields(RunConfig)]
@@ -471,7 +471,7 @@ def _words_from_yaml(file: str) -> list[str]:
             if not isinstance(value, bool) or _field(name).type not in (bool, bool | None):
                 raise UserError(
                     f"--config {file}: {name}: {value!r} does not fit; "
-                    f"{'true or false' if not isinstance(value, bool) else 'a value'} is wanted"
+                    f"write {'true or false' if not isinstance(value, bool) else 'a value'}"
                 )
             words.append(f"--{name}" if value else f"--no_{name}")
         else:

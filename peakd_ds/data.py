@@ -274,7 +274,7 @@ def _check_columns(task: Task, split: str, rows: datasets.Dataset) -> None:
     if missing:
         raise UserError(
             f"{task.name}/{split} has no column {missing[0]!r} but {rows.column_names}; "
-            f"the task needs {[*task.text_columns, 'label']}"
+            f"the task needs {[*task.text_columns, 'label']}; mend the data"
         )
     for name in task.text_columns:
         column = rows.data.column(name)
@@ -292,7 +292,9 @@ def _check_columns(task: Task, split: str, rows: datasets.Dataset) -> None:
     try:
         labels = _column(rows, "label").astype(np.float64)
     except (TypeError, ValueError) as error:
-        raise UserError(f"{task.name}/{split} has labels of another kind ({error}); each must be {rule}") from error
+        raise UserError(
+            f"{task.name}/{split} has labels of another kind ({error}); each must be {rule}; mend the data"
+        ) from error
     bad = ~np.isfinite(labels) if task.is_regression else ~np.isin(labels, np.arange(task.num_labels))
     if bad.any():
         where = int(np.argmax(bad))

@@ -210,7 +210,8 @@ def export_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file
     [batch, sequence]), its output is ``logits`` [batch, labels]. The check runs other shapes than the traced.
 
     Args:
-        model: A sequence classifier, such as the result of :func:`unroll`; it is not changed.
+        model: A student, whose shared layers stay shared in the file, or the result of :func:`unroll`; it is
+            not changed.
         tokenizer: Names the inputs.
         file: Where to write; appears only when the check has passed.
 

@@ -282,7 +282,7 @@ def layer_pairs(
         if not (1 <= int(i) <= student_depth and 1 <= int(j) <= teacher_depth):
             raise UserError(
                 f"--layer_map pair {i}:{j} is out of range; the student runs layers 1 to {student_depth}, "
-                f"the teacher 1 to {teacher_depth}"
+                f"the teacher 1 to {teacher_depth}: choose pairs STUDENT:TEACHER within both"
             )
     return tuple(layer_map)
 

@@ -107,6 +107,8 @@ def _ptp_stage(run: Run, log: RunLog) -> Stage:
 
     def finish(module: Any) -> None:
         logits = _predict_selection(run, lambda inputs: module(**inputs).logits, ptp.NUM_PTP_LABELS)
+        counts = ptp.summarize(ptp_labels["train"][ptp_labels["train"] >= 0])
+        log.figure("ptp/label_histogram", figures.label_histogram(ptp.PTP_LABEL_NAMES, list(counts.values())))
         log.figure(
             "ptp/confusion_matrix",
             figures.confusion_matrix(ptp.PTP_LABEL_NAMES, ptp_labels[selection_name], logits.argmax(-1)),

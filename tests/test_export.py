@@ -288,24 +288,26 @@ def test_card_names_a_base_model_only_if_it_is_on_the_hub(tmp_path, monkeypatch)
 
 
 @pytest.mark.filterwarnings("ignore:`isinstance:FutureWarning")  # torch's own, about its tree specs
-def test_onnx_computes_the_same_on_any_shape(tmp_path, tokenizer):
+@pytest.mark.parametrize("form", ["sps_bert", "bert"])
+def test_onnx_computes_the_same_on_any_shape(form, tmp_path, tokenizer):
     for package in ("onnx", "onnxscript", "onnxruntime"):
         pytest.importorskip(package, reason="needs the extra peakd_ds[onnx]")
     import onnxruntime
 
-    plain = export.unroll(make_student(1, num_labels=3)).train()
+    student = make_student(1, num_labels=3).train()
+    model = student if form == "sps_bert" else export.unroll(student)
     file = tmp_path / "folder" / "model.onnx"
-    difference = export.export_onnx(plain, tokenizer, file)
+    difference = export.export_onnx(model, tokenizer, file)
     assert 0 <= difference <= 1e-5
     assert [path.name for path in file.parent.iterdir()] == ["model.onnx"]
-    assert plain.training and plain.dtype == torch.float64 and plain.config.return_dict
+    assert model.training and model.dtype == torch.float64 and model.config.return_dict
 
     session = onnxruntime.InferenceSession(file)
     assert {node.name for node in session.get_inputs()} == set(tokenizer.model_input_names)
     for inputs in (encode(tokenizer), encode(tokenizer, pairs=True), tokenizer("film", return_tensors="pt")):
         (logits,) = session.run(["logits"], {name: inputs[name].numpy() for name in ORDERED_KEYS})
         with torch.no_grad():
-            expected = plain.eval()(**inputs).logits
+            expected = model.eval()(**inputs).logits
         torch.testing.assert_close(torch.from_numpy(logits).double(), expected, rtol=0, atol=1e-5)
 
 

@@ -63,12 +63,12 @@ def plain_gradients(argv: list[str], rows: np.ndarray) -> tuple[dict[str, torch.
         soft = t**2 * F.kl_div(
             F.log_softmax(logits / t, -1), F.log_softmax(answer.logits / t, -1), reduction="batchmean", log_target=True
         )
-    wanted = [answer.hidden_states[j] for _, j in run.pairs]
+    pairs = list(zip(hidden, (answer.hidden_states[j] for _, j in run.pairs), strict=True))
     if config.hidden_loss == "cls":
-        distances = [F.mse_loss(F.normalize(s, dim=-1), F.normalize(h[:, 0], dim=-1)) for s, h in zip(hidden, wanted)]
+        distances = [F.mse_loss(F.normalize(s, dim=-1), F.normalize(h[:, 0], dim=-1)) for s, h in pairs]
     else:
         mask = batch.inputs["attention_mask"].bool()
-        distances = [F.mse_loss(s[mask], h[mask]) for s, h in zip(hidden, wanted)]
+        distances = [F.mse_loss(s[mask], h[mask]) for s, h in pairs]
     total = (1 - config.alpha) * hard + config.alpha * soft + config.beta * torch.stack(distances).mean()
     total.backward()
     return {name: p.grad for name, p in module.named_parameters()}, total.item()

@@ -1,0 +1,63 @@
+"""Every student ZeRO stage beside every teacher config, in fp32 and bf16: the same losses, step after step."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from peakd_ds import data, dist, ds_engine, stages, train
+from peakd_ds.config import parse
+from peakd_ds.run import open_run
+from peakd_ds.run_log import RunLog
+
+NUM_STEPS = 4
+
+
+def losses(argv: list[str]) -> list[float]:
+    """Runs on every rank: the global loss of the distill stage's first steps."""
+    config = parse(argv)
+    run = open_run(config)
+    stage = stages.build_stage("distill", run, RunLog(run.folder))
+    engine = ds_engine.training_engine(train.build(stage, config), config, run.student_ds_config, num_steps=10)
+    slots = data.epoch_slots(len(run.train_rows), config.global_batch_size, config.seed, epoch=0)[:NUM_STEPS]
+    shares = np.zeros(NUM_STEPS)
+    for step, batch in enumerate(data.global_batches(run.train, run.train_rows, slots, run.micro_and_accum[1])):
+        for micro in batch.micro_batches:
+            loss, _ = stage.loss(engine, micro, batch, False)
+            engine.backward(loss.total * ds_engine.loss_scale(engine))
+            engine.step()
+            shares[step] += loss.total.item()
+    engine.destroy()
+    import torch
+
+    return dist.all_reduce(torch.from_numpy(shares)).tolist()
+
+
+@pytest.fixture
+def argv(tiny_data: Path, tiny_teacher, tmp_path: Path) -> list[str]:
+    words = "--task rte --num_hidden_layers 2 --dropout 0 --no_ptp --stages distill --lr 1e-3 --layer_map 1:1,2:2,3:4"
+    batch = "--global_batch_size 16 --micro_batch_size 4"
+    paths = ["--teacher", str(tiny_teacher("rte")), "--data_dir", str(tiny_data), "--run_dir", str(tmp_path / "run")]
+    return [*words.split(), *batch.split(), *paths]
+
+
+@pytest.mark.parametrize("teacher", ["teacher_zero0", "teacher_zero3", "teacher_zero3_offload"])
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_all_student_stages_beside(two_ranks, argv: list[str], tmp_path: Path, teacher: str, dtype: str) -> None:
+    def run(stage: int, teacher: str, dtype: str) -> list[float]:
+        words = ["--student_ds_config", f"zero{stage}_{dtype}", "--teacher_ds_config", teacher]
+        folder = str(tmp_path / f"{stage}{teacher}{dtype}")
+        return two_ranks.run(losses, [*argv, *words, "--run_dir", folder])[0]
+
+    plain = run(0, "teacher_zero0", "fp32")
+    assert plain[-1] < plain[0], "the comparison below should see training"
+    for stage in range(4):
+        tolerance = 1e-4 if dtype == "fp32" else 5e-2
+        assert run(stage, teacher, dtype) == pytest.approx(plain, rel=tolerance), f"student at stage {stage}"
+
+
+@pytest.mark.parametrize(("world_size", "expected"), [(1, (6, 8)), (2, (6, 4)), (4, (6, 2)), (16, (3, 1))])
+def test_accumulation_follows_from_the_batch(world_size: int, expected: tuple[int, int]) -> None:
+    micro, accum = ds_engine.batch_plan(48, 6, world_size)
+    assert (micro, accum) == expected
+    assert micro * accum * world_size == 48

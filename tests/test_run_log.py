@@ -1,0 +1,328 @@
+"""What a run tells: no point twice after a restart, the term that went wrong by name, and TensorBoard's pages."""
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import plugin_data_pb2
+
+from peakd_ds import dist, figures
+from peakd_ds.config import UserError
+from peakd_ds.kernels import DistillationLoss
+from peakd_ds.run_log import TERMS, RunLog, StepMeter, TeacherClock
+
+VALUES = dict.fromkeys((*TERMS, "samples_per_s", "tokens_per_s", "padding_share", "lr", "grad_norm"), 1.0)
+pytestmark = pytest.mark.usefixtures("single_rank")
+
+
+def write_steps(log: RunLog, steps: range, loss: float = 1.0) -> None:
+    for step in steps:
+        watched = {"memory_mib": 5.0, "hidden_distance/pair_1": 0.5}
+        log.step(step, 10, 0, {**VALUES, "loss": loss + step, "grad_norm": None if step == 1 else 2.0}, watched)
+
+
+def start(folder: Path, step: int = 0, stage: str = "teacher") -> RunLog:
+    log = RunLog(folder)
+    log.start_stage(stage, 10, step, "task: rte\nlr: 2.0e-05\n")
+    return log
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def scalars(folder: Path, tag: str, stage: str = "teacher") -> list[tuple[int, float]]:
+    accumulator = EventAccumulator(str(folder / "tb" / stage))
+    accumulator.Reload()
+    return [(event.step, event.value) for event in accumulator.Scalars(tag)]
+
+
+def tags(folder: Path, stage: str) -> dict[str, Any]:
+    accumulator = EventAccumulator(str(folder / "tb" / stage))
+    return accumulator.Reload().Tags()
+
+
+# -- After a restart ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("is_killed", [False, True])
+@pytest.mark.parametrize("resumed_at", [0, 3, 6])
+def test_a_resumed_stage_drops_later_points(tmp_path: Path, resumed_at: int, is_killed: bool) -> None:
+    log = start(tmp_path)
+    write_steps(log, range(1, 7))
+    log.evaluation(3, 1, "holdout", {"accuracy": 0.25})
+    log.evaluation(6, 2, "holdout", {"accuracy": 0.5})
+    if is_killed:
+        assert log.writer is not None
+        log.writer.flush()  # what a killed process has on disk; nothing is closed
+    else:
+        log.end_stage()
+    log = start(tmp_path, step=resumed_at)
+    write_steps(log, range(resumed_at + 1, 10), loss=100.0)
+    log.evaluation(6, 2, "holdout", {"accuracy": 0.75})
+    log.end_stage()
+
+    expected = [(step, (1.0 if step <= resumed_at else 100.0) + step) for step in range(1, 10)]
+    assert scalars(tmp_path, "train/loss") == expected
+    steps = [record for record in records(tmp_path) if "loss" in record]
+    assert [(record["step"], record["loss"]) for record in steps] == expected
+    evaluations = [(record["step"], record["eval_accuracy"]) for record in records(tmp_path) if "split" in record]
+    assert evaluations == [point for point in [(3, 0.25), (6, 0.5)] if point[0] <= resumed_at] + [(6, 0.75)] or (
+        resumed_at == 6 and evaluations == [(3, 0.25), (6, 0.5), (6, 0.75)]
+    )
+    assert [step for step, _ in scalars(tmp_path, "train/grad_norm")] == list(range(2, 10)), "no point for None"
+
+
+def test_a_cut_off_last_line_is_dropped(tmp_path: Path) -> None:
+    log = start(tmp_path)
+    write_steps(log, range(1, 4))
+    log.end_stage()
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(file.read_text()[:-20])
+    log = start(tmp_path, step=3)
+    write_steps(log, range(4, 6))
+    log.end_stage()
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 4, 5]
+    assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["metrics.jsonl"]
+
+
+def test_other_stages_keep_their_points(tmp_path: Path) -> None:
+    for stage in ("teacher", "ptp"):
+        log = start(tmp_path, stage=stage)
+        write_steps(log, range(1, 5))
+        log.end_stage()
+    log = start(tmp_path, step=2, stage="ptp")
+    log.end_stage()
+    assert [(record["stage"], record["step"]) for record in records(tmp_path)] == [
+        *(("teacher", step) for step in range(1, 5)),
+        *(("ptp", step) for step in range(1, 3)),
+    ]
+    assert len(scalars(tmp_path, "train/loss", "teacher")) == 4
+
+
+def test_settings_stand_once(tmp_path: Path) -> None:
+    for step in (0, 4, 4):
+        log = start(tmp_path, step=step)
+        write_steps(log, range(step + 1, step + 3))
+        log.end_stage()
+    accumulator = EventAccumulator(str(tmp_path / "tb" / "teacher")).Reload()
+    (event,) = accumulator.Tensors("settings/text_summary")
+    text = event.tensor_proto.string_val[0].decode()
+    assert text == "    task: rte\n    lr: 2.0e-05\n"
+
+
+# -- What is written ---------------------------------------------------------------------------------------------------
+
+
+def test_records_hold_the_promised_names(tmp_path: Path) -> None:
+    log = start(tmp_path)
+    write_steps(log, range(1, 2))
+    log.evaluation(1, 0, "dev", {"accuracy": 0.5, "f1": 0.25})
+    log.end_stage()
+    step, evaluation = records(tmp_path)
+    promised = (
+        "stage step epoch loss hard_loss soft_loss hidden_loss lr grad_norm samples_per_s tokens_per_s padding_share"
+    )
+    assert set(step) == set(promised.split())
+    assert set(evaluation) >= {"stage", "step", "eval_accuracy", "eval_f1"}
+    found = tags(tmp_path, "teacher")
+    assert {"train/memory_mib", "train/hidden_distance/pair_1", "eval/f1", "train/hard_loss"} <= set(found["scalars"])
+
+
+def test_custom_scalars_layout(tmp_path: Path) -> None:
+    start(tmp_path).end_stage()
+    accumulator = EventAccumulator(str(tmp_path / "tb" / "teacher")).Reload()
+    (event,) = accumulator.Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    charts = {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
+    assert charts["terms"] == [f"train/{term}" for term in TERMS]
+    assert set(charts) >= {"hidden distance by pair", "samples/s and tokens/s", "metrics"}
+
+
+def test_hparams_hold_settings_and_final_metrics_once(tmp_path: Path) -> None:
+    """Also where a run that is over is started again."""
+    for accuracy in (0.5, 0.75):
+        settings = {"lr": 2e-5, "ptp": True, "task": "rte", "init_layers": None, "layer_map": ((1, 2),)}
+        RunLog(tmp_path).hparams(settings, {"accuracy": accuracy})
+    files = list((tmp_path / "tb").rglob("events.*"))
+    assert {file.parent.name for file in files} <= {"tb", "final"}
+    assert scalars(tmp_path, "final/accuracy", "final") == [(0, 0.75)]
+    metadata = EventAccumulator(str(tmp_path / "tb" / "final")).Reload().SummaryMetadata("_hparams_/session_start_info")
+    data = plugin_data_pb2.HParamsPluginData.FromString(metadata.plugin_data.content)
+    shown = {name: value.WhichOneof("kind") for name, value in data.session_start_info.hparams.items()}
+    assert shown.keys() == {"lr", "ptp", "task", "init_layers", "layer_map"}
+    assert (shown["lr"], shown["ptp"]) == ("number_value", "bool_value")
+
+
+def test_figures(tmp_path: Path) -> None:
+    log = start(tmp_path, stage="ptp")
+    names = ["confidently_correct", "unconfidently_correct"]
+    log.figure(
+        "ptp/confusion_matrix", figures.confusion_matrix(names, torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]))
+    )
+    log.figure("ptp/labels", figures.label_histogram(names, [3, 4]))
+    log.end_stage()
+    assert set(tags(tmp_path, "ptp")["images"]) == {"ptp/confusion_matrix", "ptp/labels"}
+    log.figure("after/the/end", None)  # nothing is open: nothing happens
+
+
+def test_loss_curves_are_drawn_from_the_records(tmp_path: Path) -> None:
+    for stage in ("teacher", "distill"):
+        log = start(tmp_path, stage=stage)
+        write_steps(log, range(1, 4), loss=0.001 if stage == "teacher" else 1000.0)
+        log.evaluation(3, 1, "dev", {"accuracy": 0.5})
+        log.end_stage()
+    figures.loss_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_only_rank_0_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(dist, "rank", lambda: 1)
+    log = start(tmp_path)
+    write_steps(log, range(1, 3))
+    log.evaluation(2, 0, "dev", {"accuracy": 0.5})
+    log.figure("a/figure", figures.label_histogram(["a"], [1]))
+    log.hparams({}, {})
+    log.advance()
+    log.say("hello")
+    log.end_stage()
+    assert not list(tmp_path.iterdir())
+    assert capsys.readouterr() == ("", "")
+
+
+def test_plain_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    log = start(tmp_path)
+    write_steps(log, range(1, 2))
+    log.advance()
+    log.end_stage()
+    assert "teacher step 1/10  loss 2.0000 (hard 1.0000 soft 1.0000 hidden 1.000000)" in capsys.readouterr().err
+
+
+# -- The meter ---------------------------------------------------------------------------------------------------------
+
+
+def loss_of(**terms: float) -> DistillationLoss:
+    return DistillationLoss(*(torch.tensor(terms.get(name, 1.0)) for name in ("total", "hard", "soft", "hidden")))
+
+
+def meter_after(*steps: DistillationLoss) -> StepMeter:
+    meter = StepMeter("distill")
+    for number, loss in enumerate(steps, start=1):
+        meter.start_step()
+        meter.add(loss, None, 10)
+        meter.end_step(number, 4, 30)
+    return meter
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize(
+    ("terms", "named"),
+    [
+        (["total", "hard"], "hard_loss is"),
+        (["total", "soft"], "soft_loss is"),
+        (["total", "hidden"], "hidden_loss is"),
+        (["total", "hard", "hidden"], "hard_loss, hidden_loss is"),
+        (["total"], "step 2: loss is"),
+    ],
+)
+def test_a_loss_that_is_not_finite_is_named_with_its_step(
+    tmp_path: Path, terms: list[str], named: str, bad: float
+) -> None:
+    meter = meter_after(
+        loss_of(), loss_of(**dict.fromkeys(terms, bad)), loss_of(total=bad, soft=bad, hard=bad), loss_of()
+    )
+    with pytest.raises(UserError) as caught:
+        meter.stop_if_not_finite(tmp_path / "checkpoints")
+    message = str(caught.value)
+    assert message.startswith("distill step 2: ") and f"{named} NaN or infinite" in message
+    assert f"the last good checkpoint is kept in {tmp_path / 'checkpoints'}: lower --lr" in message
+
+
+def test_one_bad_micro_batch_is_enough(tmp_path: Path) -> None:
+    meter = StepMeter("teacher")
+    meter.start_step()
+    for loss in (loss_of(), loss_of(total=math.nan, hard=math.nan), loss_of()):
+        meter.add(loss, None, 10)
+    meter.end_step(7, 4, 30)
+    with pytest.raises(UserError, match="teacher step 7: hard_loss is NaN"):
+        meter.stop_if_not_finite(tmp_path)
+
+
+def test_finite_losses_go_on(tmp_path: Path) -> None:
+    meter_after(loss_of(), loss_of(total=1e30)).stop_if_not_finite(tmp_path)
+
+
+def test_every_rank_stops_at_the_first_bad_step_of_any(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """This rank is well; another met an infinite soft loss in step 3."""
+    theirs = [torch.tensor(3), torch.tensor([1.0, 0.0, 1.0, 0.0])]
+    mine = []
+
+    def reduced(tensor: torch.Tensor, op: Any = None) -> torch.Tensor:
+        mine.append(tensor)
+        return theirs[len(mine) - 1]
+
+    monkeypatch.setattr(dist, "all_reduce", reduced)
+    with pytest.raises(UserError, match="distill step 3: soft_loss is NaN or infinite"):
+        meter_after(loss_of(), loss_of()).stop_if_not_finite(tmp_path)
+    assert mine[0] > 3 and not mine[1].any()
+
+
+def test_shares_of_micro_batches_add_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [10.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    meter = StepMeter("distill")
+    meter.start_step()
+    meter.add(loss_of(total=1.0, hard=2.0, soft=3.0, hidden=4.0), torch.tensor([0.5, 0.25]), 64)
+    meter.add(loss_of(total=0.5, hard=0.5, soft=0.5, hidden=0.5), torch.tensor([0.5, 0.5]), 36)
+    meter.end_step(1, num_samples=8, num_tokens=75)
+    now[0] += 2.0
+    metrics, watched = meter.reduce(teacher_seconds=0.5)
+    assert [metrics[name] for name in TERMS] == [1.5, 2.5, 3.5, 4.5]
+    assert (metrics["samples_per_s"], metrics["tokens_per_s"], metrics["padding_share"]) == (4.0, 37.5, 0.25)
+    assert watched["teacher_time_share"] == 0.25
+    assert (watched["hidden_distance/pair_1"], watched["hidden_distance/pair_2"]) == (1.0, 0.75)
+    assert watched["memory_mib"] > 10
+    meter.restart_clock()
+    meter.start_step()
+    meter.add(loss_of(), None, 10)
+    meter.end_step(2, 4, 5)
+    now[0] += 1.0
+    metrics, watched = meter.reduce(teacher_seconds=0.0)
+    assert (metrics["samples_per_s"], metrics["padding_share"], metrics["loss"]) == (4.0, 0.5, 1.0)
+    assert not {"teacher_time_share", "hidden_distance/pair_1"} & watched.keys()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU's clock is its own")
+def test_teacher_clock_counts_what_it_is_around(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    clock = TeacherClock()
+    for seconds in (1.0, 2.0):
+        with clock:
+            now[0] += seconds
+        now[0] += 10.0
+    assert clock.take() == 3.0
+    assert clock.take() == 0.0
+
+
+def test_monitors_of_the_deepspeed_config_get_the_same(tmp_path: Path) -> None:
+    class Engine:
+        global_samples = 96
+
+        class monitor:
+            enabled = True
+            events: list[Any] = []  # noqa: RUF012
+            write_events: Callable[[list[Any]], None] = events.extend
+
+    log = start(tmp_path)
+    log.monitor(Engine, {"loss": 1.5, "grad_norm": None})
+    log.end_stage()
+    assert Engine.monitor.events == [("teacher/loss", 1.5, 96)]
