@@ -9,6 +9,7 @@ import difflib
 import math
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
@@ -526,15 +527,14 @@ def _suggest(word: str, names: Sequence[str]) -> str:
     return f"; did you mean {close[0]}?" if close else "; --help lists all"
 
 
-def exit_with(error: UserError, program: str = "train.py") -> NoReturn:
-    """Print a user's error in one line from rank 0 and leave with code 2.
+def exit_with(error: UserError | OSError, program: str = "train.py") -> NoReturn:
+    """Print an error in one line and leave with code 2.
 
-    Other ranks leave a little later: launchers kill the rest of a job when its first process fails, and the line
-    should be out by then.
+    All ranks have the same UserError, so only rank 0 prints it. The others leave a little later: launchers kill the
+    rest of a job when its first process fails, and the line should be out by then. An OSError may be one rank's alone.
     """
-    import time
-
-    if int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0:
+    is_main = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+    if is_main or not isinstance(error, UserError):
         print(f"{program}: error: {' '.join(str(error).splitlines())}", file=sys.stderr, flush=True)
     else:
         time.sleep(3)

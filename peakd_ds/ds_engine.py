@@ -21,6 +21,7 @@ from peakd_ds import dist, engine_state
 from peakd_ds.config import RunConfig, UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MONITORS = {"tensorboard", "wandb", "csv_monitor", "comet"}
 FILLED_IN = {
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -149,7 +150,11 @@ def training_engine(module: nn.Module, config: RunConfig, ds_config: dict[str, A
 
 
 def teacher_engine(model: nn.Module, ds_config: dict[str, Any]) -> Any:
-    """An engine without optimiser around the frozen teacher, at ZeRO stage 0 or 3, in eval mode."""
+    """An engine without optimiser around the frozen teacher, at ZeRO stage 0 or 3, in eval mode.
+
+    It gets no monitor: two engines that monitor under one name write into the same files.
+    """
+    ds_config = {name: value for name, value in ds_config.items() if name not in MONITORS}
     model.requires_grad_(False)
     engine = _initialize(
         model=model,

@@ -26,7 +26,7 @@ def confusion_matrix(names: Sequence[str], labels: torch.Tensor, predictions: to
     counts = torch.zeros(len(names), len(names), dtype=torch.int64)
     counts.index_put_((labels, predictions), torch.ones_like(labels), accumulate=True)
     figure, axes = _new_figure()
-    axes.imshow(counts, cmap="Blues")
+    axes.imshow(counts.numpy(), cmap="Blues")
     for i, row in enumerate(counts.tolist()):
         for j, count in enumerate(row):
             axes.text(j, i, str(count), ha="center", va="center")

@@ -6,6 +6,7 @@ after its checkpoint from both files, so that no point stands twice.
 
 import json
 import logging
+import shutil
 import sys
 import time
 import warnings
@@ -121,6 +122,7 @@ class RunLog:
     def hparams(self, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
         """Settings beside final metrics, for TensorBoard's HPARAMS page."""
         if self.writes:
+            shutil.rmtree(self.folder / "tb" / "final", ignore_errors=True)  # of an earlier start of a run that is over
             simple = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
             with SummaryWriter(str(self.folder / "tb")) as writer:
                 writer.add_hparams(

@@ -180,7 +180,7 @@ def cli() -> None:
     """Console script, and what launchers start."""
     try:
         main(parse(sys.argv[1:]))
-    except UserError as error:
+    except (UserError, OSError) as error:  # OSError: a full disk or a folder that is gone, told without a traceback
         exit_with(error)
 
 

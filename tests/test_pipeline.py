@@ -12,10 +12,8 @@ import peakd_ds.sps
 from peakd_ds import stages, train
 from peakd_ds.config import UserError, parse
 
-STEP_KEYS = (
-    "stage step epoch loss hard_loss soft_loss hidden_loss lr grad_norm samples_per_s tokens_per_s padding_share".split()
-)
-WORDS = "--num_hidden_layers 2 --epochs 2 --global_batch_size 16 --log_steps 2 --lr 2e-3 --dtype fp32 --layer_map 1:1,2:2"
+STEP_KEYS = "stage step epoch loss hard_loss soft_loss hidden_loss lr grad_norm samples_per_s tokens_per_s".split()
+WORDS = "--num_hidden_layers 2 --epochs 2 --global_batch_size 16 --log_steps 2 --lr 2e-3 --dtype fp32"
 
 
 def run_all(argv: list[str]) -> None:
@@ -24,7 +22,7 @@ def run_all(argv: list[str]) -> None:
 
 @pytest.fixture(scope="module")
 def argv(tiny_data: Path, tiny_encoder: Path) -> list[str]:
-    return [*WORDS.split(), "--teacher", str(tiny_encoder), "--data_dir", str(tiny_data)]
+    return [*WORDS.split(), "--layer_map", "1:1,2:2", "--teacher", str(tiny_encoder), "--data_dir", str(tiny_data)]
 
 
 @pytest.fixture(scope="module")
@@ -52,7 +50,7 @@ def test_metrics_have_every_field(finished: Path) -> None:
     assert list(dict.fromkeys(record["stage"] for record in records)) == ["teacher", "ptp", "distill"]
     for record in records:
         if "loss" in record:
-            assert set(STEP_KEYS) == record.keys()
+            assert {*STEP_KEYS, "padding_share"} == record.keys()
             assert record["samples_per_s"] > 0 and 0 <= record["padding_share"] < 1
         else:
             assert {"stage", "step", "split"} < record.keys() and any(name.startswith("eval_") for name in record)
@@ -125,7 +123,7 @@ def test_stages_one_by_one_are_the_same_run(argv: list[str], finished: Path, two
         ("stsb", "", "pea-kd", {"pearson", "spearmanr"}),
         ("mnli", "--hidden_loss tokens --beta 0.1", "pea-kd", {"accuracy", "accuracy_mismatched"}),
         ("sst2", "--sharing none --no_ptp --alpha 0 --beta 0 --select_on dev", "finetune", {"accuracy"}),
-        ("sst2", "--sharing none --no_ptp --beta 0 --dtype bf16", "kd", {"accuracy"}),
+        ("sst2", "--sharing none --no_ptp --beta 0 --dtype bf16 --export_onnx", "kd", {"accuracy"}),
     ],
 )
 def test_other_tasks_and_methods(
@@ -139,6 +137,7 @@ def test_other_tasks_and_methods(
     assert results["student"]["metrics"].keys() == results["teacher"]["metrics"].keys() == metrics
     assert np.isfinite(list(results["student"]["metrics"].values())).all()
     assert (folder / "checkpoints" / "ptp").exists() == (task != "stsb" and "--no_ptp" not in options)
+    assert (folder / "student_unrolled" / "model.onnx").exists() == ("--export_onnx" in options)
     if "select_on" in options:
         assert results["selected_on"] == "dev" and "optimistic" in (folder / "README.md").read_text()
 
@@ -185,3 +184,20 @@ def test_a_loss_that_is_not_finite_stops_all_ranks(argv: list[str], two_ranks, t
     assert kept == ["step-00000002"], "the checkpoint from before the bad step, and none after it"
     two_ranks.run(run_all, [*argv, *words, "--run_dir", str(folder)])  # the cause is gone: it goes on
     assert (folder / "results.json").exists()
+
+
+def test_deepspeeds_own_monitors_pass_through(argv: list[str], two_ranks, tmp_path: Path) -> None:
+    monitored = {"csv_monitor": {"enabled": True, "output_path": str(tmp_path / "csv"), "job_name": "student"}}
+    file = tmp_path / "monitored.json"
+    file.write_text(json.dumps({"zero_optimization": {"stage": 1}, **monitored}))
+    words = ["--task", "sst2", "--run_dir", str(tmp_path / "run"), "--stages", "teacher"]
+    two_ranks.run(run_all, [*argv, *words, "--student_ds_config", str(file)])
+    assert any("hard_loss" in table.name for table in (tmp_path / "csv").rglob("*.csv"))
+
+
+def test_early_stopping_ends_a_stage(argv: list[str], two_ranks, tmp_path: Path) -> None:
+    """At a learning rate of next to nothing no epoch is better than the first."""
+    words = "--task sst2 --stages teacher --epochs 9 --lr 1e-12 --early_stopping_patience 2".split()
+    two_ranks.run(run_all, [*argv, *words, "--run_dir", str(tmp_path / "run")])
+    summary = json.loads((tmp_path / "run" / "checkpoints" / "teacher" / "FINISHED.json").read_text())
+    assert (summary["best_epoch"], summary["epochs"]) == (1, 3)
