@@ -38,16 +38,16 @@ def confusion_matrix(names: Sequence[str], labels: torch.Tensor, predictions: to
 
 
 def loss_curves(metrics_file: Path, target: Path) -> None:
-    """Training losses of every stage and the evaluations, as a PNG."""
+    """Training losses of every stage, each term and their sum, as a PNG."""
     records = [json.loads(line) for line in metrics_file.read_text().splitlines()]
     stages = list(dict.fromkeys(record["stage"] for record in records))
     figure = Figure(figsize=(5 * len(stages), 4), layout="constrained")
     for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
         steps = [record for record in records if record["stage"] == stage and "loss" in record]
-        for name in TERMS:
+        shown = [name for name in TERMS[1:] if any(record[name] for record in steps)]
+        for name in shown if len(shown) == 1 else ["loss", *shown]:  # a lone term is the sum
             values = [record[name] for record in steps]
-            if name == "loss" or any(values):
-                axes.plot([record["step"] for record in steps], values, label=name.replace("_", " "), linewidth=1)
+            axes.plot([record["step"] for record in steps], values, label=name.replace("_", " "), linewidth=1)
         axes.set(title=stage, xlabel="step", ylabel="loss", yscale="log" if _spans_decades(steps) else "linear")
         axes.grid(alpha=0.3)
         axes.legend(fontsize="small")

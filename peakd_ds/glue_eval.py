@@ -6,6 +6,7 @@ peakd-eval --model RUN/student --task rte --data_dir DATA [--submission FOLDER]
 import argparse
 import csv
 import json
+import os
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -13,9 +14,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
-from peakd_ds import data, dist
+from peakd_ds import data, dist, modeling
 from peakd_ds.config import UserError, exit_with
 from peakd_ds.data import Split
 from peakd_ds.tasks import Task, compute_metrics, get_task
@@ -92,11 +93,7 @@ def _submitted(task: Task, row: torch.Tensor) -> str:
     if task.is_regression:
         return f"{min(max(row.item(), 0.0), 5.0):.3f}"
     number = int(row.argmax())
-    names_wanted = task.base in (
-        "mnli",
-        "qnli",
-        "rte",
-    )  # the server takes class names here, 0 and 1 elsewhere
+    names_wanted = task.base in ("mnli", "qnli", "rte")  # the server takes class names here, 0 and 1 elsewhere
     return task.label_names[number] if names_wanted else str(number)
 
 
@@ -105,7 +102,7 @@ def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="peakd-eval", description="GLUE metrics of a saved classifier.")
     parser.add_argument("--model", required=True, help="folder of a student (either form) or teacher")
     parser.add_argument("--task", required=True, help="task name as for train.py")
-    parser.add_argument("--data_dir", default="", help="as for train.py [default the hub]")
+    parser.add_argument("--data_dir", default="", help="as for train.py [default $PEAKD_DATA_DIR, else the hub]")
     parser.add_argument("--max_seq_length", type=int, default=128, help="[tokens; default 128]")
     parser.add_argument("--micro_batch_size", type=int, default=32, help="[samples per rank; default 32]")
     parser.add_argument("--submission", metavar="FOLDER", help="also write GLUE test files here, where test splits are")
@@ -118,16 +115,19 @@ def main(argv: Sequence[str]) -> None:
         task = get_task(args.task)
         if not (Path(args.model) / "config.json").exists():
             raise UserError(f"--model {args.model} is not a folder with config.json; give a saved classifier")
-        model = AutoModelForSequenceClassification.from_pretrained(args.model, use_safetensors=True).float().eval()
-        if model.config.num_labels != task.num_labels:
+        model = modeling.load_pretrained(AutoModelForSequenceClassification, args.model, "model")
+        source = modeling.Encoder(args.model, "model", model.config, is_classifier=True)
+        modeling.check_labels(task, source)
+        most = model.config.max_position_embeddings
+        if not 8 <= args.max_seq_length <= most or args.micro_batch_size < 1:
             raise UserError(
-                f"--model {args.model} has {model.config.num_labels} labels, task {task.name} has "
-                f"{task.num_labels}; give a model of this task"
+                f"--max_seq_length {args.max_seq_length} or --micro_batch_size {args.micro_batch_size} does not fit: "
+                f"set 8 to {most} (the model's positions), and at least 1"
             )
-        return task, model.to(dist.device()), data.load_splits(task, args.data_dir)
+        splits = data.load_splits(task, args.data_dir or os.environ.get("PEAKD_DATA_DIR", ""))
+        return task, model.to(dist.device()).eval(), modeling.load_tokenizer(source), splits
 
-    task, model, splits = dist.agree(load)
-    tokenizer = AutoTokenizer.from_pretrained(args.model)
+    task, model, tokenizer, splits = dist.agree(load)
 
     def split_of(name: str) -> Split:
         return data.tokenize(task, splits[name], tokenizer, args.max_seq_length, None)

@@ -25,6 +25,9 @@ from peakd_ds.ptp import NUM_PTP_LABELS
 from peakd_ds.sps import SPSBertConfig, SPSBertForSequenceClassification, init_from_encoder
 from peakd_ds.tasks import Task
 
+NEW_WITH_A_TASK = ("classifier.", "bert.pooler.", "pooler.")
+"""Weights that a pretrained encoder need not have."""
+
 
 @dataclass(frozen=True)
 class Encoder:
@@ -128,7 +131,7 @@ def check_contract(
             "vocabularies; take a student encoder with the teacher's tokenizer"
         )
     if teacher.is_classifier:
-        _check_labels(task, teacher)
+        check_labels(task, teacher)
     layers = config.init_layers or tuple(range(1, config.num_hidden_layers + 1))
     if max(layers) > student_init.config.num_hidden_layers:
         raise UserError(
@@ -137,11 +140,12 @@ def check_contract(
         )
 
 
-def _check_labels(task: Task, teacher: Encoder) -> None:
+def check_labels(task: Task, teacher: Encoder) -> None:
+    """Raises UserError, naming both sides, where a classifier's labels or their order are not the task's."""
     if task.is_regression != (teacher.config.num_labels == 1):
         raise UserError(
-            f"--teacher {teacher.path} has {teacher.config.num_labels} label(s), task {task.name} needs "
-            f"{task.num_labels}; take a teacher of this task, or an encoder without a head"
+            f"--{teacher.option} {teacher.path} has {teacher.config.num_labels} label(s), task {task.name} needs "
+            f"{task.num_labels}; take a model of this task, or to train one an encoder without a head"
         )
     if task.is_regression:
         return
@@ -150,8 +154,8 @@ def _check_labels(task: Task, teacher: Encoder) -> None:
     unnamed = all(name == f"LABEL_{number}" for number, name in enumerate(names))
     if len(names) != task.num_labels or (not unnamed and tuple(n.lower() for n in names) != task.label_names):
         raise UserError(
-            f"--teacher {teacher.path} orders its labels {list(names)}, task {task.name} orders them "
-            f"{list(task.label_names)}; take a teacher of this task with this order "
+            f"--{teacher.option} {teacher.path} orders its labels {list(names)}, task {task.name} orders them "
+            f"{list(task.label_names)}; take a model of this task with this order "
             "(or mend id2label in its config.json)"
         )
 
@@ -162,7 +166,8 @@ def _check_labels(task: Task, teacher: Encoder) -> None:
 def build_teacher(config: RunConfig, task: Task, encoder: Encoder) -> BertForSequenceClassification:
     """The teacher with a head for the task, in fp32; a new head where the checkpoint has none."""
     settings = task_head(task) | _dropout_settings(config.dropout)
-    return _load(BertForSequenceClassification, encoder.path, encoder.option, **settings)
+    optional = () if encoder.is_classifier else NEW_WITH_A_TASK
+    return load_pretrained(BertForSequenceClassification, encoder.path, encoder.option, optional, **settings)
 
 
 def build_student(config: RunConfig, student_init: Encoder, head: dict[str, Any]) -> SPSBertForSequenceClassification:
@@ -189,14 +194,14 @@ def build_student(config: RunConfig, student_init: Encoder, head: dict[str, Any]
             **settings,
         )
     )
-    encoder = _load(BertModel, student_init.path, student_init.option)
+    encoder = load_pretrained(BertModel, student_init.path, student_init.option, NEW_WITH_A_TASK)
     init_from_encoder(student, encoder, config.init_layers or tuple(range(1, config.num_hidden_layers + 1)))
     return student
 
 
 def load_classifier(folder: Path) -> BertForSequenceClassification:
     """A teacher that this run has trained."""
-    return _load(BertForSequenceClassification, str(folder), "run_dir")
+    return load_pretrained(BertForSequenceClassification, str(folder), "run_dir")
 
 
 def load_student_body(student: SPSBertForSequenceClassification, folder: Path) -> None:
@@ -231,7 +236,12 @@ def _dropout_settings(dropout: float | None) -> dict[str, Any]:
     }
 
 
-def _load(model_class: Any, path: str, option: str, **settings: Any) -> Any:
+def load_pretrained(model_class: Any, path: str, option: str, optional: tuple[str, ...] = (), **settings: Any) -> Any:
+    """A saved model in fp32. Weights whose names start with one of `optional` may be missing, and are then new.
+
+    Raises:
+        UserError: the weights cannot be read, or others are missing.
+    """
     try:
         model, report = model_class.from_pretrained(
             path, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **settings
@@ -240,12 +250,10 @@ def _load(model_class: Any, path: str, option: str, **settings: Any) -> Any:
         raise UserError(
             f"--{option} {path}: the weights cannot be read ({_first_line(error)}); get the model again"
         ) from error
-    missing = [
-        name for name in report["missing_keys"] if not name.startswith(("classifier.", "bert.pooler.", "pooler."))
-    ]
+    missing = sorted(name for name in report["missing_keys"] if not name.startswith(optional))
     if missing:
         raise UserError(
-            f"--{option} {path} lacks {len(missing)} weights, {missing[0]} among them; it is not a whole BERT encoder"
+            f"--{option} {path} lacks {len(missing)} weights, {missing[0]} among them; take a whole model of its kind"
         )
     return model.float()
 

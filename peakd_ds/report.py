@@ -101,7 +101,7 @@ def _export(run: Run, results: dict[str, Any], log: RunLog) -> None:
         num_parameters=results["student"]["params"],
         num_stored_layers=results["student"]["stored_layers"],
         num_effective_layers=results["student"]["effective_layers"],
-        settings=results["settings"],
+        settings={name: value for name, value in results["settings"].items() if name not in ("run_dir", "data_dir")},
         base_model=run.student_init.path,
     )
     export_model(student, run.tokenizer, run.folder / "student", model_card(**facts, model_type="sps_bert"))
