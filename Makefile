@@ -28,12 +28,13 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,onnx]'
 	@touch $@
 
-# One rank a GPU, or two on CPU, which share the cores: more threads than cores stall each other.
+# One rank a GPU (as many as divide the global batch of 64), or two on CPU, which share the cores.
 # A free port: ranks of two programs on DeepSpeed's default one would join each other's process group.
 demo: $(STAMP)
 	$(BIN)/python -P -m peakd_ds.demo_data --out demo
 	@ranks='$(RANKS)'; \
 	[ -n "$$ranks" ] || ranks=$$($(BIN)/python -P -c 'import torch; print(torch.cuda.device_count() or 2)'); \
+	while [ $$((64 % ranks)) -ne 0 ]; do ranks=$$((ranks - 1)); done; \
 	export PATH="$(CURDIR)/$(BIN):$$PATH"; \
 	export OMP_NUM_THREADS="$${OMP_NUM_THREADS:-$$(( ($$(nproc) + ranks - 1) / ranks ))}"; \
 	port=$$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'); \

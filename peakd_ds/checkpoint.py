@@ -5,7 +5,7 @@ file (position, schedule, scores, checksums): no pickle, no shards. It is writte
 marker last, and then renamed, so a folder with its final name is whole unless the disk damaged it later.
 
     checkpoints/STAGE/step-00000120/   weights.safetensors exp_avg.safetensors exp_avg_sq.safetensors state.json DONE
-    checkpoints/STAGE/best/            weights.safetensors of the best epoch, state.json, DONE
+    checkpoints/STAGE/best-0003/       weights.safetensors of the best epoch, state.json, DONE
     checkpoints/STAGE/latest           name of the newest folder, for people and other programs
     checkpoints/STAGE/FINISHED.json    the stage is over; its summary
 """
@@ -55,43 +55,69 @@ def save(folder: Path, engine: Any, state: TrainState) -> None:
     """Write a checkpoint of the stage (collective) and prune old ones.
 
     Raises:
-        UserError: it cannot be written, on every rank; earlier checkpoints are untouched.
+        UserError: it cannot be written, or a weight is not finite, on every rank; earlier checkpoints are untouched.
     """
     tensors = {"weights": gather(engine, None), **{key: gather(engine, key) for key in MOMENTS}}
     position = {
         **asdict(state),
         "scheduler_step": engine.lr_scheduler.last_epoch,
         "adam_step": engine_state.adam_step(engine),
+        "loss_scaler": engine_state.loss_scaler(engine),
         "world_size": dist.world_size(),
     }
     name = f"step-{state.step:08d}"
 
     def write() -> None:
+        _check_finite(tensors["weights"], folder, state)
         _write_folder(folder / name, tensors, position)
-        _write_atomically(folder / "latest", name)
-        # Those beyond this step were skipped as damaged when the run started; they must not push out good ones.
-        upto_now = [candidate for candidate in _candidates(folder) if candidate.name <= name]
-        for old in set(_candidates(folder)) - set(upto_now[:NUM_KEPT]):
-            shutil.rmtree(old, ignore_errors=True)
+        write_atomically(folder / "latest", name)
+        _prune(folder, name)
 
     _on_main_or_stop(write, folder / name)
 
 
 def save_best(folder: Path, engine: Any, state: TrainState) -> None:
-    """Write the weights of the best epoch so far (collective). Raises UserError as `save` does."""
-    weights = gather(engine, None)
-    _on_main_or_stop(lambda: _write_folder(folder / "best", {"weights": weights}, asdict(state)), folder / "best")
+    """Write the weights of the best epoch so far (collective). Raises UserError as `save` does.
+
+    Each has a folder of its own: the checkpoint written next names it, and until then an older one names the older.
+    """
+    weights, target = gather(engine, None), best_folder(folder, state.best_epoch)
+
+    def write() -> None:
+        _check_finite(weights, folder, state)
+        _write_folder(target, {"weights": weights}, asdict(state))
+
+    _on_main_or_stop(write, target)
+
+
+def best_folder(folder: Path, epoch: int) -> Path:
+    """Where the weights of that epoch are, if it was the best so far."""
+    return folder / f"best-{epoch:04d}"
+
+
+def _prune(folder: Path, newest_name: str) -> None:
+    """Keep the newest checkpoints and the best weights that they name.
+
+    Checkpoints beyond the newest were skipped as damaged when the run started; they must not push out good ones.
+    """
+    kept = [candidate for candidate in _candidates(folder) if candidate.name <= newest_name][:NUM_KEPT]
+    kept_best = {best_folder(folder, _position(candidate)["best_epoch"]) for candidate in kept}
+    for old in (set(_candidates(folder)) - set(kept)) | (set(folder.glob("best-????")) - kept_best):
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def finish(folder: Path, summary: dict[str, Any]) -> None:
     """Mark the stage as over (collective)."""
-    _on_main_or_stop(lambda: _write_atomically(folder / "FINISHED.json", json.dumps(summary, indent=2) + "\n"), folder)
+    _on_main_or_stop(lambda: write_atomically(folder / "FINISHED.json", json.dumps(summary, indent=2) + "\n"), folder)
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
     """The summary of a stage that is over, else None."""
     marker = folder / "FINISHED.json"
-    return json.loads(marker.read_text()) if marker.exists() else None
+    try:
+        return json.loads(marker.read_text()) if marker.exists() else None
+    except ValueError as error:
+        raise UserError(f"{marker} is damaged ({error}); delete it to have the stage finished again") from error
 
 
 def gather(engine: Any, moment: str | None) -> dict[str, torch.Tensor]:
@@ -118,6 +144,8 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
         skipped: list[str] = []
         for candidate in _candidates(folder):
             damage = damage_of(candidate)
+            if damage is None and (best_epoch := _position(candidate)["best_epoch"]):
+                damage = damage_of(best_folder(folder, best_epoch))
             if damage is None:
                 return candidate, skipped
             skipped.append(f"checkpoint {candidate.name} is skipped: {damage}")
@@ -149,7 +177,7 @@ def load_weights(module: nn.Module, checkpoint: Path) -> None:
 
 def restore(engine: Any, checkpoint: Path) -> TrainState:
     """Put master weights, Adam moments and schedule into an engine whose module has the checkpoint's weights."""
-    position = json.loads((checkpoint / "state.json").read_text())["position"]
+    position = _position(checkpoint)
     engine_state.create_adam_state(engine, position["adam_step"])
     for moment in (None, *MOMENTS):
         with safe_open(checkpoint / f"{moment or 'weights'}.safetensors", framework="pt") as file:
@@ -159,6 +187,7 @@ def restore(engine: Any, checkpoint: Path) -> TrainState:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that this scheduler's optimiser has not stepped yet, which is so
         engine.lr_scheduler.step()
+    engine_state.set_loss_scaler(engine, position["loss_scaler"])
     engine.global_steps = position["step"]
     engine.global_samples = position["step"] * engine.train_batch_size()
     return TrainState(**{name: position[name] for name in asdict(TrainState())})
@@ -182,6 +211,20 @@ def damage_of(checkpoint: Path) -> str | None:
 
 
 # -- Files -------------------------------------------------------------------------------------------------------------
+
+
+def _check_finite(weights: dict[str, torch.Tensor], folder: Path, state: TrainState) -> None:
+    """A finite loss can have a gradient that is not: its step must not become the checkpoint to go on from."""
+    bad = next((name for name, weight in weights.items() if not weight.isfinite().all()), None)
+    if bad is not None:
+        raise UserError(
+            f"{folder.name} step {state.step}: weight {bad} is NaN or infinite, so it is not saved; the last good "
+            f"checkpoint is kept in {folder}: lower --lr, or take --dtype fp32 or bf16"
+        )
+
+
+def _position(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / "state.json").read_text())["position"]
 
 
 def _candidates(folder: Path) -> list[Path]:
@@ -222,7 +265,8 @@ def _synced(folder: Path) -> Iterator[Path]:
         yield file
 
 
-def _write_atomically(file: Path, text: str) -> None:
+def write_atomically(file: Path, text: str) -> None:
+    """Write a text file so that whoever reads it finds the old text or the new one, whole."""
     file.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.with_name(file.name + ".tmp")
     temporary.write_text(text)

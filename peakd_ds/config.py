@@ -1,7 +1,7 @@
 """Settings of a run: one typed field each, with its unit, range and default, read from YAML and the command line.
 
 The YAML file is turned into command-line words that stand before the user's own, so there is one parser, one set of
-checks, and the command line wins. This module imports nothing heavy: a wrong option is told at once.
+checks, and the command line wins. This module imports nothing heavy.
 """
 
 import argparse
@@ -95,7 +95,7 @@ def _parse_layer_map(text: str) -> str | tuple[tuple[int, int], ...]:
         pairs = ()
     if not pairs or any(len(pair) != 2 for pair in pairs):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is neither skip, last, nor pairs STUDENT:TEACHER of 1-based layers; write for example 1:2,2:4"
+            f"{text!r} is neither skip, last, nor 1-based pairs STUDENT:TEACHER; write for example '1:2,2:4'"
         )
     return pairs  # type: ignore[return-value]
 
@@ -361,6 +361,8 @@ def validate(config: RunConfig) -> None:
             f"--init_layers {','.join(map(str, config.init_layers))} names {len(config.init_layers)} "
             f"layers, but --num_hidden_layers is {config.num_hidden_layers}; give one source layer for each"
         )
+    if config.export_onnx and not config.export_unrolled:
+        raise UserError("--export_onnx writes the unrolled student, which --no_export_unrolled leaves out; drop one")
     if config.sharing == "none" and config.shuffle_qk:
         raise UserError(
             "--shuffle_qk exchanges query and key in a layer's second run, but --sharing none has no "
@@ -527,13 +529,16 @@ def _suggest(word: str, names: Sequence[str]) -> str:
     return f"; did you mean {close[0]}?" if close else "; --help lists all"
 
 
+_RANK_NAMES = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+
+
 def exit_with(error: UserError | OSError, program: str = "train.py") -> NoReturn:
     """Print an error in one line and leave with code 2.
 
     All ranks have the same UserError, so only rank 0 prints it. The others leave a little later: launchers kill the
     rest of a job when its first process fails, and the line should be out by then. An OSError may be one rank's alone.
     """
-    is_main = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0"))) == 0
+    is_main = next((int(os.environ[name]) for name in _RANK_NAMES if name in os.environ), 0) == 0
     if is_main or not isinstance(error, UserError):
         print(f"{program}: error: {' '.join(str(error).splitlines())}", file=sys.stderr, flush=True)
     else:

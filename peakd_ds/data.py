@@ -6,12 +6,13 @@ equally spaced shards, and a rank takes a block of the batch. So which rows form
 and k alone, and a node's rows come from its own block of shards wherever the number of nodes divides 64.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from math import gcd
 from pathlib import Path
@@ -29,6 +30,7 @@ from peakd_ds.tasks import Task
 
 NUM_SHARDS = 64
 HOLDOUT_SHARE = 10  # one row in so many picks the epoch and trains nothing
+MAX_SCORE = 5.0  # of stsb, the one regression task
 HUB_DATASET = "nyu-mll/glue"
 
 
@@ -81,10 +83,7 @@ class Split:
             for ids, types in zip(columns["input_ids"], columns["token_type_ids"], strict=True)
         ]
         device = dist.device()
-        # Tensor cores like widths that are multiples of 8; a CPU does not care and would only pad more.
-        padded = self.tokenizer.pad(
-            features, return_tensors="pt", pad_to_multiple_of=8 if device.type == "cuda" else None
-        )
+        padded = self.tokenizer.pad(features, return_tensors="pt", return_attention_mask=True)
         return MicroBatch(
             inputs={name: tensor.to(device, non_blocking=True) for name, tensor in padded.items()},
             labels=self.labels[rows].to(device),
@@ -93,14 +92,17 @@ class Split:
         )
 
 
-def load_splits(task: Task, data_dir: str) -> dict[str, datasets.Dataset]:
+def load_splits(task: Task, data_dir: str, train: bool = True) -> dict[str, datasets.Dataset]:
     """The splits of `task` as they are on disk or on the hub: train, its eval splits, and test splits where there.
+
+    Args:
+        train: Without it the train split is left out, for those who only evaluate.
 
     Raises:
         UserError: no data found, an empty or damaged file, missing columns, or labels out of range; with the file.
     """
     splits: dict[str, datasets.Dataset] = {}
-    wanted = ("train", *task.eval_splits)
+    wanted = (*(("train",) if train else ()), *task.eval_splits)
     for name in (*wanted, *task.submission_files):
         rows = _read_parquet(task, data_dir, name) if data_dir else _read_hub(task, name, name in wanted)
         if rows is not None:
@@ -112,6 +114,11 @@ def load_splits(task: Task, data_dir: str) -> dict[str, datasets.Dataset]:
                 f"PEAKD_DATA_DIR) a folder with it, or leave both unset to read {HUB_DATASET} from the hub"
             )
     return splits
+
+
+def fingerprints(splits: dict[str, datasets.Dataset]) -> dict[str, str]:
+    """A short hash of each split's rows."""
+    return {name: rows._fingerprint for name, rows in splits.items()}
 
 
 def tokenize(
@@ -244,7 +251,12 @@ def _read_parquet(task: Task, data_dir: str, split: str) -> datasets.Dataset | N
             ) from error
     if not tables:
         return None
-    table = pyarrow.concat_tables(tables)
+    try:
+        table = pyarrow.concat_tables(tables)
+    except pyarrow.ArrowException as error:
+        raise UserError(
+            f"{files[0]} and the files beside it have different columns; get the {split} split of {task.name} again"
+        ) from error
     if table.num_rows == 0:
         raise UserError(f"{files[0]} has no rows; get the {split} split of {task.name} again")
     digest = hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
@@ -288,14 +300,17 @@ def _check_columns(task: Task, split: str, rows: datasets.Dataset) -> None:
         return  # GLUE hides test labels behind -1
     rule = f"a whole number from 0 to {task.num_labels - 1} ({', '.join(task.label_names)})"
     if task.is_regression:
-        rule = "a finite number"
+        rule = f"a number from 0 to {MAX_SCORE:g}"
     try:
         labels = _column(rows, "label").astype(np.float64)
     except (TypeError, ValueError) as error:
         raise UserError(
             f"{task.name}/{split} has labels of another kind ({error}); each must be {rule}; mend the data"
         ) from error
-    bad = ~np.isfinite(labels) if task.is_regression else ~np.isin(labels, np.arange(task.num_labels))
+    if task.is_regression:
+        bad = ~((labels >= 0) & (labels <= MAX_SCORE))
+    else:
+        bad = ~np.isin(labels, np.arange(task.num_labels))
     if bad.any():
         where = int(np.argmax(bad))
         raise UserError(
@@ -313,16 +328,13 @@ def _column(rows: datasets.Dataset, name: str) -> np.ndarray:
     return rows.data.column(name).to_numpy()
 
 
-class _quiet_progress_bars:
-    """Hides datasets' own progress bars, one for each rank, while its body runs."""
-
-    def __enter__(self) -> None:
-        datasets.disable_progress_bars()
-
-    def __exit__(self, *_: object) -> None:
-        datasets.enable_progress_bars()
-
-
-def describe(splits: dict[str, datasets.Dataset], holdout: Sequence[int]) -> str:
-    """One line of row counts for the log."""
-    return ", ".join(f"{name} {rows.num_rows:,}" for name, rows in splits.items()) + f"; holdout {len(holdout):,}"
+@contextlib.contextmanager
+def _quiet_progress_bars() -> Iterator[None]:
+    """Hides datasets' own progress bars, one for each rank."""
+    were_on = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if were_on:
+            datasets.enable_progress_bars()

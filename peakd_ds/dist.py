@@ -19,6 +19,8 @@ from peakd_ds.config import UserError
 
 T = TypeVar("T")
 
+_local_rank = 0
+
 
 def init(timeout_s: float = 1800.0) -> None:
     """Join the process group (collective): nccl on GPUs, gloo on CPUs.
@@ -26,7 +28,9 @@ def init(timeout_s: float = 1800.0) -> None:
     Ranks come from the launcher: `deepspeed` and `torchrun` set RANK, LOCAL_RANK, WORLD_SIZE and MASTER_*; `srun` and
     `mpirun` do not, so they are worked out here. Without any launcher this process is the only rank.
     """
+    global _local_rank
     _set_rank_variables()
+    _local_rank = int(os.environ["LOCAL_RANK"])
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -34,8 +38,11 @@ def init(timeout_s: float = 1800.0) -> None:
         # DeepSpeed compiles this optional shared-memory op at start. It needs a C++ compiler, takes minutes, and a
         # killed build leaves a lock on which every later start waits for ever. gloo does without it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        torch.set_num_threads(max(1, _usable_cores() // local_world_size()))
+        if "OMP_NUM_THREADS" not in os.environ:
+            torch.set_num_threads(_cores_of_this_rank())
     else:
+        if get_accelerator().device_count() == 1:
+            os.environ["LOCAL_RANK"] = "0"  # srun --gpus-per-task=1 shows each task its own GPU alone, as number 0
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_s))
 
@@ -49,7 +56,8 @@ def world_size() -> int:
 
 
 def local_rank() -> int:
-    return int(os.environ.get("LOCAL_RANK", "0"))
+    """Number of this rank on its node; not always the number of its GPU."""
+    return _local_rank
 
 
 def local_world_size() -> int:
@@ -62,15 +70,15 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def on_gpu() -> bool:
+    """Whether the engines run on GPUs; DS_ACCELERATOR=cpu keeps them off."""
+    return device().type == "cuda"
+
+
 def device() -> torch.device:
     from deepspeed.accelerator import get_accelerator
 
     return torch.device(get_accelerator().current_device_name())
-
-
-def barrier() -> None:
-    if world_size() > 1:
-        torch.distributed.barrier()
 
 
 def all_reduce(tensor: torch.Tensor, op: Any = torch.distributed.ReduceOp.SUM) -> torch.Tensor:
@@ -91,27 +99,29 @@ def broadcast(value: T) -> T:
 def agree(action: Callable[[], T]) -> T:
     """Run `action` on every rank (collective); its ValueError or OSError on any rank is a UserError on all.
 
-    Nobody is left waiting in a later collective for a rank that has given up.
+    Nobody is left waiting in a later collective for a rank that has given up: any other error, which is a bug, is
+    raised as it is on its own rank, and as a UserError that names it on the others.
     """
     result, error = None, None
     try:
         result = action()
-    except (ValueError, OSError) as caught:
-        error = str(caught)
-    errors: list[str | None] = [error]
+    except Exception as caught:
+        error = caught
+    texts: list[str | None] = [None if error is None else str(error) or type(error).__name__]
     if world_size() > 1:
-        errors = [None] * world_size()
-        torch.distributed.all_gather_object(errors, error)
-    told = [(number, text) for number, text in enumerate(errors) if text is not None]
+        mine, texts = texts[0], [None] * world_size()
+        torch.distributed.all_gather_object(texts, mine)
+    if error is not None and not isinstance(error, ValueError | OSError):
+        raise error
+    told = [(number, text) for number, text in enumerate(texts) if text is not None]
     if told:
-        on_all = len(told) == world_size()
-        raise UserError(told[0][1] if on_all else f"rank {told[0][0]}: {told[0][1]}")
+        number, text = told[0]
+        raise UserError(text if number == 0 else f"rank {number}: {text}") from error
     return result  # type: ignore[return-value]
 
 
 def on_main(action: Callable[[], T]) -> T:
-    """Run `action` on rank 0 only (collective) and return its result everywhere; its ValueError or OSError is raised
-    on every rank."""
+    """Run `action` on rank 0 only (collective) and return its result everywhere; errors as in `agree`."""
     return broadcast(agree(lambda: action() if is_main() else None))  # type: ignore[return-value]
 
 
@@ -130,9 +140,11 @@ def _set_rank_variables() -> None:
     known = os.environ
     if all(name in known for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")):
         return
-    if "SLURM_PROCID" in known and "SLURM_STEP_ID" in known:  # the batch shell has the first, only srun's tasks both
+    if "OMPI_COMM_WORLD_SIZE" in known:  # before srun's: mpirun inside a job starts its daemons by srun
+        ranks = _ranks_from_mpi()
+    elif "SLURM_PROCID" in known and "SLURM_STEP_ID" in known:  # the batch shell has the first, only srun's tasks both
         ranks = _ranks_from_srun()
-    elif "OMPI_COMM_WORLD_SIZE" in known or "PMI_SIZE" in known or "PMIX_RANK" in known:
+    elif "PMI_SIZE" in known or "PMIX_RANK" in known:
         ranks = _ranks_from_mpi()
     else:
         ranks = dict(RANK=0, WORLD_SIZE=1, LOCAL_RANK=0, MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
@@ -175,5 +187,8 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+def _cores_of_this_rank() -> int:
+    """The cores this process may use; where a launcher has not bound it to its own, its share of the node's."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    is_bound = cores * local_world_size() <= (os.cpu_count() or 1)
+    return cores if is_bound else max(1, cores // local_world_size())

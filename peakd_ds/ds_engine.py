@@ -13,6 +13,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from deepspeed.utils import groups
 from torch import nn
 from transformers import get_linear_schedule_with_warmup
@@ -22,6 +23,7 @@ from peakd_ds.config import RunConfig, UserError
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 MONITORS = {"tensorboard", "wandb", "csv_monitor", "comet"}
+_SECTIONS = ("zero_optimization", "bf16", "fp16")
 FILLED_IN = {
     "train_batch_size",
     "train_micro_batch_size_per_gpu",
@@ -69,6 +71,7 @@ def load_ds_config(name: str, option: str) -> dict[str, Any]:
         raise UserError(f"--{option} {name} is not JSON ({error}); mend the file or take one of ds_configs/") from error
     if not isinstance(config, dict):
         raise UserError(f"--{option} {name} is JSON, but not an object; write it like those in ds_configs/")
+    _check_sections(config, f"--{option} {name}")
     stated = FILLED_IN & config.keys()
     if stated:
         raise UserError(
@@ -76,6 +79,20 @@ def load_ds_config(name: str, option: str) -> dict[str, Any]:
             "take it out of the file"
         )
     return config
+
+
+def _check_sections(config: Any, source: str) -> None:
+    """What DeepSpeed would find wrong only when the engine starts, which for a teacher may be hours into the run."""
+    if not isinstance(config, dict) or not all(isinstance(config.get(name, {}), dict) for name in _SECTIONS):
+        raise UserError(f"{source} must be a JSON object, and so must its {', '.join(_SECTIONS)}; see ds_configs/")
+    if all(config.get(name, {}).get("enabled") for name in ("bf16", "fp16")):
+        raise UserError(f"{source} enables bf16 and fp16; enable one")
+    try:
+        DeepSpeedZeroConfig(**config.get("zero_optimization", {}))
+    except ValueError as error:  # pydantic's, several lines
+        raise UserError(
+            f"{source}: zero_optimization is not right ({' '.join(str(error).split())}); mend it"
+        ) from error
 
 
 def zero_stage(ds_config: dict[str, Any]) -> int:
@@ -88,7 +105,7 @@ def resolve(config: RunConfig) -> tuple[str, dict[str, Any], dict[str, Any]]:
     Raises:
         UserError: dtype and file disagree; fp16 without a GPU; a teacher at stage 1 or 2; offload to where it cannot.
     """
-    on_gpu = torch.cuda.is_available()
+    on_gpu = dist.on_gpu()
     dtype = config.dtype
     if config.student_ds_config:
         student = load_ds_config(config.student_ds_config, "student_ds_config")
@@ -121,16 +138,18 @@ def resolve(config: RunConfig) -> tuple[str, dict[str, Any], dict[str, Any]]:
 
 def has_fast_bf16() -> bool:
     """Whether the GPU, or else the CPU (AVX512_BF16 or AMX), multiplies bf16 matrices natively."""
-    if torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
+    if dist.on_gpu():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
     return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
-def training_engine(module: nn.Module, config: RunConfig, ds_config: dict[str, Any], num_steps: int) -> Any:
+def training_engine(module: nn.Module, config: RunConfig, ds_config: dict[str, Any], num_steps: int, name: str) -> Any:
     """An engine that trains `module` with AdamW and linear warm-up and decay over `num_steps` optimiser steps.
 
+    DeepSpeed's own monitors, where the config turns one on, write under `name`, the stage's.
+
     torch's fused AdamW needs no compiler on any device. `engine.backward(loss)` expects this rank's share of the
-    global-batch mean, times `loss_scale(engine)`.
+    global-batch mean, times `undo_averaging(engine)`.
     """
     micro, accum = batch_plan(config.global_batch_size, config.micro_batch_size, dist.world_size())
     ds_config = {
@@ -140,6 +159,11 @@ def training_engine(module: nn.Module, config: RunConfig, ds_config: dict[str, A
         "gradient_accumulation_steps": accum,
         "gradient_clipping": config.max_grad_norm,  # explicit: DeepSpeed's default is 1.0, at every stage
         "zero_force_ds_cpu_optimizer": False,
+        **{
+            monitor: {**ds_config[monitor], "job_name": f"{ds_config[monitor].get('job_name', 'peakd_ds')}_{name}"}
+            for monitor in ("tensorboard", "csv_monitor")
+            if monitor in ds_config
+        },
     }
     optimizer = torch.optim.AdamW(_parameter_groups(module, config.weight_decay), lr=config.lr, fused=True)
     scheduler = get_linear_schedule_with_warmup(optimizer, round(config.warmup_ratio * num_steps), num_steps)
@@ -164,9 +188,21 @@ def teacher_engine(model: nn.Module, ds_config: dict[str, Any]) -> Any:
     return engine
 
 
-def loss_scale(engine: Any) -> int:
-    """What undoes DeepSpeed's averaging over ranks and accumulation steps: our losses are already shares of a mean."""
+def undo_averaging(engine: Any) -> int:
+    """The factor against DeepSpeed's averaging over ranks and accumulation: our losses already are shares of a mean."""
     return engine.dp_world_size * engine.gradient_accumulation_steps()
+
+
+def stop_if_skipped(engine: Any, stage: str, step: int) -> None:
+    """Raise UserError where DeepSpeed has left out steps without a word, its gradient norm being NaN or infinite.
+
+    The norm is of all ranks, so all raise or none. fp16 skips steps while it looks for its loss scale.
+    """
+    if engine.skipped_steps and not engine.fp16_enabled():
+        raise UserError(
+            f"{stage} step {step}: the gradient is NaN or infinite, and {engine.skipped_steps} steps were skipped; the "
+            "last good checkpoint is kept: lower --lr, or take --dtype fp32 or bf16"
+        )
 
 
 def _parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

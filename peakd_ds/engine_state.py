@@ -65,6 +65,22 @@ def adam_step(engine: Any) -> int:
     return int(next(iter(engine.basic_optimizer.state.values()))["step"])
 
 
+def loss_scaler(engine: Any) -> dict[str, float]:
+    """The numbers of fp16's dynamic loss scaler (scale, steps since an overflow); empty without fp16."""
+    return {name: value for name, value in _scaler_fields(engine).items() if isinstance(value, int | float)}
+
+
+def set_loss_scaler(engine: Any, numbers: dict[str, float]) -> None:
+    """Put back what `loss_scaler` gave, so that fp16 goes on at the same scale."""
+    _scaler_fields(engine).update(numbers)
+
+
+def _scaler_fields(engine: Any) -> dict[str, Any]:
+    if not engine.fp16_enabled():
+        return {}
+    return vars(getattr(engine.optimizer, "loss_scaler", None) or engine.optimizer.loss_scale_config)
+
+
 def read_full(engine: Any, parameter: nn.Parameter, moment: str | None) -> torch.Tensor:
     """The whole fp32 weight (`moment` None) or Adam moment of a parameter (collective)."""
     if _is_stage_0(engine):

@@ -222,7 +222,7 @@ def export_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file
         ValueError: If onnx, onnxscript or onnxruntime is missing.
         RuntimeError: If the difference is more than :data:`ONNX_TOLERANCE`.
     """
-    _require_onnx()
+    require_onnx()
     reference = copy.deepcopy(model).cpu().float().eval()
     reference.config.return_dict = False  # a tuple (logits,): the graph's outputs
     traced = _random_inputs(tokenizer, reference.config, num_rows=2, num_tokens=8)
@@ -260,7 +260,7 @@ def export_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file
     return difference
 
 
-def _require_onnx() -> None:
+def require_onnx() -> None:
     for package in ("onnx", "onnxscript", "onnxruntime"):
         try:
             importlib.import_module(package)

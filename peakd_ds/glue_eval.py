@@ -91,7 +91,7 @@ def write_submission(task: Task, split_name: str, logits: torch.Tensor, ids: Seq
 
 def _submitted(task: Task, row: torch.Tensor) -> str:
     if task.is_regression:
-        return f"{min(max(row.item(), 0.0), 5.0):.3f}"
+        return f"{min(max(row.item(), 0.0), data.MAX_SCORE):.3f}"
     number = int(row.argmax())
     names_wanted = task.base in ("mnli", "qnli", "rte")  # the server takes class names here, 0 and 1 elsewhere
     return task.label_names[number] if names_wanted else str(number)
@@ -116,7 +116,7 @@ def main(argv: Sequence[str]) -> None:
         if not (Path(args.model) / "config.json").exists():
             raise UserError(f"--model {args.model} is not a folder with config.json; give a saved classifier")
         model = modeling.load_pretrained(AutoModelForSequenceClassification, args.model, "model")
-        source = modeling.Encoder(args.model, "model", model.config, is_classifier=True)
+        source = modeling.Pretrained(args.model, "model", model.config, is_classifier=True)
         modeling.check_labels(task, source)
         most = model.config.max_position_embeddings
         if not 8 <= args.max_seq_length <= most or args.micro_batch_size < 1:
@@ -124,7 +124,12 @@ def main(argv: Sequence[str]) -> None:
                 f"--max_seq_length {args.max_seq_length} or --micro_batch_size {args.micro_batch_size} does not fit: "
                 f"set 8 to {most} (the model's positions), and at least 1"
             )
-        splits = data.load_splits(task, args.data_dir or os.environ.get("PEAKD_DATA_DIR", ""))
+        splits = data.load_splits(task, args.data_dir or os.environ.get("PEAKD_DATA_DIR", ""), train=False)
+        if args.submission and not any(name in splits for name in task.submission_files):
+            raise UserError(
+                f"task {task.name} has no test split in the data, so there is nothing to submit; "
+                f"add {task.name}/test-*.parquet"
+            )
         return task, model.to(dist.device()).eval(), modeling.load_tokenizer(source), splits
 
     task, model, tokenizer, splits = dist.agree(load)
@@ -142,13 +147,7 @@ def main(argv: Sequence[str]) -> None:
             json.dumps({"task": task.name, "model": args.model, "metrics": metrics, "samples_per_s": speed}, indent=2)
         )
     if args.submission:
-        tests = [name for name in task.submission_files if name in splits]
-        if not tests:
-            raise UserError(
-                f"task {task.name} has no test split in the data, so there is nothing to submit; "
-                f"add {task.name}/test-*.parquet"
-            )
-        for name in tests:
+        for name in (name for name in task.submission_files if name in splits):
             split = split_of(name)
             logits, _ = predict(forward, split, np.arange(len(split)), args.micro_batch_size, task.num_labels)
             ids = splits[name]["idx"] if "idx" in splits[name].column_names else range(len(split))
@@ -160,7 +159,7 @@ def cli() -> None:
     """Console script."""
     try:
         main(sys.argv[1:])
-    except UserError as error:
+    except (UserError, OSError) as error:
         exit_with(error, "peakd-eval")
 
 

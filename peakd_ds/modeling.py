@@ -3,6 +3,7 @@
 B batch, S tokens, H hidden (Hs student's, Ht teacher's), C classes.
 """
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,7 +31,7 @@ NEW_WITH_A_TASK = ("classifier.", "bert.pooler.", "pooler.")
 
 
 @dataclass(frozen=True)
-class Encoder:
+class Pretrained:
     """A BERT checkpoint as the user names it, before its weights are read."""
 
     path: str
@@ -40,7 +41,7 @@ class Encoder:
     is_classifier: bool
 
 
-def find_encoder(path: str, option: str) -> Encoder:
+def find_encoder(path: str, option: str) -> Pretrained:
     """Look at a folder or hub id.
 
     Raises:
@@ -59,8 +60,8 @@ def find_encoder(path: str, option: str) -> Encoder:
         except (OSError, SafetensorError) as error:
             raise UserError(f"{file} is not a whole safetensors file ({_first_line(error)}); get it again") from error
     try:
-        config = AutoConfig.from_pretrained(path)
-    except (OSError, ValueError) as error:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # besides OSError and ValueError, a validation error of its own for each bad field
         raise UserError(
             f"--{option} {path} is neither a folder with config.json nor a model that the hub gives "
             f"({_first_line(error)}); give a folder that save_pretrained wrote, or go online for a hub id"
@@ -70,19 +71,34 @@ def find_encoder(path: str, option: str) -> Encoder:
             f"--{option} {path} is a {config.model_type} model; it must be a bert, since the student "
             "takes its layers and vocabulary from it: take a BERT"
         )
+    if config.is_decoder or config.add_cross_attention:
+        raise UserError(f"--{option} {path} is a decoder by its config.json; take an encoder")
     is_classifier = "BertForSequenceClassification" in (config.architectures or [])
     if is_classifier and names and "classifier.weight" not in names:  # transformers would make up a random head
         raise UserError(
             f"--{option} {path} is a classifier by its config.json, but its weights hold no classifier.weight; get the "
             "whole model, or set architectures in config.json to BertModel to have it fine-tuned"
         )
-    return Encoder(path, option, config, is_classifier)
+    if names:
+        _check_complete(config, names, f"--{option} {path}")
+    return Pretrained(path, option, config, is_classifier)
 
 
-def load_tokenizer(encoder: Encoder) -> PreTrainedTokenizerBase:
+def _check_complete(config: BertConfig, names: set[str], source: str) -> None:
+    """A student's source is read hours into a run, after the teacher was trained: look for its weights now."""
+    with torch.device("meta"):  # names only
+        expected = BertModel(config).state_dict().keys()
+    stored = {re.sub("gamma$", "weight", re.sub("beta$", "bias", name.removeprefix("bert."))) for name in names}
+    missing = [name for name in expected if name not in stored and not name.startswith(NEW_WITH_A_TASK)]
+    if missing:
+        raise UserError(f"{source} lacks {len(missing)} weights, {missing[0]} among them; get the whole model")
+
+
+def load_tokenizer(encoder: Pretrained) -> PreTrainedTokenizerBase:
     """The encoder's own tokenizer. Raises UserError if there is none."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(encoder.path)
+        tokenizer = AutoTokenizer.from_pretrained(encoder.path, trust_remote_code=False)
+        tokenizer.padding_side = "right"  # the hidden-state loss takes position 0 for [CLS]
         if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a folder without one
             raise ValueError("no vocabulary in tokenizer.json or vocab.txt")
         return tokenizer
@@ -94,7 +110,7 @@ def load_tokenizer(encoder: Encoder) -> PreTrainedTokenizerBase:
 
 
 def check_contract(
-    config: RunConfig, task: Task, teacher: Encoder, student_init: Encoder, tokenizer: PreTrainedTokenizerBase
+    config: RunConfig, task: Task, teacher: Pretrained, student_init: Pretrained, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     """What teacher and student must share, checked before any engine starts.
 
@@ -140,7 +156,7 @@ def check_contract(
         )
 
 
-def check_labels(task: Task, teacher: Encoder) -> None:
+def check_labels(task: Task, teacher: Pretrained) -> None:
     """Raises UserError, naming both sides, where a classifier's labels or their order are not the task's."""
     if task.is_regression != (teacher.config.num_labels == 1):
         raise UserError(
@@ -149,10 +165,9 @@ def check_labels(task: Task, teacher: Encoder) -> None:
         )
     if task.is_regression:
         return
-    id2label: dict[int, str] = teacher.config.id2label  # type: ignore[assignment]
-    names = tuple(id2label[number] for number in sorted(id2label))
-    unnamed = all(name == f"LABEL_{number}" for number, name in enumerate(names))
-    if len(names) != task.num_labels or (not unnamed and tuple(n.lower() for n in names) != task.label_names):
+    names = _label_names(teacher)
+    fits = has_unnamed_labels(teacher) or tuple(name.lower() for name in names) == task.label_names
+    if len(names) != task.num_labels or not fits:
         raise UserError(
             f"--{teacher.option} {teacher.path} orders its labels {list(names)}, task {task.name} orders them "
             f"{list(task.label_names)}; take a model of this task with this order "
@@ -160,17 +175,29 @@ def check_labels(task: Task, teacher: Encoder) -> None:
         )
 
 
+def has_unnamed_labels(teacher: Pretrained) -> bool:
+    """Whether a classifier calls its classes LABEL_0, LABEL_1, ...: their order can then not be checked."""
+    return all(name == f"LABEL_{number}" for number, name in enumerate(_label_names(teacher)))
+
+
+def _label_names(teacher: Pretrained) -> tuple[str, ...]:
+    id2label: dict[int, str] = teacher.config.id2label  # type: ignore[assignment]
+    return tuple(id2label[number] for number in sorted(id2label))
+
+
 # -- Building ----------------------------------------------------------------------------------------------------------
 
 
-def build_teacher(config: RunConfig, task: Task, encoder: Encoder) -> BertForSequenceClassification:
+def build_teacher(config: RunConfig, task: Task, encoder: Pretrained) -> BertForSequenceClassification:
     """The teacher with a head for the task, in fp32; a new head where the checkpoint has none."""
     settings = task_head(task) | _dropout_settings(config.dropout)
     optional = () if encoder.is_classifier else NEW_WITH_A_TASK
     return load_pretrained(BertForSequenceClassification, encoder.path, encoder.option, optional, **settings)
 
 
-def build_student(config: RunConfig, student_init: Encoder, head: dict[str, Any]) -> SPSBertForSequenceClassification:
+def build_student(
+    config: RunConfig, student_init: Pretrained, head: dict[str, Any]
+) -> SPSBertForSequenceClassification:
     """A new student with `head` settings (`task_head` or `ptp_head`) and the encoder's weights, in fp32."""
     inherited = student_init.config.to_dict()
     for name in (
@@ -244,7 +271,12 @@ def load_pretrained(model_class: Any, path: str, option: str, optional: tuple[st
     """
     try:
         model, report = model_class.from_pretrained(
-            path, use_safetensors=True, dtype=torch.float32, output_loading_info=True, **settings
+            path,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+            **settings,
         )
     except Exception as error:  # safetensors, hub and shape errors have no common base
         raise UserError(

@@ -7,7 +7,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from peakd_ds import dist, figures, glue_eval
+from peakd_ds import checkpoint, dist, figures, glue_eval
+from peakd_ds.checkpoint import write_atomically
+from peakd_ds.config import UserError
 from peakd_ds.ds_engine import DTYPES
 from peakd_ds.export import export_model, export_onnx, model_card, unroll
 from peakd_ds.run import Run
@@ -21,7 +23,7 @@ def write(run: Run, log: RunLog) -> None:
     student = _judge_student(run, teacher_logits)
     results = {
         "task": run.task.name,
-        "method": run.config.method,
+        "method": run.method,
         "seed": run.config.seed,
         "world_size": dist.world_size(),
         "selected_on": run.selection[0],
@@ -51,7 +53,14 @@ def _judge_teacher(run: Run) -> tuple[dict[str, Any] | None, dict[str, torch.Ten
 def _judge_student(run: Run, teacher_logits: dict[str, torch.Tensor]) -> dict[str, Any] | None:
     """The student as exported, in the run's precision."""
     folder = run.folder / "student"
-    if not (folder / "config.json").exists():
+
+    def find() -> bool:
+        is_there = (folder / "config.json").exists()
+        if not is_there and checkpoint.finished(run.folder / "checkpoints" / "distill") is not None:
+            raise UserError(f"{folder} is gone, but the distill stage is finished; take another --run_dir")
+        return is_there
+
+    if not dist.on_main(find):
         return None
     student = SPSBertForSequenceClassification.from_pretrained(folder)
     nn.Module.to(student, dist.device(), DTYPES[run.config.dtype]).eval()  # transformers' own `to` has no types
@@ -79,23 +88,20 @@ def _write_files(run: Run, results: dict[str, Any], log: RunLog) -> None:
     if (run.folder / "metrics.jsonl").exists():
         figures.loss_curves(run.folder / "metrics.jsonl", run.folder / "loss_curves.png")
     table = markdown_table(results)
-    (run.folder / "README.md").write_text(_readme(run, results, table))
-    temporary = run.folder / "results.json.tmp"
-    temporary.write_text(json.dumps(results, indent=2) + "\n")
-    temporary.replace(run.folder / "results.json")
-    final = (results["student"] or results["teacher"] or {"metrics": {}})["metrics"]
-    log.hparams(results["settings"], final)
-    log.say(
-        f"\n{table}\n\nwritten to {run.folder}/: results.json, README.md, loss_curves.png, student/"
-        + (", student_unrolled/" if run.config.export_unrolled else "")
-    )
+    write_atomically(run.folder / "README.md", _readme(run, results, table))
+    write_atomically(run.folder / "results.json", json.dumps(results, indent=2) + "\n")
+    final = {
+        f"{name}/{key}": value for name in ("teacher", "student") for key, value in _metrics(results, name).items()
+    }
+    log.final(results["settings"], final)
+    log.say(f"\n{table}\n\nresults.json, README.md and the exported models are in {run.folder}/")
 
 
 def _export(run: Run, results: dict[str, Any], log: RunLog) -> None:
     student = SPSBertForSequenceClassification.from_pretrained(run.folder / "student")
     facts: dict[str, Any] = dict(
         task=run.task.name,
-        method=run.config.method,
+        method=run.method,
         metrics=results["student"]["metrics"],
         teacher_metrics=(results["teacher"] or {}).get("metrics"),
         num_parameters=results["student"]["params"],
@@ -104,8 +110,8 @@ def _export(run: Run, results: dict[str, Any], log: RunLog) -> None:
         settings={name: value for name, value in results["settings"].items() if name not in ("run_dir", "data_dir")},
         base_model=run.student_init.path,
     )
-    export_model(student, run.tokenizer, run.folder / "student", model_card(**facts, model_type="sps_bert"))
-    if not run.config.export_unrolled and not run.config.export_onnx:
+    write_atomically(run.folder / "student" / "README.md", model_card(**facts, model_type="sps_bert"))
+    if not run.config.export_unrolled:
         return
     plain = unroll(student)
     folder = run.folder / "student_unrolled"
@@ -119,7 +125,7 @@ def _export(run: Run, results: dict[str, Any], log: RunLog) -> None:
 
 def markdown_table(results: dict[str, Any]) -> str:
     """Teacher and student side by side."""
-    metrics = list((results["student"] or results["teacher"] or {"metrics": {}})["metrics"])
+    metrics = list(_metrics(results, "student") or _metrics(results, "teacher"))
     header = ["", "params", "layers (stored)", *metrics, "agreement", "samples/s"]
     rows = [header, ["---"] * len(header)]
     for name in ("teacher", "student"):
@@ -142,6 +148,10 @@ def markdown_table(results: dict[str, Any]) -> str:
     return "\n".join(
         "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
     )
+
+
+def _metrics(results: dict[str, Any], name: str) -> dict[str, float]:
+    return results[name]["metrics"] if results[name] is not None else {}
 
 
 def _readme(run: Run, results: dict[str, Any], table: str) -> str:

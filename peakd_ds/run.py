@@ -3,11 +3,13 @@
 Every mistake of the user's is met here, on all ranks together, and nothing saved has been touched by then.
 """
 
+import json
 import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -15,7 +17,8 @@ from transformers import PreTrainedTokenizerBase
 from peakd_ds import checkpoint, data, dist, ds_engine, glue_eval, modeling
 from peakd_ds.config import RunConfig, UserError, differences, to_yaml
 from peakd_ds.data import Split
-from peakd_ds.modeling import Encoder
+from peakd_ds.export import require_onnx
+from peakd_ds.modeling import Pretrained
 from peakd_ds.run_log import TeacherClock
 from peakd_ds.sps import execution_order
 from peakd_ds.tasks import Task, get_task
@@ -28,8 +31,8 @@ class Run:
     config: RunConfig
     """With dtype resolved."""
     task: Task
-    teacher_source: Encoder
-    student_init: Encoder
+    teacher_source: Pretrained
+    student_init: Pretrained
     tokenizer: PreTrainedTokenizerBase
     train: Split
     train_rows: np.ndarray
@@ -52,19 +55,31 @@ class Run:
     def micro_and_accum(self) -> tuple[int, int]:
         return ds_engine.batch_plan(self.config.global_batch_size, self.config.micro_batch_size, dist.world_size())
 
+    @property
+    def student_depth(self) -> int:
+        """Layers that the student runs."""
+        return len(execution_order(self.config.num_hidden_layers, self.config.sharing, self.config.swaps_qk))
+
+    @property
+    def method(self) -> str:
+        """Name of the method as it runs here: no PTP for scores, no hidden-state loss without a layer pair."""
+        has_ptp, beta = self.config.ptp and not self.task.is_regression, self.config.beta if self.pairs else 0.0
+        return replace(self.config, ptp=has_ptp, beta=beta).method
+
     def has_teacher(self) -> bool:
-        """Whether there is a trained teacher: given as a classifier, or this run's own."""
-        return self.teacher_source.is_classifier or (self.folder / "teacher" / "config.json").exists()
+        """Whether there is a trained teacher (collective): given as a classifier, or this run's own."""
+        return self.teacher_source.is_classifier or dist.on_main((self.folder / "teacher" / "config.json").exists)
 
     def teacher(self) -> Any:
         """The frozen teacher's engine (collective at the first call)."""
         if self._teacher is None:
-            folder = self.folder / "teacher"
-            if self.teacher_source.is_classifier:
-                model = modeling.build_teacher(self.config, self.task, self.teacher_source)
-            else:
-                model = modeling.load_classifier(folder)
-            self._teacher = ds_engine.teacher_engine(model, self.teacher_ds_config)
+
+            def load() -> Any:
+                if self.teacher_source.is_classifier:
+                    return modeling.build_teacher(self.config, self.task, self.teacher_source)
+                return modeling.load_classifier(self.folder / "teacher")
+
+            self._teacher = ds_engine.teacher_engine(dist.agree(load), self.teacher_ds_config)
         return self._teacher
 
     def teacher_logits(self, split: Split, rows: np.ndarray) -> torch.Tensor:
@@ -81,8 +96,10 @@ class Run:
 
 
 def open_run(config: RunConfig) -> Run:
-    """Read data and model configs and check them against each other (collective). Writes nothing but, later, the
-    tokenised rows in the run folder.
+    """Read data and model configs and check them against each other (collective).
+
+    Only when all is right are config.yaml, data.json and the tokenised rows written to the run folder; a dry run writes
+    nothing.
 
     Raises:
         UserError: on every rank, with value, rule and remedy.
@@ -103,7 +120,10 @@ def open_run(config: RunConfig) -> Run:
         depth = len(execution_order(config.num_hidden_layers, config.sharing, config.swaps_qk))
         pairs = modeling.layer_pairs(config.layer_map, depth, teacher.config.num_hidden_layers)
         _check_stages(resolved, task, teacher)
+        if config.export_onnx:
+            require_onnx()
         splits = data.load_splits(task, config.data_dir)
+        _check_same_data(resolved, splits)
         if config.select_on == "holdout" and len(splits["train"]) < data.HOLDOUT_SHARE:
             raise UserError(
                 f"task {task.name} has {len(splits['train'])} training rows, too few to hold out a tenth; "
@@ -126,7 +146,7 @@ def open_run(config: RunConfig) -> Run:
     )
     cache = None if config.dry_run else Path(config.run_dir) / "cache"
     if not config.dry_run:
-        dist.on_main(lambda: _create_run_folder(config))
+        dist.on_main(lambda: _create_run_folder(config, splits))
     tokenized = {
         name: data.tokenize(task, rows, tokenizer, config.max_seq_length, cache)
         for name, rows in splits.items()
@@ -165,6 +185,11 @@ def _check_run_folder(config: RunConfig) -> None:
                 f"--run_dir {folder} holds a run with other settings ({'; '.join(changed)}); nothing was "
                 "changed there: take another --run_dir, or the settings it was started with"
             )
+    elif any((folder / name).exists() for name in ("teacher", "student", "checkpoints")):
+        raise UserError(
+            f"--run_dir {folder} holds models or checkpoints but no config.yaml, so it cannot be told what made them; "
+            "take another --run_dir"
+        )
     nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(
@@ -172,16 +197,24 @@ def _check_run_folder(config: RunConfig) -> None:
         )
 
 
-def _create_run_folder(config: RunConfig) -> None:
+def _check_same_data(config: RunConfig, splits: dict[str, datasets.Dataset]) -> None:
+    """The folder's labels and checkpoints belong to the rows that they were made from."""
+    saved = Path(config.run_dir) / "data.json"
+    if saved.exists() and json.loads(saved.read_text()) != data.fingerprints(splits):
+        raise UserError(
+            f"--run_dir {config.run_dir} holds a run on other rows than {config.data_dir or data.HUB_DATASET} has now; "
+            "nothing was changed there: take another --run_dir, or the data it was started with"
+        )
+
+
+def _create_run_folder(config: RunConfig, splits: dict[str, datasets.Dataset]) -> None:
     folder = Path(config.run_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "config.yaml").exists():
-        temporary = folder / "config.yaml.tmp"
-        temporary.write_text(to_yaml(config))
-        temporary.replace(folder / "config.yaml")
+    for name, text in (("data.json", json.dumps(data.fingerprints(splits))), ("config.yaml", to_yaml(config))):
+        if not (folder / name).exists():
+            checkpoint.write_atomically(folder / name, text)
 
 
-def _check_stages(config: RunConfig, task: Task, teacher: Encoder) -> None:
+def _check_stages(config: RunConfig, task: Task, teacher: Pretrained) -> None:
     """Each chosen stage needs what the ones before it leave."""
     folder = Path(config.run_dir)
     needs_teacher = "ptp" in config.stages and config.ptp and not task.is_regression

@@ -32,6 +32,7 @@ class RunLog:
         self.writer: SummaryWriter | None = None
         self.bar: tqdm | None = None
         self.stage = ""
+        self.failure: OSError | None = None
         quiet_libraries()
 
     def say(self, text: str) -> None:
@@ -119,15 +120,13 @@ class RunLog:
         if self.writer is not None:
             self.writer.add_figure(tag, figure, step)
 
-    def hparams(self, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """Settings beside final metrics, for TensorBoard's HPARAMS page."""
+    def final(self, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """Metrics on dev, as scalars and beside the settings on TensorBoard's HPARAMS page."""
         if self.writes:
             shutil.rmtree(self.folder / "tb" / "final", ignore_errors=True)  # of an earlier start of a run that is over
             simple = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
             with SummaryWriter(str(self.folder / "tb")) as writer:
-                writer.add_hparams(
-                    simple, {f"final/{name}": value for name, value in metrics.items()}, run_name="final"
-                )
+                writer.add_hparams(simple, {f"dev/{name}": value for name, value in metrics.items()}, run_name="final")
 
     def end_stage(self) -> None:
         if self.writer is not None:
@@ -137,6 +136,18 @@ class RunLog:
             self.bar.close()
             self.bar = None
 
+    def stop_if_failed(self) -> None:
+        """Raise UserError on every rank (collective) if rank 0 could not write its files, on a full disk say."""
+
+        def tell() -> None:
+            if self.failure is not None:
+                raise UserError(
+                    f"the log in {self.folder} cannot be written ({self.failure}); free some space, then "
+                    "start the same command again"
+                )
+
+        dist.on_main(tell)
+
     def _scalars(self, values: Mapping[str, float | None], step: int) -> None:
         assert self.writer is not None
         for name, value in values.items():
@@ -144,8 +155,11 @@ class RunLog:
                 self.writer.add_scalar(name, value, step)
 
     def _append(self, record: Mapping[str, Any]) -> None:
-        with (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with (self.folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:  # the other ranks are on their way to a collective: tell them there
+            self.failure = error
 
     def _drop_metrics_after(self, stage: str, step: int) -> None:
         file = self.folder / "metrics.jsonl"
@@ -168,8 +182,8 @@ def _is_kept(line: str, stage: str, step: int) -> bool:
 class StepMeter:
     """Collects the loss of each step on the device; other ranks and the host hear of it on log steps only."""
 
-    def __init__(self, stage: str) -> None:
-        self.stage = stage
+    def __init__(self, stage: str, teacher_clock: "TeacherClock | None" = None) -> None:
+        self.stage, self.teacher_clock = stage, teacher_clock or TeacherClock()
         self.terms = torch.zeros(4, device=dist.device())  # this rank's share of total, hard, soft, hidden
         self.pair_distances: torch.Tensor | None = None
         self.first_bad_step = torch.full((), torch.iinfo(torch.int64).max, device=dist.device())
@@ -181,6 +195,7 @@ class StepMeter:
         """Leave out what is no training (evaluation, saving) from samples per second."""
         self.start = time.perf_counter()
         self.num_samples = self.num_tokens = self.num_positions = 0
+        self.teacher_clock.take()
 
     def start_step(self) -> None:
         self.terms.zero_()
@@ -214,8 +229,9 @@ class StepMeter:
             f"good checkpoint is kept in {checkpoints}: lower --lr, or take --dtype fp32 or bf16"
         )
 
-    def reduce(self, teacher_seconds: float) -> tuple[dict[str, float], dict[str, float]]:
-        """(metrics, watched) of the step and of the time since the last log (collective)."""
+    def reduce(self) -> tuple[dict[str, float], dict[str, float]]:
+        """(metrics, watched) of the step and of the time since the clock was restarted (collective)."""
+        teacher_seconds = self.teacher_clock.take()
         sums = [
             self.terms.double(),
             torch.tensor([float(self.num_positions), teacher_seconds], device=dist.device(), dtype=torch.float64),
@@ -243,13 +259,13 @@ class TeacherClock:
         self.seconds, self.events = 0.0, []  # type: ignore[var-annotated]
 
     def __enter__(self) -> None:
-        if torch.cuda.is_available():
+        if dist.on_gpu():
             self.events.append([torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)])
             self.events[-1][0].record()
         self.start = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
-        if torch.cuda.is_available():
+        if dist.on_gpu():
             self.events[-1][1].record()
         else:
             self.seconds += time.perf_counter() - self.start
@@ -265,7 +281,7 @@ class TeacherClock:
 
 def memory_mib() -> float:
     """Peak memory of this rank: of its GPU, or resident on a CPU."""
-    if torch.cuda.is_available():
+    if dist.on_gpu():
         return torch.cuda.max_memory_allocated() / 2**20
     import resource
 

@@ -3,13 +3,13 @@
 `train.py` drives them all with one loop; here stands only what differs between them.
 """
 
-import json
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from peakd_ds import checkpoint, dist, figures, glue_eval, modeling, ptp
@@ -42,8 +42,8 @@ class Stage:
 
 
 def skipped_because(name: str, run: Run) -> str | None:
-    """Why a stage has nothing to do in this run; None if it has."""
-    if checkpoint.finished(run.folder / "checkpoints" / name) is not None:
+    """Why a stage has nothing to do in this run (collective); None if it has."""
+    if dist.on_main(lambda: checkpoint.finished(run.folder / "checkpoints" / name)) is not None:
         return "it is finished"
     if name == "teacher" and run.teacher_source.is_classifier:
         return f"{run.teacher_source.path} already is a classifier for {run.task.name}"
@@ -195,14 +195,16 @@ def _distill_stage(run: Run, log: RunLog) -> Stage:
 
 
 def _ptp_labels_of(run: Run, log: RunLog) -> dict[str, torch.Tensor]:
-    """PTP labels of all rows of train, and of the selection rows under its name (collective).
+    """PTP labels of the rows trained on (-1 for others), and of the selection rows under its name (collective).
+
+    The medians are those of the rows trained on.
 
     They are made once and kept, so that a resumed stage trains on the same ones: another number of ranks pads
     otherwise, and a confidence within rounding of its threshold could change sides.
     """
     file = run.folder / "checkpoints" / "ptp" / "labels.safetensors"
     selection_name, split, rows = run.selection
-    if not dist.broadcast(file.exists()):
+    if not dist.on_main(file.exists):
         logits = run.teacher_logits(run.train, run.train_rows)
         labels = run.train.labels[run.train_rows]
         published = run.task.ptp_thresholds or ("median", "median")
@@ -220,13 +222,15 @@ def _ptp_labels_of(run: Run, log: RunLog) -> dict[str, torch.Tensor]:
             file.parent.mkdir(parents=True, exist_ok=True)
             save_file({"train": of_train, "selection": of_selection}, file.with_suffix(".tmp"), metadata=thresholds)
             file.with_suffix(".tmp").replace(file)
-            counts = ptp.summarize(of_train[of_train >= 0])
-            (file.parent / "labels.json").write_text(json.dumps({**thresholds, **counts}, indent=2) + "\n")
 
         dist.on_main(write)
-    stored = load_file(file)
+
+    def read() -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+        with safe_open(file, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()  # noqa: SIM118
+
+    stored, thresholds = dist.on_main(read)
     counts = ptp.summarize(stored["train"][stored["train"] >= 0])
-    thresholds = json.loads((file.parent / "labels.json").read_text())
     log.say(
         f"ptp labels with t_correct {float(thresholds['t_correct']):.4f}, t_wrong "
         f"{float(thresholds['t_wrong']):.4f}: " + ", ".join(f"{name} {count:,}" for name, count in counts.items())

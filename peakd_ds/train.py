@@ -15,9 +15,9 @@ from torch import nn
 from peakd_ds import checkpoint, data, dist, ds_engine, report, stages
 from peakd_ds.checkpoint import TrainState
 from peakd_ds.config import STAGES, RunConfig, UserError, exit_with, parse, to_yaml
+from peakd_ds.modeling import has_unnamed_labels
 from peakd_ds.run import Run, open_run
 from peakd_ds.run_log import RunLog, StepMeter
-from peakd_ds.sps import execution_order
 from peakd_ds.stages import Stage
 
 
@@ -53,15 +53,15 @@ def train(stage: Stage, run: Run, log: RunLog) -> None:
         log.say(f"warning: {warning}")
     if resumed_from is not None:
         checkpoint.load_weights(module, resumed_from)
-    engine = ds_engine.training_engine(module, config, run.student_ds_config, num_steps)
+    engine = ds_engine.training_engine(module, config, run.student_ds_config, num_steps, stage.name)
     state = checkpoint.TrainState() if resumed_from is None else checkpoint.restore(engine, resumed_from)
-    share_to_loss = ds_engine.loss_scale(engine)
+    share_to_loss = ds_engine.undo_averaging(engine)
     log.start_stage(stage.name, num_steps, state.step, to_yaml(config))
     log.say(
         f"stage {stage.name}: {epochs} epochs, {num_steps} steps" + (f", from step {state.step}" if state.step else "")
     )
 
-    meter = StepMeter(stage.name)
+    meter = StepMeter(stage.name, run.teacher_clock)
     while state.epoch < epochs and not is_patience_over(config, state):
         slots = data.epoch_slots(len(run.train_rows), config.global_batch_size, config.seed, state.epoch)
         for batch in data.global_batches(run.train, run.train_rows, slots, num_accum_steps, first=state.batch):
@@ -84,8 +84,10 @@ def train(stage: Stage, run: Run, log: RunLog) -> None:
             is_evaluated = config.eval_steps > 0 and state.step % config.eval_steps == 0 and state.batch < len(slots)
             if is_logged or is_saved or is_evaluated:
                 meter.stop_if_not_finite(folder)
+                ds_engine.stop_if_skipped(engine, stage.name, state.step)
+                log.stop_if_failed()
             if is_logged:
-                metrics, watched = meter.reduce(run.teacher_clock.take())
+                metrics, watched = meter.reduce()
                 values = {**metrics, "lr": lr, "grad_norm": grad_norm(engine)}
                 log.step(state.step, num_steps, state.epoch, values, watched)
                 log.monitor(engine, values)
@@ -111,7 +113,7 @@ def train(stage: Stage, run: Run, log: RunLog) -> None:
 
     engine.destroy()
     best = build(stage, config)
-    checkpoint.load_weights(best, folder / "best")
+    checkpoint.load_weights(best, checkpoint.best_folder(folder, state.best_epoch))
     stage.finish(best.to(dist.device()).eval())
     log.say(
         f"stage {stage.name} is over: {stage.score} {state.best_score:.4f} on {run.selection[0]} picks epoch "
@@ -139,9 +141,12 @@ def build(stage: Stage, config: RunConfig) -> nn.Module:
 def evaluate(stage: Stage, engine: DeepSpeedEngine, run: Run, state: TrainState, log: RunLog) -> dict[str, float]:
     """Metrics on the rows that pick the epoch (collective), logged."""
     engine.eval()
-    metrics = stage.evaluate(engine)
+    try:
+        metrics = stage.evaluate(engine)
+    except ValueError as error:  # predictions that are NaN, on all ranks: a finite loss can have such a gradient
+        raise UserError(f"{stage.name} step {state.step}: {error}") from error
     log.evaluation(state.step, state.epoch, run.selection[0], metrics)
-    return metrics
+    return dist.broadcast(metrics)  # processors of different kinds may round the last bit differently
 
 
 def is_patience_over(config: RunConfig, state: TrainState) -> bool:
@@ -159,19 +164,22 @@ def plan(run: Run) -> str:
     """What is about to run, with every derived number beside what it is derived from."""
     config = run.config
     micro, accum = run.micro_and_accum
-    student_depth = len(execution_order(config.num_hidden_layers, config.sharing, config.swaps_qk))
     pairs = ", ".join(f"{i}:{j}" for i, j in run.pairs) or "none"
+    unnamed = []
+    if run.teacher_source.is_classifier and not run.task.is_regression and has_unnamed_labels(run.teacher_source):
+        unnamed = [f"warning: the teacher does not name its classes; taken for {', '.join(run.task.label_names)}"]
     return "\n".join(
         [
-            f"task {run.task.name}, method {config.method}, seed {config.seed}, {config.dtype} on {dist.device().type}",
+            f"task {run.task.name}, method {run.method}, seed {config.seed}, {config.dtype} on {dist.device().type}",
             f"rows: train {len(run.train_rows):,}, {run.selection[0]} {len(run.selection[2]):,} (picks epochs), "
             + ", ".join(f"{name} {len(split):,}" for name, split in run.dev.items()),
             f"batch: global {config.global_batch_size} = micro {micro} x accum {accum} x world {dist.world_size()}",
             f"teacher: {run.teacher_source.path}, {run.teacher_source.config.num_hidden_layers} layers of "
             f"{run.teacher_source.config.hidden_size}, ZeRO stage {ds_engine.zero_stage(run.teacher_ds_config)}",
-            f"student: {config.num_hidden_layers} stored layers run as {student_depth} of "
+            f"student: {config.num_hidden_layers} stored layers run as {run.student_depth} of "
             f"{run.student_init.config.hidden_size}, ZeRO stage {ds_engine.zero_stage(run.student_ds_config)}, "
             f"layer pairs {pairs}",
+            *unnamed,
         ]
     )
 

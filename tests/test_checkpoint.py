@@ -52,7 +52,7 @@ def new_engine(config: RunConfig) -> Iterator[Callable[..., Any]]:
 
     def make(ds_config: str, module: nn.Module | None = None) -> Any:
         settings = ds_engine.load_ds_config(ds_config, "student_ds_config")
-        made.append(ds_engine.training_engine(module or build(config), config, settings, NUM_STEPS))
+        made.append(ds_engine.training_engine(module or build(config), config, settings, NUM_STEPS, "teacher"))
         return made[-1]
 
     yield make
@@ -118,7 +118,7 @@ def test_a_restored_engine_is_the_one_that_was_saved(
 ) -> None:
     engine = new_engine(ds_config)
     train(engine, 0, 3)
-    saved = TrainState(step=3, epoch=1, batch=2, best_score=0.5, best_epoch=1, epochs_without_better=0)
+    saved = TrainState(step=3, epoch=1, batch=2, best_score=0.5, best_epoch=0, epochs_without_better=0)
     checkpoint.save(tmp_path, engine, saved)
     before = state_of(engine)
     assert before["adam_step"] == before["scheduler_step"] == 3
@@ -211,7 +211,7 @@ def three_saved(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory, si
     words = "--task rte --num_hidden_layers 2 --dropout 0 --global_batch_size 8 --micro_batch_size 4 --run_dir x"
     config = parse([*words.split(), "--teacher", str(tiny_encoder)])
     settings = ds_engine.load_ds_config("zero1_fp32", "student_ds_config")
-    engine = ds_engine.training_engine(build(config), config, settings, NUM_STEPS)
+    engine = ds_engine.training_engine(build(config), config, settings, NUM_STEPS, "teacher")
     for step in (1, 2, 3):
         train(engine, step - 1, 1)
         checkpoint.save(folder, engine, TrainState(step=step))
@@ -270,11 +270,16 @@ def flip_a_byte(file: Path) -> None:
     file.write_bytes(content)
 
 
+def empty_folder(path: Path) -> None:
+    shutil.rmtree(path)
+    path.mkdir()
+
+
 DAMAGES: dict[str, Callable[[Path], Any]] = {
     "DONE is missing": lambda path: (path / "DONE").unlink(),
     "a file is missing": lambda path: (path / "exp_avg.safetensors").unlink(),
     "state is missing": lambda path: (path / "state.json").unlink(),
-    "all is missing": lambda path: [file.unlink() for file in path.iterdir()],
+    "all is missing": empty_folder,
     "a byte": lambda path: flip_a_byte(path / "weights.safetensors"),
     "truncated": lambda path: os.truncate(path / "exp_avg_sq.safetensors", 1000),
     "emptied": lambda path: os.truncate(path / "weights.safetensors", 0),
@@ -333,6 +338,26 @@ def test_a_damaged_one_is_replaced_when_its_step_comes_again(
     checkpoint.save(folder, engine, TrainState(step=3))
     assert checkpoint.newest(folder) == (folder / "step-00000003", [])
     assert names(folder) == ["latest", "step-00000002", "step-00000003"]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf")])
+@pytest.mark.parametrize("ds_config", ["zero0_fp32", "zero3_bf16"])
+def test_weights_that_are_not_finite_are_not_saved(
+    folder: Path, config: RunConfig, new_engine: Callable[..., Any], value: float, ds_config: str
+) -> None:
+    """A finite loss can have a gradient that is not; who goes on from there never gets well."""
+    module = build(config)
+    with torch.no_grad():
+        module.bert.pooler.dense.weight[3, 4] = value  # type: ignore[union-attr, operator]
+    engine = new_engine(ds_config, module)
+    before = names(folder)
+    for write in (checkpoint.save, checkpoint.save_best):
+        with pytest.raises(UserError) as caught:
+            write(folder, engine, TrainState(step=4))
+        message = str(caught.value)
+        assert "teacher step 4: weight bert.pooler.dense.weight is NaN or infinite, so it is not saved" in message
+        assert f"the last good checkpoint is kept in {folder}: lower --lr" in message
+    assert names(folder) == before
 
 
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), SafetensorError("I/O error")])
@@ -398,6 +423,6 @@ def test_another_number_of_layers_is_refused_by_name(folder: Path, config: RunCo
     module.bert.encoder.layer[2] = type(module.bert.encoder.layer[0])(module.config)  # type: ignore
     with pytest.raises(UserError, match=r"bert\.encoder\.layer\.2\.\S+ is absent there and \[.*\] here"):
         checkpoint.load_weights(module, folder / "step-00000003")
-    del module.bert.encoder.layer[1:]  # type: ignore[union-attr, operator, index]
+    del module.bert.encoder.layer[1:]  # type: ignore[union-attr, operator]
     with pytest.raises(UserError, match=r"bert\.encoder\.layer\.1\.\S+ is \[.*\] there and absent here"):
         checkpoint.load_weights(module, folder / "step-00000003")

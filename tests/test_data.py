@@ -220,7 +220,12 @@ def test_tokenised_rows_are_cached(
     rows = data.load_splits(task, str(tiny_data))
     calls = []
     encode = datasets.Dataset.map
-    monkeypatch.setattr(datasets.Dataset, "map", lambda *args, **kw: calls.append(1) or encode(*args, **kw))
+
+    def counted(*args: Any, **settings: Any) -> datasets.Dataset:
+        calls.append(1)
+        return encode(*args, **settings)
+
+    monkeypatch.setattr(datasets.Dataset, "map", counted)
 
     def tokenize(split: str = "train", max_seq_length: int = 32) -> Split:
         fresh = data.load_splits(task, str(tiny_data))[split]
@@ -409,10 +414,25 @@ def test_label_outside_the_range(copy: Path, labels: list[Any], message: str) ->
     assert message in refusal("rte", copy)
 
 
-def test_score_that_is_no_number(copy: Path) -> None:
+@pytest.mark.parametrize("score", [float("nan"), float("inf"), -0.5, 5.25])
+def test_score_outside_the_range(copy: Path, score: float) -> None:
     columns = made_up_rows("stsb", 4, "")
-    write_split(copy, "stsb", "train", {**columns, "label": [1.0, float("nan"), 2.0, 3.0]})
-    assert "stsb/train row 1 has label nan; it must be a finite number; mend the data" in refusal("stsb", copy)
+    write_split(copy, "stsb", "train", {**columns, "label": [1.0, score, 2.0, 5.0]})
+    message = refusal("stsb", copy)
+    assert f"stsb/train row 1 has label {score:g}; it must be a number from 0 to 5; mend the data" in message
+
+
+def test_files_with_different_columns(copy: Path) -> None:
+    columns = {**made_up_rows("rte", 4, ""), "idx": [1, 2, 3, 4]}
+    file = write_split(copy, "rte", "train", columns)
+    file.rename(file.with_name("train-00001-of-00002.parquet"))
+    write_split(copy, "rte", "train", made_up_rows("rte", 4, ""))
+    assert "and the files beside it have different columns; get the train split of rte again" in refusal("rte", copy)
+
+
+def test_train_can_be_left_out(copy: Path) -> None:
+    next((copy / "rte").glob("train-*")).unlink()
+    assert list(data.load_splits(get_task("rte"), str(copy), train=False)) == ["validation"]
 
 
 @pytest.mark.parametrize("texts", [["a", None, "b", "c"], [1, 2, 3, 4]])

@@ -18,13 +18,15 @@ def losses(argv: list[str]) -> list[float]:
     config = parse(argv)
     run = open_run(config)
     stage = stages.build_stage("distill", run, RunLog(run.folder))
-    engine = ds_engine.training_engine(train.build(stage, config), config, run.student_ds_config, num_steps=10)
+    engine = ds_engine.training_engine(
+        train.build(stage, config), config, run.student_ds_config, num_steps=10, name="distill"
+    )
     slots = data.epoch_slots(len(run.train_rows), config.global_batch_size, config.seed, epoch=0)[:NUM_STEPS]
     shares = np.zeros(NUM_STEPS)
     for step, batch in enumerate(data.global_batches(run.train, run.train_rows, slots, run.micro_and_accum[1])):
         for micro in batch.micro_batches:
             loss, _ = stage.loss(engine, micro, batch, False)
-            engine.backward(loss.total * ds_engine.loss_scale(engine))
+            engine.backward(loss.total * ds_engine.undo_averaging(engine))
             engine.step()
             shares[step] += loss.total.item()
     engine.destroy()

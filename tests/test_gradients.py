@@ -24,7 +24,9 @@ def distributed_gradients(argv: list[str]) -> tuple[dict[str, np.ndarray], np.nd
     config = parse(argv)
     run = open_run(config)
     stage = stages.build_stage("distill", run, RunLog(run.folder))
-    engine = ds_engine.training_engine(train.build(stage, config), config, run.student_ds_config, num_steps=10)
+    engine = ds_engine.training_engine(
+        train.build(stage, config), config, run.student_ds_config, num_steps=10, name="distill"
+    )
     slots = data.epoch_slots(len(run.train_rows), config.global_batch_size, config.seed, epoch=0)
     number = next(i for i, batch in enumerate(slots) if (batch < 0).any())  # a last, smaller batch: uneven ranks
     batch = next(data.global_batches(run.train, run.train_rows, slots, run.micro_and_accum[1], first=number))
@@ -32,7 +34,7 @@ def distributed_gradients(argv: list[str]) -> tuple[dict[str, np.ndarray], np.nd
     micro_batches = list(batch.micro_batches)
     for i, micro in enumerate(micro_batches):
         loss, _ = stage.loss(engine, micro, batch, False)
-        engine.backward(loss.total * ds_engine.loss_scale(engine))
+        engine.backward(loss.total * ds_engine.undo_averaging(engine))
         total += loss.total.detach().float()
         if i < len(micro_batches) - 1:
             engine.step()

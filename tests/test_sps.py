@@ -461,7 +461,8 @@ assert type(model) is peakd_ds.sps.SPSBertForSequenceClassification
 torch.save(model(**torch.load(folder + "/inputs.pt")).logits, folder + "/logits.pt")
 """
     subprocess.run([sys.executable, "-c", script], check=True, cwd=tmp_path)
-    assert torch.equal(torch.load(tmp_path / "logits.pt"), student(**inputs).logits)
+    # Not to the bit: ZeRO-3, once used in this process, has put another matrix product into torch's linear layers.
+    torch.testing.assert_close(torch.load(tmp_path / "logits.pt"), student(**inputs).logits, rtol=0, atol=1e-12)
 
 
 def make_encoder(add_pooling_layer=True, **settings):
