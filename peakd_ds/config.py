@@ -95,7 +95,8 @@ def _parse_layer_map(text: str) -> str | tuple[tuple[int, int], ...]:
         pairs = ()
     if not pairs or any(len(pair) != 2 for pair in pairs):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is neither skip, last, nor 1-based pairs STUDENT:TEACHER; write for example '1:2,2:4'"
+            f"{text!r} is neither skip, last, nor pairs STUDENT:TEACHER of 1-based layers; "
+            "write for example 1:2,2:4, in quotes in a YAML file"
         )
     return pairs  # type: ignore[return-value]
 

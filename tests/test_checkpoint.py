@@ -190,15 +190,21 @@ def test_all_stages_train_alike(new_engine: Callable[..., Any]) -> None:
 def test_the_best_epoch_s_weights(config: RunConfig, new_engine: Callable[..., Any], tmp_path: Path) -> None:
     engine = new_engine("zero2_fp32")
     train(engine, 0, 1)
-    checkpoint.save_best(tmp_path, engine, TrainState(step=1, best_score=0.4))
+    checkpoint.save_best(tmp_path, engine, TrainState(step=1, epoch=1, best_score=0.4, best_epoch=1))
     train(engine, 1, 1)
     expected = checkpoint.gather(engine, None)
-    checkpoint.save_best(tmp_path, engine, TrainState(step=2, best_score=0.6))
+    better = TrainState(step=2, epoch=2, best_score=0.6, best_epoch=2)
+    checkpoint.save_best(tmp_path, engine, better)
     module = build(config, seed=1)
-    checkpoint.load_weights(module, tmp_path / "best")
+    checkpoint.load_weights(module, checkpoint.best_folder(tmp_path, 2))
     assert all(torch.equal(tensor, expected[name]) for name, tensor in module.state_dict().items() if name in expected)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["best"]
+    assert names(tmp_path) == ["best-0001", "best-0002"], "an older checkpoint may still name the older one"
     assert checkpoint.newest(tmp_path) == (None, []), "the best weights have no Adam state to go on from"
+    checkpoint.save(tmp_path, engine, better)
+    assert names(tmp_path) == ["best-0002", "latest", "step-00000002"]
+    (tmp_path / "best-0002" / "weights.safetensors").unlink()
+    newest, (reason,) = checkpoint.newest(tmp_path)
+    assert newest is None and "step-00000002 is skipped" in reason, "a checkpoint without its best weights is damaged"
 
 
 # -- Files -------------------------------------------------------------------------------------------------------------

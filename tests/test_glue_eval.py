@@ -303,5 +303,5 @@ class TestPeakdEvalRefuses:
 
     def test_no_data(self, student: Path, tmp_path: Path) -> None:
         words = ("--model", student / "student", "--task", "sst2")
-        assert "no sst2/train-*.parquet in data folder" in refusal(*words, "--data_dir", tmp_path)
+        assert "no sst2/validation-*.parquet in data folder" in refusal(*words, "--data_dir", tmp_path)
         assert "go online, or give --data_dir" in refusal(*words)

@@ -148,10 +148,10 @@ def test_hparams_hold_settings_and_final_metrics_once(tmp_path: Path) -> None:
     """Also where a run that is over is started again."""
     for accuracy in (0.5, 0.75):
         settings = {"lr": 2e-5, "ptp": True, "task": "rte", "init_layers": None, "layer_map": ((1, 2),)}
-        RunLog(tmp_path).hparams(settings, {"accuracy": accuracy})
+        RunLog(tmp_path).final(settings, {"accuracy": accuracy})
     files = list((tmp_path / "tb").rglob("events.*"))
     assert {file.parent.name for file in files} <= {"tb", "final"}
-    assert scalars(tmp_path, "final/accuracy", "final") == [(0, 0.75)]
+    assert scalars(tmp_path, "dev/accuracy", "final") == [(0, 0.75)]
     metadata = EventAccumulator(str(tmp_path / "tb" / "final")).Reload().SummaryMetadata("_hparams_/session_start_info")
     data = plugin_data_pb2.HParamsPluginData.FromString(metadata.plugin_data.content)
     shown = {name: value.WhichOneof("kind") for name, value in data.session_start_info.hparams.items()}
@@ -189,7 +189,7 @@ def test_only_rank_0_writes(
     write_steps(log, range(1, 3))
     log.evaluation(2, 0, "dev", {"accuracy": 0.5})
     log.figure("a/figure", figures.label_histogram(["a"], [1]))
-    log.hparams({}, {})
+    log.final({}, {})
     log.advance()
     log.say("hello")
     log.end_stage()
@@ -282,8 +282,10 @@ def test_shares_of_micro_batches_add_up(monkeypatch: pytest.MonkeyPatch) -> None
     meter.add(loss_of(total=1.0, hard=2.0, soft=3.0, hidden=4.0), torch.tensor([0.5, 0.25]), 64)
     meter.add(loss_of(total=0.5, hard=0.5, soft=0.5, hidden=0.5), torch.tensor([0.5, 0.5]), 36)
     meter.end_step(1, num_samples=8, num_tokens=75)
-    now[0] += 2.0
-    metrics, watched = meter.reduce(teacher_seconds=0.5)
+    with meter.teacher_clock:
+        now[0] += 0.5
+    now[0] += 1.5
+    metrics, watched = meter.reduce()
     assert [metrics[name] for name in TERMS] == [1.5, 2.5, 3.5, 4.5]
     assert (metrics["samples_per_s"], metrics["tokens_per_s"], metrics["padding_share"]) == (4.0, 37.5, 0.25)
     assert watched["teacher_time_share"] == 0.25
@@ -294,7 +296,7 @@ def test_shares_of_micro_batches_add_up(monkeypatch: pytest.MonkeyPatch) -> None
     meter.add(loss_of(), None, 10)
     meter.end_step(2, 4, 5)
     now[0] += 1.0
-    metrics, watched = meter.reduce(teacher_seconds=0.0)
+    metrics, watched = meter.reduce()
     assert (metrics["samples_per_s"], metrics["padding_share"], metrics["loss"]) == (4.0, 0.5, 1.0)
     assert not {"teacher_time_share", "hidden_distance/pair_1"} & watched.keys()
 
