@@ -96,11 +96,15 @@ def best_folder(folder: Path, epoch: int) -> Path:
 
 
 def _prune(folder: Path, newest_name: str) -> None:
-    """Keep the newest checkpoints and the best weights that they name.
+    """Keep the newest whole checkpoints and the best weights that they name.
 
-    Checkpoints beyond the newest were skipped as damaged when the run started; they must not push out good ones.
+    Damaged ones were skipped when the run started, and lie before or beyond the newest; they must not push out good
+    ones. Telling them costs reading one older checkpoint.
     """
-    kept = [candidate for candidate in _candidates(folder) if candidate.name <= newest_name][:NUM_KEPT]
+    kept = [folder / newest_name]
+    for candidate in _candidates(folder):
+        if candidate.name < newest_name and len(kept) < NUM_KEPT and _damage_with_best(candidate) is None:
+            kept.append(candidate)
     kept_best = {best_folder(folder, _position(candidate)["best_epoch"]) for candidate in kept}
     for old in (set(_candidates(folder)) - set(kept)) | (set(folder.glob("best-????")) - kept_best):
         shutil.rmtree(old, ignore_errors=True)
@@ -143,9 +147,7 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     def look() -> tuple[Path | None, list[str]]:
         skipped: list[str] = []
         for candidate in _candidates(folder):
-            damage = damage_of(candidate)
-            if damage is None and (best_epoch := _position(candidate)["best_epoch"]):
-                damage = damage_of(best_folder(folder, best_epoch))
+            damage = _damage_with_best(candidate)
             if damage is None:
                 return candidate, skipped
             skipped.append(f"checkpoint {candidate.name} is skipped: {damage}")
@@ -208,6 +210,14 @@ def damage_of(checkpoint: Path) -> str | None:
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         return f"a file is missing or unreadable ({error})"
     return None
+
+
+def _damage_with_best(checkpoint: Path) -> str | None:
+    """The same for a checkpoint and the best weights that it names, which a resumed stage needs too."""
+    damage = damage_of(checkpoint)
+    if damage is None and (best_epoch := _position(checkpoint)["best_epoch"]):
+        damage = damage_of(best_folder(checkpoint.parent, best_epoch))
+    return damage
 
 
 # -- Files -------------------------------------------------------------------------------------------------------------

@@ -323,6 +323,18 @@ def test_a_damaged_newer_one_does_not_push_out_good_ones(
     assert names(folder) == ["latest", "step-00000003", "step-00000004"]
 
 
+@pytest.mark.parametrize("damage", ["a byte", "state is missing"])
+def test_a_damaged_older_one_does_not_push_out_good_ones(
+    folder: Path, config: RunConfig, new_engine: Callable[..., Any], damage: str
+) -> None:
+    """Step 3 was skipped, and the next to be saved is step 4: step 2 is still the only good one before it."""
+    DAMAGES[damage](folder / "step-00000003")
+    engine, _ = resume_skipping(folder, config, new_engine, "checkpoint step-00000003 is skipped")
+    train(engine, 2, 2)
+    checkpoint.save(folder, engine, TrainState(step=4))
+    assert names(folder) == ["latest", "step-00000002", "step-00000004"]
+
+
 def resume_skipping(
     folder: Path, config: RunConfig, new_engine: Callable[..., Any], warning: str
 ) -> tuple[Any, TrainState]:

@@ -269,7 +269,10 @@ def test_a_word_too_many() -> None:
         ("lr: fast", "argument --lr: 'fast' is not a finite number; its range is > 0; the default is 2e-05"),
         ("lr: {a: 1}", "argument --lr"),
         ("num_hidden_layers: 2.5", "argument --num_hidden_layers: '2.5' is not a whole number"),
-        ("layer_map: 1:2", "write for example '1:2,2:4'"),  # YAML 1.1 reads 62, a number in base 60
+        (
+            "layer_map: 1:2",
+            "write for example 1:2,2:4, in quotes in a YAML file",
+        ),  # YAML 1.1 reads 62, a number in base 60
         ("sharing: all", "argument --sharing: invalid choice: 'all'"),
         ("alpha: 2", r"--alpha 2.0 is outside its range \[0, 1\]; the default is 0.7"),
     ],
@@ -327,9 +330,9 @@ def test_value_that_is_no_choice(name: str) -> None:
         ("--init_layers 1,2", "names 2 layers, but --num_hidden_layers is 3; give one source layer for each"),
         ("--stages teacher,students", "unknown stage 'students'; choose from teacher,ptp,distill"),
         ("--stages=", "unknown stage ''"),
-        ("--layer_map skipp", "neither skip, last, nor 1-based pairs STUDENT:TEACHER"),
-        ("--layer_map 1:2:3", "write for example '1:2,2:4'"),
-        ("--layer_map 1:x", "write for example '1:2,2:4'"),
+        ("--layer_map skipp", "neither skip, last, nor pairs STUDENT:TEACHER"),
+        ("--layer_map 1:2:3", "write for example 1:2,2:4"),
+        ("--layer_map 1:x", "write for example 1:2,2:4"),
         ("--t_correct mean", r"range is \[0, 1\] or median"),
         ("--sharing none --shuffle_qk", "--sharing none has no second run; choose --sharing sps, cycle"),
         ("--export_onnx --no_export_unrolled", "--export_onnx writes the unrolled student, .*; drop one"),

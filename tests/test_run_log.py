@@ -197,6 +197,19 @@ def test_only_rank_0_writes(
     assert capsys.readouterr() == ("", "")
 
 
+def test_a_log_that_cannot_be_written_stops_the_run_later(tmp_path: Path) -> None:
+    """Rank 0 alone notices, while the others wait for it in a collective."""
+    log = start(tmp_path)
+    log.stop_if_failed()
+    (tmp_path / "metrics.jsonl").mkdir()
+    write_steps(log, range(1, 2))
+    with pytest.raises(
+        UserError, match=r"the log in .* cannot be written \(.*\); free some space, then start the same"
+    ):
+        log.stop_if_failed()
+    log.end_stage()
+
+
 def test_plain_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = start(tmp_path)
     write_steps(log, range(1, 2))
@@ -291,6 +304,8 @@ def test_shares_of_micro_batches_add_up(monkeypatch: pytest.MonkeyPatch) -> None
     assert watched["teacher_time_share"] == 0.25
     assert (watched["hidden_distance/pair_1"], watched["hidden_distance/pair_2"]) == (1.0, 0.75)
     assert watched["memory_mib"] > 10
+    with meter.teacher_clock:  # in an evaluation
+        now[0] += 9.0
     meter.restart_clock()
     meter.start_step()
     meter.add(loss_of(), None, 10)

@@ -45,8 +45,8 @@ class Program:
 
     def __init__(self, folder: Path, teacher: Path, data_dir: Path):
         self.run_dir, self.new_dir = folder / "run", folder / "new"
-        (self.run_dir / "student").mkdir(parents=True)
-        (self.run_dir / "student" / "model.safetensors").write_bytes(b"precious")
+        (self.run_dir / "notes").mkdir(parents=True)
+        (self.run_dir / "notes" / "mine.bin").write_bytes(b"precious")
         (self.run_dir / "metrics.jsonl").write_text('{"stage": "teacher", "step": 1}\n')
         self.settings = {
             "task": "rte",
@@ -428,6 +428,25 @@ def test_changes_that_do_not_change_the_result_are_taken(program: Program, used:
     changes = {"micro_batch_size": "4", "student_ds_config": "zero3_fp32", "log_steps": "1", "stages": "teacher"}
     open_run(parse(program.words(used, **changes)))
     assert snapshot(used) == before
+
+
+def test_other_rows_in_a_used_run_folder(program: Program, used: Path, spoiled: Path) -> None:
+    """Its PTP labels and checkpoints belong to the rows they were made from."""
+    write_split(spoiled, "rte", "train", made_up_rows("rte", 90, "other"))
+    before = snapshot(used)
+    with pytest.raises(UserError) as caught:
+        open_run(parse(program.words(used, data_dir=spoiled)))
+    assert_says(str(caught.value), f"--run_dir {used} holds a run on other rows than {spoiled} has now", "take another")
+    assert snapshot(used) == before
+
+
+@pytest.mark.parametrize("name", ["teacher", "student", "checkpoints"])
+def test_models_without_settings_in_the_run_folder(program: Program, name: str) -> None:
+    (program.run_dir / name).mkdir()
+    before = snapshot(program.run_dir)
+    with pytest.raises(UserError, match=r"holds models or checkpoints but no config\.yaml, .*; take another --run_dir"):
+        open_run(parse(program.words(program.run_dir)))
+    assert snapshot(program.run_dir) == before
 
 
 def test_damaged_settings_in_a_used_run_folder(program: Program, used: Path) -> None:
