@@ -229,7 +229,7 @@ def _check_finite(weights: dict[str, torch.Tensor], folder: Path, state: TrainSt
     if bad is not None:
         raise UserError(
             f"{folder.name} step {state.step}: weight {bad} is NaN or infinite, so it is not saved; the last good "
-            f"checkpoint is kept in {folder}: lower --lr, or take --dtype fp32 or bf16"
+            f"checkpoint is kept in {folder}: in another --run_dir, lower --lr or take --dtype fp32"
         )
 
 

@@ -167,8 +167,11 @@ def training_engine(module: nn.Module, config: RunConfig, ds_config: dict[str, A
     }
     optimizer = torch.optim.AdamW(_parameter_groups(module, config.weight_decay), lr=config.lr, fused=True)
     scheduler = get_linear_schedule_with_warmup(optimizer, round(config.warmup_ratio * num_steps), num_steps)
+    weights = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     engine = _initialize(model=module, optimizer=optimizer, lr_scheduler=scheduler, config=ds_config)
     engine_state.create_adam_state(engine, 0)
+    for name, parameter in engine.module.named_parameters():
+        engine_state.write_full(engine, parameter, None, weights[name])  # DeepSpeed's came by way of bf16 or fp16
     assert engine.dp_world_size == dist.world_size(), "the engine does not average gradients over all ranks"
     return engine
 
@@ -201,7 +204,7 @@ def stop_if_skipped(engine: Any, stage: str, step: int) -> None:
     if engine.skipped_steps and not engine.fp16_enabled():
         raise UserError(
             f"{stage} step {step}: the gradient is NaN or infinite, and {engine.skipped_steps} steps were skipped; the "
-            "last good checkpoint is kept: lower --lr, or take --dtype fp32 or bf16"
+            "last good checkpoint is kept: in another --run_dir, lower --lr or take --dtype fp32"
         )
 
 

@@ -226,7 +226,7 @@ class StepMeter:
         names = [name for name, value in zip(TERMS, values, strict=True) if value]
         raise UserError(
             f"{self.stage} step {int(worst)}: {', '.join(names[1:] or names)} is NaN or infinite; the last "
-            f"good checkpoint is kept in {checkpoints}: lower --lr, or take --dtype fp32 or bf16"
+            f"good checkpoint is kept in {checkpoints}: in another --run_dir, lower --lr or take --dtype fp32"
         )
 
     def reduce(self) -> tuple[dict[str, float], dict[str, float]]:

@@ -7,6 +7,7 @@ pretrained with the teacher's predictions, the student is distilled. All go thro
 started again goes on where it stopped; a stage that is over is not run again.
 """
 
+import math
 import sys
 
 from deepspeed import DeepSpeedEngine
@@ -155,9 +156,9 @@ def is_patience_over(config: RunConfig, state: TrainState) -> bool:
 
 
 def grad_norm(engine: DeepSpeedEngine) -> float | None:
-    """Global gradient norm before clipping, where the optimiser tells it (not at stage 0 without clipping)."""
+    """Global gradient norm before clipping; None where DeepSpeed has none (stage 0) or fp16 has skipped the step."""
     norm = engine.get_global_grad_norm()
-    return None if norm is None else float(norm)
+    return None if norm is None or not math.isfinite(norm) else float(norm)
 
 
 def plan(run: Run) -> str:

@@ -255,7 +255,9 @@ def test_a_loss_that_is_not_finite_is_named_with_its_step(
         meter.stop_if_not_finite(tmp_path / "checkpoints")
     message = str(caught.value)
     assert message.startswith("distill step 2: ") and f"{named} NaN or infinite" in message
-    assert f"the last good checkpoint is kept in {tmp_path / 'checkpoints'}: lower --lr" in message
+    assert (
+        f"the last good checkpoint is kept in {tmp_path / 'checkpoints'}: in another --run_dir, lower --lr" in message
+    )
 
 
 def test_one_bad_micro_batch_is_enough(tmp_path: Path) -> None:
