@@ -100,6 +100,7 @@ def train(stage: Stage, run: Run, log: RunLog) -> None:
                 meter.restart_clock()
 
         meter.stop_if_not_finite(folder)
+        ds_engine.stop_if_skipped(engine, stage.name, state.step)
         state.epoch, state.batch = state.epoch + 1, 0
         score = evaluate(stage, engine, run, state, log)[stage.score]
         if state.best_score is None or (
@@ -174,7 +175,8 @@ def plan(run: Run) -> str:
             f"task {run.task.name}, method {run.method}, seed {config.seed}, {config.dtype} on {dist.device().type}",
             f"rows: train {len(run.train_rows):,}, {run.selection[0]} {len(run.selection[2]):,} (picks epochs), "
             + ", ".join(f"{name} {len(split):,}" for name, split in run.dev.items()),
-            f"batch: global {config.global_batch_size} = micro {micro} x accum {accum} x world {dist.world_size()}",
+            f"batch: global {config.global_batch_size} = micro {micro} x accum {accum} x world {dist.world_size()}, "
+            f"from {math.gcd(config.global_batch_size, data.NUM_SHARDS)} of {data.NUM_SHARDS} shards at a time",
             f"teacher: {run.teacher_source.path}, {run.teacher_source.config.num_hidden_layers} layers of "
             f"{run.teacher_source.config.hidden_size}, ZeRO stage {ds_engine.zero_stage(run.teacher_ds_config)}",
             f"student: {config.num_hidden_layers} stored layers run as {run.student_depth} of "
