@@ -164,7 +164,7 @@ def _readme(run: Run, results: dict[str, Any], table: str) -> str:
 
 {table}
 
-Metrics are of the whole dev set ({", ".join(f"{name} {len(split):,} rows" for name, split in run.dev.items())}).
+Metrics are of the whole dev set ({", ".join(f"{name} {len(split):,} rows" for name, split in run.dev.items())}), computed in {run.config.dtype}.
 Epochs were picked on {chosen}. Samples per second are of inference on dev with {results["world_size"]} rank(s).
 {curves}
 `config.yaml` holds every setting; the same command started again in this folder goes on where it stopped.
