@@ -159,12 +159,13 @@ def _readme(run: Run, results: dict[str, Any], table: str) -> str:
         "holdout": "a fixed tenth of train, which no stage trained on",
         "dev": "the dev set itself, so the figures below are optimistic",
     }[results["selected_on"]]
+    sizes = ", ".join(f"{name} {len(split):,} rows" for name, split in run.dev.items())
     curves = "\n![loss curves](loss_curves.png)\n" if (run.folder / "loss_curves.png").exists() else ""
     return f"""# {results["task"]}: {results["method"]}, seed {results["seed"]}
 
 {table}
 
-Metrics are of the whole dev set ({", ".join(f"{name} {len(split):,} rows" for name, split in run.dev.items())}), computed in {run.config.dtype}.
+Metrics are of the whole dev set ({sizes}), computed in {run.config.dtype}.
 Epochs were picked on {chosen}. Samples per second are of inference on dev with {results["world_size"]} rank(s).
 {curves}
 `config.yaml` holds every setting; the same command started again in this folder goes on where it stopped.
