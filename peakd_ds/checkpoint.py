@@ -28,6 +28,7 @@ from torch import nn
 from peakd_ds import dist, engine_state
 from peakd_ds.config import UserError
 from peakd_ds.engine_state import MOMENTS
+from peakd_ds.files import replace_folder, write_atomically
 
 NUM_KEPT = 2
 
@@ -254,14 +255,7 @@ def _write_folder(target: Path, tensors: dict[str, dict[str, torch.Tensor]], pos
         (temporary / "state.json").write_text(text)
         (temporary / "DONE").write_text(hashlib.sha256(text.encode()).hexdigest())
         list(_synced(temporary))
-        if target.exists():  # a folder cannot replace a folder that has files in it
-            aside = target.with_name(target.name + ".old")
-            shutil.rmtree(aside, ignore_errors=True)
-            target.rename(aside)
-            temporary.rename(target)
-            shutil.rmtree(aside, ignore_errors=True)
-        else:
-            temporary.rename(target)
+        replace_folder(target, temporary)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
@@ -273,14 +267,6 @@ def _synced(folder: Path) -> Iterator[Path]:
         with file.open("rb") as handle:
             os.fsync(handle.fileno())
         yield file
-
-
-def write_atomically(file: Path, text: str) -> None:
-    """Write a text file so that whoever reads it finds the old text or the new one, whole."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(file)
 
 
 def _sha256(file: Path) -> str:

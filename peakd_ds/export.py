@@ -7,7 +7,6 @@ plain BERT of the effective depth, which loads with transformers alone.
 import copy
 import importlib
 import os
-import secrets
 import shutil
 import warnings
 from collections.abc import Iterable, Mapping
@@ -19,6 +18,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
+from peakd_ds.files import hidden_sibling, replace_folder
 from peakd_ds.sps import SPSBertConfig, SPSBertForSequenceClassification, execution_order
 
 ONNX_TOLERANCE = 1e-4
@@ -83,36 +83,18 @@ def export_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
             "whole folder; choose a new folder or empty this one"
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
-    new = _hidden_sibling(folder, "new")
+    new = hidden_sibling(folder, "new")
     try:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
         (new / "README.md").write_text(card, encoding="utf-8")
-        _replace_folder(folder, new)
+        replace_folder(folder, new)
     finally:
         shutil.rmtree(new, ignore_errors=True)  # gone already unless something failed
 
 
 def _is_replaceable(folder: Path) -> bool:
     return folder.is_dir() and ((folder / "config.json").is_file() or not any(folder.iterdir()))
-
-
-def _hidden_sibling(path: Path, role: str) -> Path:
-    return path.with_name(f".{path.name}.{role}-{secrets.token_hex(4)}")
-
-
-def _replace_folder(folder: Path, new: Path) -> None:
-    if not folder.exists():
-        new.rename(folder)
-        return
-    old = _hidden_sibling(folder, "old")
-    folder.rename(old)
-    try:
-        new.rename(folder)
-    except OSError:
-        old.rename(folder)
-        raise
-    shutil.rmtree(old)
 
 
 def model_card(
@@ -228,7 +210,7 @@ def export_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file
     traced = _random_inputs(tokenizer, reference.config, num_rows=2, num_tokens=8)
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    new = _hidden_sibling(file, "new")
+    new = hidden_sibling(file, "new")
     try:
         with warnings.catch_warnings():
             # Every input has the same two axes, and the exporter warns once for each name it sees again.

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 from peakd_ds import checkpoint, dist, figures, glue_eval
-from peakd_ds.checkpoint import write_atomically
 from peakd_ds.config import UserError
 from peakd_ds.ds_engine import DTYPES
 from peakd_ds.export import export_model, export_onnx, model_card, unroll
+from peakd_ds.files import write_atomically
 from peakd_ds.run import Run
 from peakd_ds.run_log import RunLog
 from peakd_ds.sps import SPSBertForSequenceClassification

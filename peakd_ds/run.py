@@ -18,6 +18,7 @@ from peakd_ds import checkpoint, data, dist, ds_engine, glue_eval, modeling
 from peakd_ds.config import RunConfig, UserError, differences, to_yaml
 from peakd_ds.data import Split
 from peakd_ds.export import require_onnx
+from peakd_ds.files import write_atomically
 from peakd_ds.modeling import Pretrained
 from peakd_ds.run_log import TeacherClock
 from peakd_ds.sps import execution_order
@@ -211,7 +212,7 @@ def _create_run_folder(config: RunConfig, splits: dict[str, datasets.Dataset]) -
     folder = Path(config.run_dir)
     for name, text in (("data.json", json.dumps(data.fingerprints(splits))), ("config.yaml", to_yaml(config))):
         if not (folder / name).exists():
-            checkpoint.write_atomically(folder / name, text)
+            write_atomically(folder / name, text)
 
 
 def _check_stages(config: RunConfig, task: Task, teacher: Pretrained) -> None:

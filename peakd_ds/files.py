@@ -1,0 +1,34 @@
+"""Files and folders that are whole whenever they can be seen: written under another name, then renamed."""
+
+import secrets
+import shutil
+from pathlib import Path
+
+
+def write_atomically(file: Path, text: str) -> None:
+    """Write a text file so that whoever reads it finds the old text or the new one, whole."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(file)
+
+
+def hidden_sibling(path: Path, role: str) -> Path:
+    """A new hidden name beside `path`, and so on the same file system."""
+    return path.with_name(f".{path.name}.{role}-{secrets.token_hex(4)}")
+
+
+def replace_folder(folder: Path, new: Path) -> None:
+    """Give `new` the name `folder`, whose earlier contents are moved aside first (a folder that has files cannot be
+    replaced in one step) and then deleted."""
+    if not folder.exists():
+        new.rename(folder)
+        return
+    old = hidden_sibling(folder, "old")
+    folder.rename(old)
+    try:
+        new.rename(folder)
+    except OSError:
+        old.rename(folder)
+        raise
+    shutil.rmtree(old)
