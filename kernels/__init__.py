@@ -1,19 +1,33 @@
 """The distillation loss behind one function, whatever computes it.
 
-This package imports wherever PyTorch does: a backend that needs more imports it when it is first asked for.
+This package imports wherever PyTorch does: Triton is imported when its backend is first asked for.
+
+    reference.py        plain autograd PyTorch, the ground truth
+    fused.py            the same loss with gradients computed in the forward pass, by one of two backends:
+    torch_backend.py      in chunks of plain or compiled PyTorch, for CPUs
+    triton_backend.py     on GPUs, launching
+    triton_kernels.py       the device code
 """
 
+import functools
+import importlib
+import importlib.util
+import logging
 import math
 from collections.abc import Sequence
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
+from peakd_ds.kernels.fused import LossCall, fused_loss
 from peakd_ds.kernels.reference import DistillationLoss, reference_loss
 
-__all__ = ["DistillationLoss", "distillation_loss"]
+__all__ = ["BACKENDS", "DistillationLoss", "DistillationLossModule", "choose_backend", "distillation_loss"]
 
-_BACKENDS = ("auto", "reference")
+BACKENDS = ("auto", "triton", "torch", "reference")
 _REDUCTIONS = ("batchmean", "mean")
+
+logger = logging.getLogger(__name__)
 
 
 def distillation_loss(
@@ -45,8 +59,10 @@ def distillation_loss(
     With C = 1, regression, `hard` and `soft` are the mean squared errors of the student's score against label
     and teacher score, without T. A mean over nothing (N = 0, every label ignored, every token padded) is 0.
 
-    Any mix of bf16, fp16, fp32 and fp64 is taken, and computed in fp32, or in fp64 when a logit or hidden
-    tensor is fp64. Teacher tensors never receive a gradient.
+    bf16, fp16, fp32 and fp64 are taken, student and teacher may differ, and computed in fp32, or in fp64 when a
+    logit or hidden tensor is fp64. Teacher tensors never receive a gradient. Only `total` carries one, once: but for
+    the reference, gradients are computed in the forward pass (none under `torch.no_grad`), and a second backward
+    raises RuntimeError.
 
     Args:
         student_logits: [N, C] pre-softmax scores. -inf is a masked class.
@@ -68,38 +84,175 @@ def distillation_loss(
             count of the global batch, the losses of all micro-batches and ranks add up to its mean. None:
             `hard` and `soft` divide by the local rows that are not ignored, `hidden` by all B.
         num_tokens: the same for [B, S, H] `hidden`: the tokens to divide by; None: the local non-padded ones.
-        grad_scale: for backends that compute gradients in the forward pass. No effect on the reference, whose
-            autograd takes any upstream gradient.
-        backend: "auto" or "reference": plain PyTorch is the one backend of this build.
+        grad_scale: the upstream gradient that `total` is going to get, a number or a 0-dim tensor on the device, above
+            0; for example fp16's loss scale. Gradients are multiplied by it before they are rounded to the student's
+            dtype, so that small ones do not vanish in fp16, and the backward pass has nothing left to do. Another
+            upstream gradient is still right: they are then rescaled. No effect on the reference.
+        backend: "triton" (GPUs), "torch" (any device; compiled for large inputs on a CPU), "reference" (plain
+            autograd), or "auto": see `choose_backend`.
 
     Returns:
         DistillationLoss; only `total` carries a gradient.
 
     Raises:
-        ValueError: a setting is out of range, or shapes, dtypes or devices do not fit together. Class ids are
-            not looked at, which would synchronise with the GPU: PyTorch's own error reports one out of range.
+        ValueError: a setting is out of range, or shapes, dtypes or devices do not fit together, or the backend cannot
+            run here.
+        IndexError: a class id is out of range, on a CPU. A GPU is not waited for: there the loss is NaN (triton), or
+            the device stops (the others).
     """
-    if backend not in _BACKENDS:
-        raise ValueError(f"backend {backend!r} is not in this build; it has {', '.join(_BACKENDS)}")
-    _check_settings(temperature, alpha, beta, reduction, num_items, num_tokens)
+    _check_settings(temperature, alpha, beta, reduction, num_items, num_tokens, grad_scale)
     _check_logits(student_logits, teacher_logits, labels, alpha)
     _check_hidden(student_hidden, teacher_hidden, attention_mask, student_logits)
-    return reference_loss(
-        student_logits,
-        teacher_logits,
-        labels,
-        student_hidden,
-        teacher_hidden,
+    has_tokens = bool(student_hidden) and student_hidden[0].ndim == 3
+    settings = dict(
         temperature=temperature,
         alpha=alpha,
         beta=beta,
-        attention_mask=attention_mask,
+        attention_mask=attention_mask if has_tokens else None,
         normalize=normalize,
         reduction=reduction,
         ignore_index=ignore_index,
-        num_items=num_items,
-        num_tokens=num_tokens,
+        num_items=_on_host_or_device(num_items, student_logits),
+        num_tokens=_on_host_or_device(num_tokens, student_logits),
     )
+    is_double = torch.float64 in {
+        tensor.dtype for tensor in (student_logits, teacher_logits, *student_hidden) if tensor is not None
+    }
+    chosen = _resolve(backend, student_logits.device, is_double)
+    if chosen == "reference":
+        return reference_loss(student_logits, teacher_logits, labels, student_hidden, teacher_hidden, **settings)
+    call = LossCall(
+        student_logits,
+        None if teacher_logits is None else teacher_logits.detach(),
+        labels,
+        tuple(student_hidden),
+        tuple(state.detach() for state in teacher_hidden),
+        **settings,
+        grad_scale=1.0 if grad_scale is None else _on_host_or_device(grad_scale, student_logits),
+    )
+    return fused_loss(_backend_module(chosen), call)
+
+
+class DistillationLossModule(nn.Module):
+    """`distillation_loss` with its settings kept: a module for those who compose losses as modules."""
+
+    def __init__(
+        self,
+        *,
+        temperature: float,
+        alpha: float,
+        beta: float,
+        normalize: bool = True,
+        reduction: str = "batchmean",
+        ignore_index: int = -100,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        _check_settings(temperature, alpha, beta, reduction, None, None, None)
+        _check_backend_name(backend)
+        self.settings = dict(
+            temperature=temperature,
+            alpha=alpha,
+            beta=beta,
+            normalize=normalize,
+            reduction=reduction,
+            ignore_index=ignore_index,
+            backend=backend,
+        )
+
+    def forward(
+        self,
+        student_logits: Tensor,
+        teacher_logits: Tensor | None,
+        labels: Tensor | None,
+        student_hidden: Sequence[Tensor] = (),
+        teacher_hidden: Sequence[Tensor] = (),
+        *,
+        attention_mask: Tensor | None = None,
+        num_items: int | Tensor | None = None,
+        num_tokens: int | Tensor | None = None,
+        grad_scale: float | Tensor | None = None,
+    ) -> DistillationLoss:
+        """See `distillation_loss`."""
+        return distillation_loss(
+            student_logits,
+            teacher_logits,
+            labels,
+            student_hidden,
+            teacher_hidden,
+            attention_mask=attention_mask,
+            num_items=num_items,
+            num_tokens=num_tokens,
+            grad_scale=grad_scale,
+            **self.settings,
+        )
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value}" for name, value in self.settings.items())
+
+
+# -- Backends ----------------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def choose_backend(device_type: str) -> tuple[str, str]:
+    """The backend that "auto" means on "cuda" (NVIDIA or AMD), "cpu" or another device, and why; logged once."""
+    if device_type != "cuda":
+        chosen, reason = "torch", f"tensors are on {device_type}"
+    elif importlib.util.find_spec("triton") is None:
+        chosen, reason = "torch", "there is a GPU, but triton is not installed"
+    else:
+        chosen, reason = "triton", "tensors are on a GPU"
+    logger.info("distillation loss: backend %s, since %s", chosen, reason)
+    return chosen, reason
+
+
+def _resolve(backend: str, device: torch.device, is_double: bool) -> str:
+    if backend == "auto":
+        chosen, _ = choose_backend(device.type)
+        return "torch" if chosen == "triton" and is_double else chosen
+    _check_backend_name(backend)
+    if backend == "triton":
+        if is_double:
+            raise ValueError("backend 'triton' computes in fp32 and was given fp64; use backend 'torch' or 'reference'")
+        if device.type != "cuda" and not _is_triton_interpreted():
+            raise ValueError(
+                f"backend 'triton' needs a GPU, and the tensors are on {device}; use backend 'torch', or set "
+                "TRITON_INTERPRET=1 before the program starts, which is slow and meant for tests"
+            )
+    return backend
+
+
+def _check_backend_name(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
+
+
+@functools.cache
+def _is_triton_interpreted() -> bool:
+    if importlib.util.find_spec("triton") is None:
+        return False
+    import triton
+
+    return bool(triton.knobs.runtime.interpret)
+
+
+@functools.cache
+def _backend_module(name: str):
+    try:
+        return importlib.import_module(f"peakd_ds.kernels.{name}_backend")
+    except ImportError as error:
+        raise ValueError(f"backend {name!r} cannot be imported ({error}); install triton or use 'torch'") from error
+
+
+def _on_host_or_device(value, student_logits: Tensor):
+    """A count or scale as a number, or as a tensor on the loss's device: a tensor on the CPU is no use to a GPU."""
+    if isinstance(value, Tensor) and value.device != student_logits.device:
+        return value.item() if value.device.type == "cpu" else value.to(student_logits.device)
+    return value
+
+
+# -- Checks ------------------------------------------------------------------------------------------------------------
 
 
 def _check_settings(
@@ -109,6 +262,7 @@ def _check_settings(
     reduction: str,
     num_items: int | Tensor | None,
     num_tokens: int | Tensor | None,
+    grad_scale: float | Tensor | None,
 ) -> None:
     if not 0 < temperature < math.inf:  # also catches NaN
         raise ValueError(f"temperature {temperature} is not a finite number above 0; Pea-KD uses 10")
@@ -124,6 +278,11 @@ def _check_settings(
                 raise ValueError(f"{name} has shape {list(count.shape)}, not []; pass a 0-dim tensor")
         elif count is not None and count < 0:
             raise ValueError(f"{name} {count} is negative; pass the count of the global batch")
+    if isinstance(grad_scale, Tensor):
+        if grad_scale.ndim != 0:
+            raise ValueError(f"grad_scale has shape {list(grad_scale.shape)}, not []; pass a 0-dim tensor")
+    elif grad_scale is not None and not 0 < grad_scale < math.inf:
+        raise ValueError(f"grad_scale {grad_scale} is not a finite number above 0; pass the expected upstream gradient")
 
 
 def _check_logits(student: Tensor, teacher: Tensor | None, labels: Tensor | None, alpha: float) -> None:
@@ -164,14 +323,22 @@ def _check_hidden(
             f"number; pass one teacher state per matched student layer"
         )
     for k, (student, teacher) in enumerate(zip(student_hidden, teacher_hidden, strict=True)):
-        shapes = f"student_hidden[{k}] {list(student.shape)} and teacher_hidden[{k}] {list(teacher.shape)}"
         if student.shape != teacher.shape:
-            raise ValueError(f"{shapes} differ; both models need the same batch, length and hidden size")
+            raise ValueError(
+                f"{_shapes(k, student, teacher)} differ; both models need the same batch, length and hidden size"
+            )
         if student.ndim not in (2, 3) or student.shape[-1] == 0 or student.shape != student_hidden[0].shape:
-            raise ValueError(f"{shapes} are not [B, H] or [B, S, H], or not shaped like the first pair")
-        for name, state in ((f"student_hidden[{k}]", student), (f"teacher_hidden[{k}]", teacher)):
-            _check_floating(name, state)
-            _check_device(name, state, student_logits)
+            raise ValueError(
+                f"{_shapes(k, student, teacher)} are not [B, H] or [B, S, H], or not shaped like the first pair"
+            )
+        for side, state, first in (("student", student, student_hidden[0]), ("teacher", teacher, teacher_hidden[0])):
+            _check_floating(f"{side}_hidden", state, k)
+            _check_device(f"{side}_hidden", state, student_logits, k)
+            if state.dtype != first.dtype:
+                raise ValueError(
+                    f"{side}_hidden[{k}] {list(state.shape)} are {state.dtype}, {side}_hidden[0] {first.dtype}; "
+                    "use one dtype for all states of a model"
+                )
     if student_hidden and student_hidden[0].ndim == 3 and attention_mask is not None:
         if attention_mask.shape != student_hidden[0].shape[:2]:
             raise ValueError(
@@ -181,11 +348,18 @@ def _check_hidden(
         _check_device("attention_mask", attention_mask, student_logits)
 
 
-def _check_floating(name: str, tensor: Tensor) -> None:
+def _shapes(k: int, student: Tensor, teacher: Tensor) -> str:
+    return f"student_hidden[{k}] {list(student.shape)} and teacher_hidden[{k}] {list(teacher.shape)}"
+
+
+def _check_floating(name: str, tensor: Tensor, k: int | None = None) -> None:
     if not tensor.is_floating_point():
-        raise ValueError(f"{name} are {tensor.dtype}; pass bf16, fp16, fp32 or fp64")
+        raise ValueError(f"{name}{'' if k is None else f'[{k}]'} are {tensor.dtype}; pass bf16, fp16, fp32 or fp64")
 
 
-def _check_device(name: str, tensor: Tensor, student_logits: Tensor) -> None:
+def _check_device(name: str, tensor: Tensor, student_logits: Tensor, k: int | None = None) -> None:
     if tensor.device != student_logits.device:
-        raise ValueError(f"{name} are on {tensor.device}, student_logits on {student_logits.device}; use one device")
+        raise ValueError(
+            f"{name}{'' if k is None else f'[{k}]'} are on {tensor.device}, student_logits on "
+            f"{student_logits.device}; use one device"
+        )

@@ -1,4 +1,4 @@
-"""Distillation loss in plain autograd PyTorch: the ground truth for every kernel, and the path for CPUs.
+"""Distillation loss in plain autograd PyTorch: the ground truth for every other backend.
 
 Inputs are checked in `peakd_ds.kernels`; here is only the mathematics.
 
@@ -44,7 +44,7 @@ def reference_loss(
     num_tokens: int | Tensor | None,
 ) -> DistillationLoss:
     """See `peakd_ds.kernels.distillation_loss`."""
-    dtype = _compute_dtype(student_logits, teacher_logits, *student_hidden, *teacher_hidden)
+    dtype = compute_dtype(student_logits, teacher_logits, *student_hidden, *teacher_hidden)
     hard = soft = hidden = zero = student_logits.new_zeros((), dtype=dtype)
 
     # An ignored row becomes all zeros in student and teacher alike, so whatever it holds, it adds exactly 0
@@ -52,7 +52,7 @@ def reference_loss(
     ignored_N = torch.zeros_like(student_logits[:, 0], dtype=torch.bool)
     if labels is not None:
         ignored_N = labels == ignore_index
-    num_rows = _count((~ignored_N).sum() if num_items is None else num_items)
+    num_rows = at_least_one((~ignored_N).sum() if num_items is None else num_items)
     student_NC = student_logits.to(dtype).masked_fill(ignored_N[:, None], 0)
 
     if labels is not None:
@@ -118,7 +118,7 @@ def _hidden_mean(
     if is_per_token and attention_mask_BS is not None:
         padded = attention_mask_BS == 0
     given = num_tokens if is_per_token else num_items
-    num_vectors = _count((~padded).sum() if given is None else given)
+    num_vectors = at_least_one((~padded).sum() if given is None else given)
 
     total = first.new_zeros(())
     for student, teacher in zip(student_states, teacher_states, strict=True):
@@ -131,11 +131,12 @@ def _hidden_mean(
     return total / (len(student_states) * first.shape[-1]) / num_vectors
 
 
-def _compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
+    """fp64 where any tensor is, else fp32."""
     is_double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
     return torch.float64 if is_double else torch.float32
 
 
-def _count(count: int | Tensor) -> int | Tensor:
+def at_least_one(count: int | Tensor) -> int | Tensor:
     """At least one, so that a mean over nothing is 0."""
     return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)

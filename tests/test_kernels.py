@@ -11,10 +11,18 @@ import torch
 import torch.nn.functional as F
 from scipy.special import log_softmax
 
-from peakd_ds.kernels import DistillationLoss, distillation_loss
+from peakd_ds import kernels
+from peakd_ds.kernels import DistillationLoss, DistillationLossModule, distillation_loss
 
 INF = math.inf
 PEAKD = {"temperature": 10.0, "alpha": 0.7, "beta": 100.0}
+
+
+@pytest.fixture(params=["reference", "torch"], autouse=True)
+def backend(request, monkeypatch):
+    """Every test runs on both backends of a CPU; Triton's has its own in tests/interpreted."""
+    monkeypatch.setattr(kernels, "choose_backend", lambda device_type: (request.param, "the test says so"))
+    return request.param
 
 
 def expected_loss(
@@ -217,7 +225,7 @@ def test_gradcheck(num_classes, num_tokens, normalize):
     def total(student, *student_hidden):
         batch = (student, teacher, labels, student_hidden, teacher_hidden)
         options = PEAKD | {"temperature": 2.5, "attention_mask": mask, "normalize": normalize}
-        return distillation_loss(*batch, **options).total
+        return distillation_loss(*batch, **options, backend="reference").total
 
     assert torch.autograd.gradcheck(total, (student, *student_hidden))
 
@@ -556,9 +564,11 @@ VALID = {
         ({"reduction": "sum"}, "reduction 'sum' is unknown; use 'batchmean' or 'mean'"),
         ({"num_items": -1}, "num_items -1 is negative"),
         ({"num_tokens": torch.ones(2)}, r"num_tokens has shape \[2\], not \[\]"),
-        ({"backend": "torch"}, "backend 'torch' is not in this build; it has auto, reference"),
-        ({"backend": "triton"}, "backend 'triton' is not in this build; it has auto, reference"),
-        ({"backend": "cuda"}, "backend 'cuda'"),
+        ({"teacher_hidden": [CLS, CLS.half()]}, r"teacher_hidden\[1\] \[4, 6\] are torch.float16.*use one dtype"),
+        ({"grad_scale": 0.0}, "grad_scale 0.0 is not a finite number above 0"),
+        ({"grad_scale": torch.ones(2)}, r"grad_scale has shape \[2\], not \[\]"),
+        ({"backend": "triton"}, "backend 'triton' needs a GPU, and the tensors are on cpu; use backend 'torch'"),
+        ({"backend": "cuda"}, "backend 'cuda' is unknown; use one of auto, triton, torch, reference"),
     ],
 )
 def test_errors(change, message):
