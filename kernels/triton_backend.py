@@ -5,6 +5,7 @@ as training gives them, a GLUE step is two launches forward and one backward.
 """
 
 import contextlib
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -21,6 +22,7 @@ LOGIT_TILE = 256
 """Elements of logits that a program of `fused_kernel` holds: 8 a thread."""
 VECTOR_TILE = 1024
 """Elements of a hidden state that a warp of `fused_kernel` holds: 32 a thread."""
+WARP_SIZE = 64 if torch.version.hip else 32
 _BLOCK = 1024
 _RESCALE_PROGRAMS = 1056  # enough for every multiprocessor of the largest GPU, several times
 
@@ -69,6 +71,8 @@ def compute(call: LossCall, logits_grad: bool, hidden_grad: bool) -> Computed:
             _stream(call, grad, partials, rows, hard_weight, soft_weight, common)
         num_fused_logit_programs = 0 if is_streamed else num_logit_programs
         if num_fused_logit_programs + num_hidden_programs:
+            tokens_per_sample, hidden_strides, mask_strides = _vector_layout(call)
+            alignment = math.gcd(16, *hidden_strides)  # elements: what every vector begins at a multiple of
             device_code.fused_kernel[(num_fused_logit_programs + num_hidden_programs,)](
                 student,
                 _or(teacher, student),
@@ -90,7 +94,9 @@ def compute(call: LossCall, logits_grad: bool, hidden_grad: bool) -> Computed:
                 num_fused_logit_programs,
                 num_hidden_programs,
                 num_vectors,
-                *_vector_layout(call),
+                tokens_per_sample,
+                *(stride // alignment for stride in hidden_strides),
+                *mask_strides,
                 1 / call.temperature,
                 hard_weight,
                 soft_weight,
@@ -101,6 +107,7 @@ def compute(call: LossCall, logits_grad: bool, hidden_grad: bool) -> Computed:
                 H=first.shape[-1] if first is not None else 1,
                 H_PADDED=padded_size,
                 NUM_PAIRS=max(1, num_pairs),
+                ALIGNMENT=alignment,
                 HAS_MASK=call.attention_mask is not None,
                 IS_REGRESSION=call.is_regression,
                 NORMALIZE=call.normalize,
@@ -157,13 +164,14 @@ def rescale(
 def stream_tile(num_classes: int, itemsize: int, is_aligned: bool) -> tuple[int, int, int]:
     """(LANES, WIDTH, num_warps) of `stream_kernel` for C classes of `itemsize` bytes.
 
-    A lane loads 16 bytes at a time, and a thread holds one lane; without common alignment, single elements.
+    A lane loads 16 bytes at a time, and a thread holds one lane; without common alignment a lane loads single
+    elements, and a thread holds four.
     """
     if not is_aligned:
-        return 1024, 1, 8
+        return 1024, 1, 256 // WARP_SIZE
     width = 16 // itemsize
     lanes = min(256, triton.next_power_of_2(triton.cdiv(num_classes, width)))
-    return lanes, width, max(1, lanes // 32)
+    return lanes, width, max(1, lanes // WARP_SIZE)
 
 
 def _stream(
@@ -262,15 +270,15 @@ def _laid_out(call: LossCall) -> LossCall:
     )
 
 
-def _vector_layout(call: LossCall) -> tuple[int, int, int, int, int, int, int]:
-    """Tokens per sample, and the strides over samples and tokens of student, teacher and mask."""
-    mask = call.attention_mask.stride() if call.attention_mask is not None else (0, 0)
+def _vector_layout(call: LossCall) -> tuple[int, tuple[int, int, int, int], tuple[int, int]]:
+    """Tokens per sample; strides over samples and tokens of student and teacher states; those of the mask."""
+    mask_strides = (0, 0) if call.attention_mask is None else call.attention_mask.stride()
     if not call.student_hidden:
-        return 1, 0, 0, 0, 0, *mask
+        return 1, (0, 0, 0, 0), mask_strides
     student, teacher = call.student_hidden[0], call.teacher_hidden[0]
     if student.ndim == 2:
-        return 1, student.stride(0), 0, teacher.stride(0), 0, *mask
-    return student.shape[1], *student.stride()[:2], *teacher.stride()[:2], *mask
+        return 1, (student.stride(0), 0, teacher.stride(0), 0), mask_strides
+    return student.shape[1], (*student.stride()[:2], *teacher.stride()[:2]), mask_strides
 
 
 def _gradient_like(student: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ def fused_kernel(
     num_hidden_programs,
     num_vectors,  # B * S
     tokens_per_sample,  # S; 1 for [CLS] vectors
-    student_stride_b,
+    student_stride_b,  # these four in units of ALIGNMENT elements: a factor that the compiler can see
     student_stride_s,
     teacher_stride_b,
     teacher_stride_s,
@@ -119,6 +119,7 @@ def fused_kernel(
     H: tl.constexpr,
     H_PADDED: tl.constexpr,
     NUM_PAIRS: tl.constexpr,
+    ALIGNMENT: tl.constexpr,
     HAS_LABELS: tl.constexpr,
     HAS_TEACHER: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -183,23 +184,23 @@ def fused_kernel(
         programs_per_pair = num_hidden_programs // NUM_PAIRS
         pair = program // programs_per_pair
         vector = (program % programs_per_pair) * VECTORS_PER_PROGRAM + tl.arange(0, VECTORS_PER_PROGRAM)
-        in_range = vector < num_vectors
+        has_vector = vector < num_vectors
         sample = (vector // tokens_per_sample).to(tl.int64)
         token = (vector % tokens_per_sample).to(tl.int64)
-        kept = in_range
+        is_token = has_vector
         if HAS_MASK:
-            mask = tl.load(MASK + sample * mask_stride_b + token * mask_stride_s, mask=in_range, other=0)
-            kept = in_range & (mask != 0)
+            mask = tl.load(MASK + sample * mask_stride_b + token * mask_stride_s, mask=has_vector, other=0)
+            is_token = has_vector & (mask != 0)
         weight = _read_scalar(GRAD_SCALE, SCALE_ON_DEVICE) / tl.maximum(_read_scalar(VECTORS, VECTORS_ON_DEVICE), 1.0)
-        student_offset = sample * student_stride_b + token * student_stride_s
-        teacher_offset = sample * teacher_stride_b + token * teacher_stride_s
+        student_offset = (sample * student_stride_b + token * student_stride_s) * ALIGNMENT
+        teacher_offset = (sample * teacher_stride_b + token * teacher_stride_s) * ALIGNMENT
         grad_offset = (pair.to(tl.int64) * num_vectors + vector.to(tl.int64)) * H
         squared = _hidden_vectors(
             _pick(STUDENT_HIDDEN, pair, NUM_PAIRS) + student_offset[:, None],
             _pick(TEACHER_HIDDEN, pair, NUM_PAIRS) + teacher_offset[:, None],
             HIDDEN_GRAD + grad_offset[:, None],
-            in_range,
-            kept,
+            has_vector,
+            is_token,
             hidden_weight * weight,
             H,
             H_PADDED,

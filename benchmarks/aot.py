@@ -1,0 +1,349 @@
+"""Compile every kernel of the fused loss for GPUs that are not here, and read what the compiler made of it.
+
+    python benchmarks/aot.py [--targets sm_90 gfx942] [--output benchmarks/results/aot_budget.csv]
+
+Each case calls the launching code with CPU tensors and records the launch in place of making it, so what is compiled
+(argument types, constants, alignments, warps) is what a GPU would be given. Triton's wheel carries the assemblers and
+disassemblers. TRITON_INTERPRET must not be set: the decorator decides when the kernels are imported.
+"""
+
+import argparse
+import collections
+import csv
+import functools
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from peakd_ds.kernels import triton_backend, triton_kernels
+from peakd_ds.kernels.fused import LossCall
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "sm_100": GPUTarget("cuda", 100, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+RESULT = Path(__file__).parent / "results" / "aot_budget.csv"
+
+
+# -- Cases -------------------------------------------------------------------------------------------------------------
+
+
+def _case(
+    num_classes: int = 2,
+    dtype: torch.dtype = torch.bfloat16,
+    teacher_dtype: torch.dtype | None = None,
+    temperature: float = 10.0,
+    alpha: float = 0.7,
+    num_pairs: int = 0,
+    hidden: tuple[int, ...] = (32, 768),
+    normalize: bool = True,
+    teacher_padding: int = 0,
+    has_labels: bool = True,
+    counts: int | None = 32,
+) -> LossCall:
+    """A call of 32 rows; nothing in it is ever computed with."""
+    rows = 32
+    teacher = torch.empty(rows, num_classes + teacher_padding, dtype=teacher_dtype or dtype)[:, :num_classes]
+    is_token = len(hidden) == 3
+    return LossCall(
+        student_logits=torch.empty(rows, num_classes, dtype=dtype),
+        teacher_logits=teacher,
+        labels=torch.zeros(rows, dtype=torch.int64) if has_labels else None,
+        student_hidden=tuple(torch.empty(hidden, dtype=dtype) for _ in range(num_pairs)),
+        teacher_hidden=tuple(torch.empty(hidden, dtype=dtype) for _ in range(num_pairs)),
+        temperature=temperature,
+        alpha=alpha,
+        beta=100.0,
+        attention_mask=torch.ones(hidden[:2], dtype=torch.int64) if is_token and num_pairs else None,
+        normalize=normalize,
+        reduction="batchmean",
+        ignore_index=-100,
+        num_items=counts,
+        num_tokens=counts,
+        grad_scale=1.0,
+    )
+
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+CASES: dict[str, functools.partial[LossCall]] = {
+    "C=30522 bf16 T=10": functools.partial(_case, 30522),
+    "C=30522 bf16 T=4": functools.partial(_case, 30522, temperature=4.0),
+    "C=30522 bf16 T=20": functools.partial(_case, 30522, temperature=20.0),
+    "C=30522 bf16 T=3.3": functools.partial(_case, 30522, temperature=3.3),
+    "C=30522 fp16 T=10": functools.partial(_case, 30522, FP16),
+    "C=30522 fp32 T=10": functools.partial(_case, 30522, FP32),
+    "C=30522 fp32 T=3.3": functools.partial(_case, 30522, FP32, temperature=3.3),
+    "C=30522 bf16, teacher fp32": functools.partial(_case, 30522, BF16, FP32),
+    "C=30522 bf16, no labels": functools.partial(_case, 30522, alpha=1.0, has_labels=False),
+    "C=30522 bf16, teacher padded to 30528": functools.partial(_case, 30522, teacher_padding=6),
+    "C=1025 bf16": functools.partial(_case, 1025),
+    "C=300 bf16": functools.partial(_case, 300),
+    "C=2 and 12 x [32, 768] bf16": functools.partial(_case, 2, num_pairs=12),
+    "C=2 and 12 x [32, 768] fp32": functools.partial(_case, 2, FP32, num_pairs=12),
+    "C=3 and 5 x [32, 128, 768] bf16": functools.partial(_case, 3, num_pairs=5, hidden=(32, 128, 768)),
+    "C=2 and 12 x [32, 128, 768] bf16, not normalised": functools.partial(
+        _case, num_pairs=12, hidden=(32, 128, 768), normalize=False
+    ),
+    "C=2 and 24 x [32, 128, 1024] bf16": functools.partial(_case, num_pairs=24, hidden=(32, 128, 1024)),
+    "C=2 and 4 x [32, 312] bf16": functools.partial(_case, num_pairs=4, hidden=(32, 312)),
+    "C=2 and 2 x [32, 128] bf16": functools.partial(_case, num_pairs=2, hidden=(32, 128)),
+    "C=41 bf16": functools.partial(_case, 41),
+    "C=256 bf16": functools.partial(_case, 256),
+    "C=1 fp32": functools.partial(_case, 1, FP32),
+    "C=2, rows and tokens counted": functools.partial(_case, num_pairs=2, hidden=(32, 128, 768), counts=None),
+}
+
+
+# -- From a launch to a compiled kernel --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One recorded kernel launch."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    """By parameter name, constants among them."""
+    num_warps: int
+
+
+def launches(call: LossCall, warp_size: int) -> list[Launch]:
+    """What a forward and backward pass of `call` would launch, in order, on a GPU of that warp size."""
+    recorded: list[Launch] = []
+
+    class Recorder:
+        def __init__(self, kernel: Any) -> None:
+            self.kernel = kernel
+
+        def __getitem__(self, grid: Any) -> Any:
+            def record(*values: Any, num_warps: int = 4, **constants: Any) -> None:
+                names = self.kernel.arg_names
+                recorded.append(Launch(self.kernel, dict(zip(names, values, strict=False)) | constants, num_warps))
+
+            return record
+
+    names = [name for name in vars(triton_kernels) if name.endswith("_kernel")]
+    recorders = {name: Recorder(getattr(triton_kernels, name)) for name in names}
+    with (
+        mock.patch.multiple(triton_kernels, **recorders),
+        mock.patch.object(triton_backend, "WARP_SIZE", warp_size),
+    ):
+        computed = triton_backend.compute(call, True, True)
+        triton_backend.rescale(computed.logits_grad, computed.hidden_grad, computed.total, call.grad_scale)
+    return recorded
+
+
+_TYPES = {
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float32: "fp32",
+    torch.int64: "i64",
+    torch.int32: "i32",
+}
+
+
+def compile_for(launch: Launch, target: GPUTarget) -> Any:
+    """The kernel that Triton's JIT would make of a launch: it specialises on alignment by 16 and on the number 1."""
+    signature: dict[str, Any] = {}
+    constants: dict[str, Any] = {}
+    attributes: dict[tuple[int, ...], list] = {}
+    divisible = [["tt.divisibility", 16]]
+    unspecialised = launch.kernel.do_not_specialize or ()
+    for index, parameter in enumerate(launch.kernel.params):
+        name, value = parameter.name, launch.arguments[parameter.name]
+        if parameter.is_constexpr or (type(value) is int and value == 1 and name not in unspecialised):
+            signature[name], constants[name] = "constexpr", value
+        elif isinstance(value, torch.Tensor):
+            signature[name] = f"*{_TYPES[value.dtype]}"
+            if value.data_ptr() % 16 == 0:
+                attributes[(index,)] = divisible
+        elif isinstance(value, tuple):
+            signature[name] = tuple(f"*{_TYPES[item.dtype]}" for item in value)
+            attributes |= {(index, i): divisible for i, item in enumerate(value) if item.data_ptr() % 16 == 0}
+        elif isinstance(value, float):
+            signature[name] = "fp32"
+        else:
+            signature[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
+            if value % 16 == 0 and name not in unspecialised:
+                attributes[(index,)] = divisible
+    source = ASTSource(fn=launch.kernel, signature=signature, constexprs=constants, attrs=attributes)
+    return triton.compile(source, target=target, options={"num_warps": launch.num_warps, "enable_fp_fusion": True})
+
+
+# -- What the compiler made of it --------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Loop:
+    """An innermost loop of NVIDIA machine code, and how many instructions of each kind one turn has."""
+
+    num_instructions: int
+    loads: dict[int, int]
+    """Global loads by width in bits."""
+    stores: dict[int, int]
+    num_exponentials: int
+    num_barriers: int
+    num_shuffles: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """Resources of one compiled kernel."""
+
+    registers: int
+    stack_bytes: int
+    spills: int
+    """To memory, in load and store instructions (NVIDIA) or registers (AMD)."""
+    shared_bytes: int
+    num_instructions: int
+    loads: dict[int, int]
+    """Global loads by width in bits."""
+    stores: dict[int, int]
+    loops: tuple[Loop, ...] = ()
+    """NVIDIA only."""
+
+
+def report(kernel: Any) -> Report:
+    return _nvidia_report(kernel) if "cubin" in kernel.asm else _amd_report(kernel)
+
+
+def _tool(name: str, *arguments: str) -> str:
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([str(tool), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def _nvidia_report(kernel: Any) -> Report:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = _tool("cuobjdump", "--dump-resource-usage", file.name)
+        assembly = _tool("nvdisasm", "-c", file.name)
+    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
+    assert found, usage
+    instructions: list[tuple[str, str]] = []
+    labels: dict[str, int] = {}
+    for line in assembly.splitlines():
+        if label := re.match(r"(\.L_x_\d+):", line.strip()):
+            labels[label[1]] = len(instructions)
+        elif code := re.search(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)(.*)", line):
+            instructions.append((code[1], code[2]))
+    names = [name for name, _ in instructions]
+    return Report(
+        registers=int(found[1]),
+        stack_bytes=int(found[2]),
+        spills=_count(names, "LDL", "STL"),
+        shared_bytes=kernel.metadata.shared,
+        num_instructions=len(names),
+        loads=_widths(names, "LDG"),
+        stores=_widths(names, "STG"),
+        loops=tuple(_loops(instructions, labels)),
+    )
+
+
+def _loops(instructions: list[tuple[str, str]], labels: dict[str, int]) -> Iterator[Loop]:
+    """Backward branches, each with the instructions from its target on; Triton's kernels nest no loops."""
+    for position, (name, rest) in enumerate(instructions):
+        target = re.search(r"\.L_x_\d+", rest)
+        if not name.startswith("BRA") or target is None:
+            continue
+        start = labels.get(target[0], position)
+        if position - start > 3:  # the last instruction of every kernel branches to itself
+            names = [name for name, _ in instructions[start : position + 1]]
+            yield Loop(
+                num_instructions=len(names),
+                loads=_widths(names, "LDG"),
+                stores=_widths(names, "STG"),
+                num_exponentials=_count(names, "MUFU"),
+                num_barriers=_count(names, "BAR"),
+                num_shuffles=_count(names, "SHFL"),
+            )
+
+
+def _amd_report(kernel: Any) -> Report:
+    text = kernel.asm["amdgcn"]
+
+    def number(key: str) -> int:
+        return int(re.findall(rf"\.{key}:\s+(\d+)", text)[-1])
+
+    names = re.findall(r"^\s+((?:global|buffer|flat|s|v|ds|scratch)_[a-z0-9_]+)", text, re.M)
+    return Report(
+        registers=number("vgpr_count"),
+        stack_bytes=number("private_segment_fixed_size"),
+        spills=number("vgpr_spill_count"),  # scalar registers spill into lanes of vector registers, not to memory
+        shared_bytes=kernel.metadata.shared,
+        num_instructions=len(names),
+        loads=_widths(names, "global_load", "buffer_load"),
+        stores=_widths(names, "global_store", "buffer_store"),
+    )
+
+
+def _count(names: list[str], *prefixes: str) -> int:
+    return sum(name.startswith(prefixes) for name in names)
+
+
+def _widths(names: list[str], *prefixes: str) -> dict[int, int]:
+    """Number of memory instructions by bits per thread: LDG.E.128 or global_load_dwordx4, LDG.E.U16 or ..._ushort."""
+    bits = {"128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
+    bits |= {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "ushort": 16, "short": 16, "ubyte": 8, "byte": 8, "b8": 8}
+    counts: collections.Counter[int] = collections.Counter()
+    for name in names:
+        if name.startswith(prefixes):
+            counts[next((bits[part] for part in re.split(r"[._]", name) if part in bits), 32)] += 1
+    return dict(sorted(counts.items(), reverse=True))
+
+
+# -- The table ---------------------------------------------------------------------------------------------------------
+
+
+def rows(case: str, target: str) -> Iterator[tuple[str, Launch, Report]]:
+    """(kernel, launch, report) of each launch of a case."""
+    for launch in launches(CASES[case](), TARGETS[target].warp_size):
+        yield launch.kernel.__name__, launch, report(compile_for(launch, TARGETS[target]))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS))
+    parser.add_argument("--output", type=Path, default=RESULT)
+    arguments = parser.parse_args()
+    with arguments.output.open("w", newline="") as file:
+        table = csv.writer(file)
+        table.writerow(
+            "triton kernel case target warps registers stack spills shared_bytes instructions loads stores".split()
+            + ["loops (instructions an element / exponentials / barriers / shuffles)"]
+        )
+        for target in arguments.targets:
+            for case in CASES:
+                for name, launch, made in rows(case, target):
+                    if name in ("finish_kernel", "rescale_kernel") and case != next(iter(CASES)):
+                        continue  # the same for every case
+                    per_turn = launch.arguments.get("LANES", 0) * launch.arguments.get("WIDTH", 0)
+                    per_thread = per_turn / (TARGETS[target].warp_size * launch.num_warps) or 1
+                    loops = [
+                        f"{loop.num_instructions / per_thread:.1f}/{loop.num_exponentials / per_thread:.2f}"
+                        f"/{loop.num_barriers}/{loop.num_shuffles}"
+                        for loop in made.loops
+                    ]
+                    row = [triton.__version__, name, case, target, launch.num_warps, made.registers, made.stack_bytes]
+                    row += [made.spills, made.shared_bytes, made.num_instructions, made.loads, made.stores]
+                    table.writerow([*row, "; ".join(loops)])
+                    print(*row[1:], *loops, sep="  ")
+
+
+if __name__ == "__main__":
+    if os.environ.get("TRITON_INTERPRET", "0") in ("1", "true"):
+        raise SystemExit("aot.py: error: TRITON_INTERPRET is set, so nothing can be compiled; unset it")
+    main()
