@@ -308,10 +308,12 @@ def _widths(names: list[str], *prefixes: str) -> dict[int, int]:
 # -- The table ---------------------------------------------------------------------------------------------------------
 
 
-def rows(case: str, target: str) -> Iterator[tuple[str, Launch, Report]]:
-    """(kernel, launch, report) of each launch of a case."""
+def rows(case: str, target: str, skip_common: bool) -> Iterator[tuple[str, Launch, Report]]:
+    """(kernel, launch, report) of each launch of a case, unless it is one that all cases have in common."""
     for launch in launches(CASES[case](), TARGETS[target].warp_size):
-        yield launch.kernel.__name__, launch, report(compile_for(launch, TARGETS[target]))
+        name = launch.kernel.__name__
+        if not (skip_common and name in ("finish_kernel", "rescale_kernel")):
+            yield name, launch, report(compile_for(launch, TARGETS[target]))
 
 
 def main() -> None:
@@ -327,9 +329,7 @@ def main() -> None:
         )
         for target in arguments.targets:
             for case in CASES:
-                for name, launch, made in rows(case, target):
-                    if name in ("finish_kernel", "rescale_kernel") and case != next(iter(CASES)):
-                        continue  # the same for every case
+                for name, launch, made in rows(case, target, skip_common=case != next(iter(CASES))):
                     per_turn = launch.arguments.get("LANES", 0) * launch.arguments.get("WIDTH", 0)
                     per_thread = per_turn / (TARGETS[target].warp_size * launch.num_warps) or 1
                     loops = [

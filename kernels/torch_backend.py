@@ -47,8 +47,8 @@ def rescale(
 ) -> None:
     """See `peakd_ds.kernels.fused`. On a CPU the factor is looked at; elsewhere that would wait for the device."""
     factor = upstream / torch.as_tensor(grad_scale, dtype=upstream.dtype)
-    if factor.device.type == "cpu" and factor == 1:
-        return
+    if factor.device.type == "cpu" and abs(factor - 1) <= 2 * torch.finfo(factor.dtype).eps:
+        return  # 1 but for rounding
     for gradient in (logits_grad, hidden_grad):
         if gradient is not None:
             gradient.mul_(factor)
@@ -59,16 +59,16 @@ def rescale(
 
 def _logits_loss(call: LossCall, dtype: torch.dtype, needs_grad: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Means of the hard and the soft loss, and the gradient of their weighted sum."""
-    student, teacher, labels = call.student_logits, call.teacher_logits, call.labels
-    kept = None if labels is None else labels != call.ignore_index
+    student, teacher, labels, kept = call.student_logits, call.teacher_logits, call.labels, None
     num_rows = call.rows_given
-    if num_rows is None:
-        assert kept is not None
-        num_rows = kept.sum()
+    if labels is not None:
+        kept = labels != call.ignore_index
+        num_rows = kept.sum() if num_rows is None else num_rows
+        if not call.is_regression:
+            _check_class_ids(labels, kept, call.num_classes)
+            labels = labels.long().masked_fill(~kept, 0)
+    assert num_rows is not None  # without labels, all rows count
     per_row = torch.as_tensor(at_least_one(num_rows), dtype=dtype, device=student.device).reciprocal()
-    if labels is not None and not call.is_regression:
-        _check_class_ids(labels, kept, call.num_classes)
-        labels = labels.long().masked_fill(~kept, 0)
     grad_scale = torch.as_tensor(call.grad_scale, dtype=dtype, device=student.device)
     # a term that does not count in the total, or is not there, leaves no trace in the gradient
     hard_weight = 1 - call.alpha if labels is not None else 0.0
@@ -76,7 +76,7 @@ def _logits_loss(call: LossCall, dtype: torch.dtype, needs_grad: bool) -> tuple[
     needs_grad = needs_grad and (hard_weight != 0 or soft_weight != 0)
     grad = torch.empty_like(student, memory_format=torch.contiguous_format) if needs_grad else None
 
-    chunk_loss = _regression_chunk if call.is_regression else _maybe_compiled(_classes_chunk, student)
+    chunk_loss = _maybe_compiled(_regression_chunk if call.is_regression else _classes_chunk, student)
     hard, soft = per_row.new_zeros(()), per_row.new_zeros(())
     chunk_rows = max(1, CHUNK_ELEMENTS // call.num_classes)
     for start in range(0, len(student), chunk_rows):

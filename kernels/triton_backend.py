@@ -37,7 +37,7 @@ def compute(call: LossCall, logits_grad: bool, hidden_grad: bool) -> Computed:
     hard_weight = 1 - call.alpha if labels is not None else 0.0
     soft_weight = call.alpha * call.soft_grad_factor if teacher is not None else 0.0
     logits_grad = logits_grad and (hard_weight != 0 or soft_weight != 0)
-    hidden_grad = hidden_grad and call.beta > 0 and first is not None
+    hidden_grad = hidden_grad and call.beta > 0
     is_streamed = num_classes > FEW_CLASSES
 
     rows_per_program = 1 if is_streamed else LOGIT_TILE // triton.next_power_of_2(num_classes)
@@ -54,7 +54,7 @@ def compute(call: LossCall, logits_grad: bool, hidden_grad: bool) -> Computed:
     partials = torch.empty(2 * num_logit_programs + num_hidden_programs, dtype=torch.float32, device=student.device)
     grad = _gradient_like(student) if logits_grad else None
     hidden_gradient = None
-    if hidden_grad:
+    if hidden_grad and first is not None:
         hidden_gradient = torch.empty((num_pairs, *first.shape), dtype=first.dtype, device=first.device)
 
     with _on(student.device):
@@ -142,11 +142,12 @@ def rescale(
     logits_grad: Tensor | None, hidden_grad: Tensor | None, upstream: Tensor, grad_scale: float | Tensor
 ) -> None:
     """See `peakd_ds.kernels.fused`; the device decides whether there is anything to do."""
-    gradients = [_storage(gradient) for gradient in (logits_grad, hidden_grad) if gradient is not None]
+    given = [gradient for gradient in (logits_grad, hidden_grad) if gradient is not None and gradient.numel()]
+    if not given:
+        return
+    gradients = [_storage(gradient) for gradient in given]
     sizes = [gradient.untyped_storage().nbytes() // gradient.itemsize for gradient in gradients]
     programs = [min(triton.cdiv(size, _BLOCK), _RESCALE_PROGRAMS) for size in sizes]
-    if sum(programs) == 0:
-        return
     with _on(upstream.device):
         device_code.rescale_kernel[(sum(programs),)](
             gradients[0],
@@ -238,10 +239,17 @@ def _counts(call: LossCall) -> tuple[float | Tensor, float | Tensor]:
             COUNTS_ROWS=rows is None,
             COUNTS_TOKENS=vectors is None,
             BLOCK=_BLOCK,
+            num_warps=8,
         )
         rows = counts[0] if rows is None else rows
         vectors = counts[1] if vectors is None else vectors
-    return tuple(count if isinstance(count, Tensor) else float(count) for count in (rows, vectors))
+    return _as_argument(rows), _as_argument(vectors)
+
+
+def _as_argument(count: int | Tensor | None) -> float | Tensor:
+    """A float, since Triton compiles a kernel of its own for the int 1."""
+    assert count is not None
+    return count if isinstance(count, Tensor) else float(count)
 
 
 def _laid_out(call: LossCall) -> LossCall:

@@ -14,13 +14,16 @@ Suffixes as in `reference.py`: B batch, S tokens, H hidden size, C classes, N ro
 Pointers and sizes are in elements.
 """
 
+# mypy: ignore-errors
+
 import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-1.0e30)
-"""A finite minus infinity: x - max stays a number where every logit seen so far is -inf."""
+LOWEST = tl.constexpr(-16777216.0)
+"""-2^24, the lowest reference (log2 of the largest exponential so far): integers are exact up to here. A finite one, so
+that x - reference is a number where every logit so far is -inf; what lies below, as fillers like -1e30, is as -inf."""
 INF = tl.constexpr(float("inf"))
 NAN = tl.constexpr(float("nan"))
 
@@ -274,7 +277,7 @@ def _class_rows(
 
     student = tl.load(student_pointer + column, mask=loaded, other=0.0).to(tl.float32)
     student = tl.where(is_class, student, -INF)
-    student -= tl.maximum(tl.max(student, 1), LOWEST)[:, None]
+    student -= tl.max(student, 1)[:, None]
     hard = tl.zeros_like(tl.sum(student, 1))
     soft = tl.zeros_like(hard)
     grad = tl.zeros_like(student)
@@ -292,7 +295,7 @@ def _class_rows(
     if HAS_TEACHER:
         teacher = tl.load(teacher_pointer + column, mask=loaded, other=0.0).to(tl.float32)
         teacher = tl.where(is_class, teacher, -INF)
-        teacher = (teacher - tl.maximum(tl.max(teacher, 1), LOWEST)[:, None]) * scale
+        teacher = (teacher - tl.max(teacher, 1)[:, None]) * scale
         student *= scale
         exp_student = tl.exp2(student)
         exp_teacher = tl.exp2(teacher)
@@ -392,12 +395,17 @@ def _references(maximum, scale, POWER: tl.constexpr):
     Integers, so that x * scale - reference is one rounding of a fused multiply-add, and moving a sum to another
     reference multiplies by an exact power of two.
     """
-    soft = tl.ceil(maximum * scale)
+    soft = _reference(maximum, scale)
     if POWER > 0:
         hard = soft * POWER
     else:
-        hard = tl.ceil(maximum * LOG2_E)
+        hard = _reference(maximum, LOG2_E)
     return soft, hard
+
+
+@triton.jit
+def _reference(maximum, scale):
+    return tl.ceil(tl.maximum(maximum * scale, LOWEST))
 
 
 @triton.jit
@@ -500,7 +508,7 @@ def stream_kernel(
             offset = vector[:, None] * WIDTH + within
             is_in = (vector < num_vectors)[:, None]
             student = tl.load(STUDENT + student_body + offset, mask=is_in, other=-INF).to(tl.float32)
-            new_soft_ref, new_hard_ref = _references(tl.maximum(tl.max(student, 1), LOWEST), scale, POWER)
+            new_soft_ref, new_hard_ref = _references(tl.max(student, 1), scale, POWER)
             new_soft_ref = tl.maximum(new_soft_ref, soft_ref)
             new_hard_ref = tl.maximum(new_hard_ref, hard_ref)
             exp_soft, exp_hard = _exponentials(student, new_soft_ref[:, None], new_hard_ref[:, None], scale, POWER)
@@ -515,15 +523,14 @@ def stream_kernel(
             if HAS_TEACHER:
                 soft_sum = soft_sum * soft_shrink + tl.sum(exp_soft, 1)
                 teacher = tl.load(TEACHER + teacher_body + offset, mask=is_in, other=-INF).to(tl.float32)
-                new_teacher_ref = tl.ceil(tl.maximum(tl.max(teacher, 1), LOWEST) * scale)
-                new_teacher_ref = tl.maximum(new_teacher_ref, teacher_ref)
+                new_teacher_ref = tl.maximum(_reference(tl.max(teacher, 1), scale), teacher_ref)
                 exp_teacher = tl.exp2(tl.fma(teacher, scale, -new_teacher_ref[:, None]))
                 teacher_sum = teacher_sum * tl.exp2(teacher_ref - new_teacher_ref) + tl.sum(exp_teacher, 1)
                 teacher_ref = new_teacher_ref
 
         # -- the ragged ends, and all lanes together
         student_end = tl.load(STUDENT + student_row + end_column, mask=is_end, other=-INF).to(tl.float32)
-        soft_max, hard_max = _references(tl.maximum(tl.max(student_end, 0), LOWEST), scale, POWER)
+        soft_max, hard_max = _references(tl.max(student_end, 0), scale, POWER)
         soft_max = tl.maximum(soft_max, tl.max(soft_ref, 0))
         hard_max = tl.maximum(hard_max, tl.max(hard_ref, 0))
         end_exp_soft, end_exp_hard = _exponentials(student_end, soft_max, hard_max, scale, POWER)
@@ -555,8 +562,7 @@ def stream_kernel(
         teacher_factor = 0.0
         if HAS_TEACHER:
             teacher_end = tl.load(TEACHER + teacher_row + end_column, mask=is_end, other=-INF).to(tl.float32)
-            teacher_max = tl.ceil(tl.maximum(tl.max(teacher_end, 0), LOWEST) * scale)
-            teacher_max = tl.maximum(teacher_max, tl.max(teacher_ref, 0))
+            teacher_max = tl.maximum(_reference(tl.max(teacher_end, 0), scale), tl.max(teacher_ref, 0))
             end_student_log2 = tl.fma(student_end, scale, -soft_max)
             end_teacher_log2 = tl.fma(teacher_end, scale, -teacher_max)
             end_exp_teacher = tl.exp2(end_teacher_log2)

@@ -29,6 +29,7 @@ RESULT_NEUTRAL = frozenset(
         "student_ds_config",
         "teacher_ds_config",
         "teacher_mode",
+        "loss_backend",
         "save_steps",
         "eval_steps",
         "log_steps",
@@ -287,6 +288,12 @@ class RunConfig:
         "teacher_zero0", "DeepSpeed config of the frozen teacher (stage 0 or 3): file, or name in ds_configs/"
     )
     teacher_mode: str = _setting("online", "online: the teacher runs beside the student", choices=("online",))
+    loss_backend: str = _setting(
+        "auto",
+        "what computes the losses: triton (GPUs), torch (fused, for CPUs), reference (plain autograd); auto: triton on "
+        "a GPU, else torch",
+        choices=("auto", "triton", "torch", "reference"),
+    )
     # Watching, saving, choosing
     save_steps: int = _setting(
         500,

@@ -19,6 +19,7 @@ from peakd_ds.config import RunConfig, UserError, differences, to_yaml
 from peakd_ds.data import Split
 from peakd_ds.export import require_onnx
 from peakd_ds.files import write_atomically
+from peakd_ds.kernels import check_backend
 from peakd_ds.modeling import Pretrained
 from peakd_ds.run_log import TeacherClock
 from peakd_ds.sps import execution_order
@@ -111,6 +112,7 @@ def open_run(config: RunConfig) -> Run:
         dtype, student_ds_config, teacher_ds_config = ds_engine.resolve(config)
         resolved = replace(config, dtype=dtype)
         _check_run_folder(resolved)
+        _check_loss_backend(config)
         ds_engine.batch_plan(config.global_batch_size, config.micro_batch_size, dist.world_size())
         teacher = modeling.find_encoder(config.teacher, "teacher")
         student_init = teacher
@@ -196,6 +198,13 @@ def _check_run_folder(config: RunConfig) -> None:
         raise UserError(
             f"--run_dir {folder} cannot be written ({nearest} is no folder you may write to); take another --run_dir"
         )
+
+
+def _check_loss_backend(config: RunConfig) -> None:
+    try:
+        check_backend(config.loss_backend, dist.device())
+    except ValueError as error:
+        raise UserError(f"--loss_backend {config.loss_backend}: {error}") from error
 
 
 def _check_same_data(config: RunConfig, splits: dict[str, datasets.Dataset]) -> None:

@@ -12,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from peakd_ds import checkpoint, dist, figures, glue_eval, modeling, ptp
+from peakd_ds import checkpoint, dist, ds_engine, figures, glue_eval, modeling, ptp
 from peakd_ds.config import STAGES
 from peakd_ds.data import GlobalBatch, MicroBatch
 from peakd_ds.export import export_model
@@ -68,7 +68,7 @@ def _teacher_stage(run: Run, log: RunLog) -> Stage:
 
     def loss(engine: Any, micro: MicroBatch, batch: GlobalBatch, closely: bool) -> tuple[DistillationLoss, None]:
         logits = engine(**micro.inputs).logits[: micro.num_real]
-        return _hard_loss(logits, micro.labels[: micro.num_real], batch), None
+        return _hard_loss(run, engine, logits, micro.labels[: micro.num_real], batch), None
 
     def evaluate(module: nn.Module) -> dict[str, float]:
         return _task_metrics(run, _predict_selection(run, lambda inputs: module(**inputs).logits, run.task.num_labels))
@@ -95,7 +95,7 @@ def _ptp_stage(run: Run, log: RunLog) -> Stage:
     def loss(engine: Any, micro: MicroBatch, batch: GlobalBatch, closely: bool) -> tuple[DistillationLoss, None]:
         logits = engine(**micro.inputs).logits[: micro.num_real]
         labels = ptp_labels["train"][micro.rows[: micro.num_real]].to(logits.device)
-        return _hard_loss(logits, labels, batch), None
+        return _hard_loss(run, engine, logits, labels, batch), None
 
     def evaluate(module: nn.Module) -> dict[str, float]:
         logits = _predict_selection(run, lambda inputs: module(**inputs).logits, ptp.NUM_PTP_LABELS)
@@ -173,6 +173,8 @@ def _distill_stage(run: Run, log: RunLog) -> Stage:
                 normalize=config.hidden_loss == "cls",
                 num_items=batch.num_items,
                 num_tokens=batch.num_tokens,
+                grad_scale=ds_engine.expected_upstream(engine),
+                backend=config.loss_backend,
             )
 
         distances = None
@@ -238,9 +240,21 @@ def _ptp_labels_of(run: Run, log: RunLog) -> dict[str, torch.Tensor]:
     return {"train": stored["train"], selection_name: stored["selection"]}
 
 
-def _hard_loss(logits: torch.Tensor, labels: torch.Tensor, batch: GlobalBatch) -> DistillationLoss:
+def _hard_loss(
+    run: Run, engine: Any, logits: torch.Tensor, labels: torch.Tensor, batch: GlobalBatch
+) -> DistillationLoss:
     return distillation_loss(
-        logits, None, labels, [], [], temperature=1.0, alpha=0.0, beta=0.0, num_items=batch.num_items
+        logits,
+        None,
+        labels,
+        [],
+        [],
+        temperature=1.0,
+        alpha=0.0,
+        beta=0.0,
+        num_items=batch.num_items,
+        grad_scale=ds_engine.expected_upstream(engine),
+        backend=run.config.loss_backend,
     )
 
 

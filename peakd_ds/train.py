@@ -16,6 +16,7 @@ from torch import nn
 from peakd_ds import checkpoint, data, dist, ds_engine, report, stages
 from peakd_ds.checkpoint import TrainState
 from peakd_ds.config import STAGES, RunConfig, UserError, exit_with, parse, to_yaml
+from peakd_ds.kernels import choose_backend
 from peakd_ds.modeling import has_unnamed_labels
 from peakd_ds.run import Run, open_run
 from peakd_ds.run_log import RunLog, StepMeter
@@ -182,9 +183,18 @@ def plan(run: Run) -> str:
             f"student: {config.num_hidden_layers} stored layers run as {run.student_depth} of "
             f"{run.student_init.config.hidden_size}, ZeRO stage {ds_engine.zero_stage(run.student_ds_config)}, "
             f"layer pairs {pairs}",
+            f"loss: {loss_backend(config)}",
             *unnamed,
         ]
     )
+
+
+def loss_backend(config: RunConfig) -> str:
+    """What computes the losses, and why."""
+    if config.loss_backend != "auto":
+        return f"{config.loss_backend} kernels (--loss_backend)"
+    chosen, reason = choose_backend(dist.device().type)
+    return f"{chosen} kernels, since {reason}"
 
 
 def cli() -> None:

@@ -31,7 +31,7 @@ PROMISED_OPTIONS = """
 --ptp --t_correct --t_wrong --temperature --alpha --beta --layer_map --hidden_loss --teacher_epochs --ptp_epochs
 --distill_epochs --epochs --lr --warmup_ratio --weight_decay --max_grad_norm --dropout --max_seq_length
 --global_batch_size --micro_batch_size --seed --dtype --student_ds_config --teacher_ds_config --save_steps
---eval_steps --log_steps --early_stopping_patience --select_on --dry_run --teacher_mode --export_unrolled
+--eval_steps --log_steps --early_stopping_patience --select_on --dry_run --teacher_mode --loss_backend --export_unrolled
 --no_ptp --no_shuffle_qk --no_export_unrolled
 """
 SPECS = {spec.name: spec for spec in fields(RunConfig)}
