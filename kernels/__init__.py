@@ -69,9 +69,9 @@ def distillation_loss(
     and teacher score, without T. A mean over nothing (N = 0, every label ignored, every token padded) is 0.
 
     bf16, fp16, fp32 and fp64 are taken, student and teacher may differ, and computed in fp32, or in fp64 when a
-    logit or hidden tensor is fp64. Teacher tensors never receive a gradient. Only `total` carries one, once: but for
-    the reference, gradients are computed in the forward pass (none under `torch.no_grad`), and a second backward
-    raises RuntimeError.
+    logit or hidden tensor is fp64 (the reference: always in fp64). Teacher tensors never receive a gradient. Only
+    `total` carries one, once: but for the reference, gradients are computed in the forward pass (none under
+    `torch.no_grad`), and a second backward raises RuntimeError.
 
     Args:
         student_logits: [N, C] pre-softmax scores. -inf is a masked class.

@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 CHUNK_ELEMENTS = 2**21
 """Elements of one chunk: what the cache holds of it and its few temporaries."""
+FEW_CLASSES = 256
+"""Up to so many classes the soft loss takes a form that costs more and rounds less."""
 COMPILED_FROM = 2**22
 """Elements of a call from which compiling its chunks, some ten seconds once in a process, is worth the wait."""
 
@@ -171,14 +173,44 @@ def _classes_chunk(
         exp_student, exp_teacher = student.exp(), teacher.exp()
         student_total = exp_student.sum(dim=1, keepdim=True)
         teacher_total = exp_teacher.sum(dim=1, keepdim=True)
-        difference = torch.where(exp_teacher > 0, exp_teacher * (teacher - student), 0)  # 0 * log 0 = 0
-        soft = (difference.sum(dim=1, keepdim=True) / teacher_total + (student_total / teacher_total).log()).sum()
+        soft = _divergence(student, teacher, exp_student, exp_teacher, student_total, teacher_total).sum()
         if grad is not None and soft_weight is not None:
             row_weight = soft_weight if kept is None else soft_weight * kept[:, None]
             grads.append(exp_student * (row_weight / student_total) - exp_teacher * (row_weight / teacher_total))
     if grad is not None:
         grad.copy_(grads[0] if len(grads) == 1 else grads[0] + grads[1])
     return hard, soft
+
+
+def _divergence(
+    student: Tensor,
+    teacher: Tensor,
+    exp_student: Tensor,
+    exp_teacher: Tensor,
+    student_total: Tensor,
+    teacher_total: Tensor,
+) -> Tensor:
+    """KL of rows [n, 1]: m + log r, with r = student_total / teacher_total, d = teacher - student, m its mean under p.
+
+    At a high temperature both models are nearly flat, m and log r all but cancel, and T^2 magnifies what rounding
+    leaves. So where the divergence of a few classes is small it is taken as log1p(u) of a sum without cancellation,
+    u = sum of p (exp(m - d) - 1 - (m - d)), to which classes without a teacher's mass (p = 0) add exp(m) q / p_total.
+    """
+    has_mass = exp_teacher > 0  # 0 * log 0 = 0
+    d = torch.where(has_mass, teacher - student, 0)
+    m = (exp_teacher * d).sum(dim=1, keepdim=True) / teacher_total
+    plain = m + (student_total / teacher_total).log()
+    if student.shape[1] > FEW_CLASSES or student.dtype == torch.float64:
+        return plain
+    x = m - d
+    excess = torch.where(x.abs() < 0.25, _exp_minus_tangent(x), x.exp() - 1 - x)
+    u = (torch.where(has_mass, exp_teacher * excess, exp_student * m.exp()) / teacher_total).sum(dim=1, keepdim=True)
+    return torch.where(u < 0.25, u.log1p(), plain)
+
+
+def _exp_minus_tangent(x: Tensor) -> Tensor:
+    """exp(x) - 1 - x near 0, by its series."""
+    return x.square() * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x / 5040)))))
 
 
 # -- Hidden states -----------------------------------------------------------------------------------------------------

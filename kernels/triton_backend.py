@@ -71,7 +71,7 @@ def compute(call: LossCall, logits_grad: bool, hidden_grad: bool) -> Computed:
             _stream(call, grad, partials, rows, hard_weight, soft_weight, common)
         num_fused_logit_programs = 0 if is_streamed else num_logit_programs
         if num_fused_logit_programs + num_hidden_programs:
-            tokens_per_sample, hidden_strides, mask_strides = _vector_layout(call)
+            tokens_per_sample, hidden_strides = _vector_layout(call)
             alignment = math.gcd(16, *hidden_strides)  # elements: what every vector begins at a multiple of
             device_code.fused_kernel[(num_fused_logit_programs + num_hidden_programs,)](
                 student,
@@ -96,7 +96,6 @@ def compute(call: LossCall, logits_grad: bool, hidden_grad: bool) -> Computed:
                 num_vectors,
                 tokens_per_sample,
                 *(stride // alignment for stride in hidden_strides),
-                *mask_strides,
                 1 / call.temperature,
                 hard_weight,
                 soft_weight,
@@ -233,13 +232,10 @@ def _counts(call: LossCall) -> tuple[float | Tensor, float | Tensor]:
             counts,
             len(student),
             mask.numel() if mask is not None else 0,
-            mask.shape[1] if mask is not None else 1,
-            *(mask.stride() if mask is not None else (0, 0)),
             call.ignore_index,
             COUNTS_ROWS=rows is None,
             COUNTS_TOKENS=vectors is None,
             BLOCK=_BLOCK,
-            num_warps=8,
         )
         rows = counts[0] if rows is None else rows
         vectors = counts[1] if vectors is None else vectors
@@ -273,20 +269,20 @@ def _laid_out(call: LossCall) -> LossCall:
         student_logits=rows_of(call.student_logits),
         teacher_logits=rows_of(call.teacher_logits),
         labels=labels,
+        attention_mask=None if call.attention_mask is None else call.attention_mask.contiguous(),
         student_hidden=alike(call.student_hidden) if call.student_hidden else (),
         teacher_hidden=alike(call.teacher_hidden) if call.teacher_hidden else (),
     )
 
 
-def _vector_layout(call: LossCall) -> tuple[int, tuple[int, int, int, int], tuple[int, int]]:
-    """Tokens per sample; strides over samples and tokens of student and teacher states; those of the mask."""
-    mask_strides = (0, 0) if call.attention_mask is None else call.attention_mask.stride()
+def _vector_layout(call: LossCall) -> tuple[int, tuple[int, int, int, int]]:
+    """Tokens per sample, and the strides over samples and tokens of student and teacher states."""
     if not call.student_hidden:
-        return 1, (0, 0, 0, 0), mask_strides
+        return 1, (0, 0, 0, 0)
     student, teacher = call.student_hidden[0], call.teacher_hidden[0]
     if student.ndim == 2:
-        return 1, (student.stride(0), 0, teacher.stride(0), 0), mask_strides
-    return student.shape[1], (*student.stride()[:2], *teacher.stride()[:2]), mask_strides
+        return 1, (student.stride(0), 0, teacher.stride(0), 0)
+    return student.shape[1], (*student.stride()[:2], *teacher.stride()[:2])
 
 
 def _gradient_like(student: Tensor) -> Tensor:

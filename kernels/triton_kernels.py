@@ -34,13 +34,10 @@ INTEGER_POWERS = (1, 2, 3, 4, 5, 6, 8, 10, 16, 20)
 @triton.jit
 def count_kernel(
     LABELS,  # [N]
-    MASK,  # [B, S], 0 at padding
+    MASK,  # [B, S], contiguous, 0 at padding
     COUNTS,  # out: [2], rows and tokens that count
     num_rows,
     num_tokens,  # B * S
-    tokens_per_sample,  # S
-    mask_stride_b,
-    mask_stride_s,
     ignore_index,
     COUNTS_ROWS: tl.constexpr,
     COUNTS_TOKENS: tl.constexpr,
@@ -57,10 +54,7 @@ def count_kernel(
     if COUNTS_TOKENS:
         kept = tl.zeros([BLOCK], tl.int32)
         for start in range(0, num_tokens, BLOCK):
-            token = start + lanes
-            offset = (token // tokens_per_sample).to(tl.int64) * mask_stride_b
-            offset += (token % tokens_per_sample).to(tl.int64) * mask_stride_s
-            kept += (tl.load(MASK + offset, mask=token < num_tokens, other=0) != 0).to(tl.int32)
+            kept += (tl.load(MASK + start + lanes, mask=start + lanes < num_tokens, other=0) != 0).to(tl.int32)
         tl.store(COUNTS + 1, tl.sum(kept, 0).to(tl.float32))
 
 
@@ -91,7 +85,7 @@ def fused_kernel(
     LOGITS_GRAD,  # out: [N, C], contiguous
     STUDENT_HIDDEN,  # K pointers to [B, S, H]
     TEACHER_HIDDEN,  # K pointers to [B, S, H]
-    MASK,  # [B, S], 0 at padding
+    MASK,  # [B, S], contiguous, 0 at padding
     HIDDEN_GRAD,  # out: [K, B, S, H], contiguous
     PARTIALS,  # out: [2 * num_logit_programs + num_hidden_programs]: (hard, soft)..., hidden...
     ROWS,  # rows to divide by, a number or a pointer to one
@@ -110,8 +104,6 @@ def fused_kernel(
     student_stride_s,
     teacher_stride_b,
     teacher_stride_s,
-    mask_stride_b,
-    mask_stride_s,
     inverse_temperature,
     hard_weight,
     soft_weight,  # of the gradient: alpha * T (/ C)
@@ -192,7 +184,7 @@ def fused_kernel(
         token = (vector % tokens_per_sample).to(tl.int64)
         is_token = has_vector
         if HAS_MASK:
-            mask = tl.load(MASK + sample * mask_stride_b + token * mask_stride_s, mask=has_vector, other=0)
+            mask = tl.load(MASK + vector, mask=has_vector, other=0)
             is_token = has_vector & (mask != 0)
         weight = _read_scalar(GRAD_SCALE, SCALE_ON_DEVICE) / tl.maximum(_read_scalar(VECTORS, VECTORS_ON_DEVICE), 1.0)
         student_offset = (sample * student_stride_b + token * student_stride_s) * ALIGNMENT
@@ -270,7 +262,6 @@ def _class_rows(
 
     Logits are shifted by their maximum before they are divided by T, which keeps differences of large logits exact.
     """
-    scale = inverse_temperature * LOG2_E
     column = tl.arange(0, CLASSES_PADDED)[None, :]
     is_class = column < num_classes
     loaded = kept[:, None] & is_class
@@ -295,15 +286,13 @@ def _class_rows(
     if HAS_TEACHER:
         teacher = tl.load(teacher_pointer + column, mask=loaded, other=0.0).to(tl.float32)
         teacher = tl.where(is_class, teacher, -INF)
-        teacher = (teacher - tl.max(teacher, 1)[:, None]) * scale
-        student *= scale
-        exp_student = tl.exp2(student)
-        exp_teacher = tl.exp2(teacher)
+        teacher = (teacher - tl.max(teacher, 1)[:, None]) * inverse_temperature
+        student *= inverse_temperature
+        exp_student = tl.exp2(student * LOG2_E)
+        exp_teacher = tl.exp2(teacher * LOG2_E)
         student_total = tl.sum(exp_student, 1)
         teacher_total = tl.sum(exp_teacher, 1)
-        # sum of p (log p - log q); where p is 0, 0 * log 0 = 0
-        weighted = tl.where(exp_teacher > 0, exp_teacher * (teacher - student), 0.0)
-        soft = (tl.sum(weighted, 1) / teacher_total + tl.log2(student_total / teacher_total)) * LN_2
+        soft = _divergence(student, teacher, exp_student, exp_teacher, student_total, teacher_total)
         soft = tl.where(kept, soft, 0.0)
         if SOFT_GRAD:
             row_weight = tl.where(kept, soft_weight, 0.0)
@@ -311,6 +300,29 @@ def _class_rows(
     if HARD_GRAD or SOFT_GRAD:
         tl.store(grad_pointer + column, grad.to(grad_pointer.dtype.element_ty), mask=in_range[:, None] & is_class)
     return hard, soft
+
+
+@triton.jit
+def _divergence(student, teacher, exp_student, exp_teacher, student_total, teacher_total):
+    """KL of rows: m + log r, with r = student_total / teacher_total, d = teacher - student and m = mean of d under p.
+
+    At a high temperature both models are nearly flat, m and log r all but cancel, and T^2 magnifies what rounding
+    leaves. So where the divergence is small it is taken as log1p(u) of a sum without cancellation,
+    u = sum of p (exp(m - d) - 1 - (m - d)), to which classes without a teacher's mass (p = 0) add exp(m) q / p_total.
+    """
+    has_mass = exp_teacher > 0  # 0 * log 0 = 0
+    p = exp_teacher / teacher_total[:, None]
+    d = tl.where(has_mass, teacher - student, 0.0)
+    m = tl.sum(p * d, 1)
+    x = m[:, None] - d
+    series = x * x * (0.5 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040))))))
+    excess = tl.where(tl.abs(x) < 0.25, series, tl.exp2(x * LOG2_E) - 1 - x)
+    without_mass = exp_student * (tl.exp2(m * LOG2_E) / teacher_total)[:, None]
+    u = tl.sum(tl.where(has_mass, p * excess, without_mass), 1)
+    z = u / (2 + u)  # log1p(u) = 2 atanh(z)
+    z2 = z * z
+    small = 2 * z * (1 + z2 * (1 / 3 + z2 * (1 / 5 + z2 * (1 / 7))))
+    return tl.where(u < 0.25, small, m + tl.log2(student_total / teacher_total) * LN_2)
 
 
 @triton.jit

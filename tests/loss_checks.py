@@ -8,7 +8,7 @@ import torch
 from peakd_ds.kernels import DistillationLoss, distillation_loss
 
 # Relative error of each term, and of each gradient as a whole. T^2 magnifies the rounding of log-probabilities in the
-# soft loss. bf16's gradients are truncated twice (see conftest.py).
+# soft loss of many classes. bf16's gradients are truncated twice (see conftest.py).
 TERM_TOLERANCE = 2e-6
 ROUNDING = 6e-8
 GRADIENT_TOLERANCE = {torch.float32: 2e-6, torch.float16: 6e-4, torch.bfloat16: 1.2e-2}
@@ -116,7 +116,7 @@ def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
 def assert_matches_reference(batch: Batch, upstream: float = 1.0, **settings: Any) -> None:
     """Terms and gradients of the Triton backend against float64 autograd on the same numbers."""
     settings = SETTINGS | settings
-    soft_rounding = ROUNDING * settings["temperature"] ** 2
+    soft_rounding = ROUNDING * settings["temperature"] ** 2 if batch.student_logits.shape[1] > 256 else 0.0
     loss = batch.loss(**settings, backend="triton")
     gradients = torch.autograd.grad(loss.total * upstream, batch.leaves, materialize_grads=True)
     exact_batch = batch.in_float64()
