@@ -142,7 +142,8 @@ def launches(call: LossCall, warp_size: int) -> list[Launch]:
         mock.patch.object(triton_backend, "WARP_SIZE", warp_size),
     ):
         computed = triton_backend.compute(call, True, True)
-        triton_backend.rescale(computed.logits_grad, computed.hidden_grad, computed.total, call.grad_scale)
+        gradients = [gradient for gradient in (computed.logits_grad, *computed.hidden_grads) if gradient is not None]
+        triton_backend.rescale(gradients, computed.total, call.grad_scale)
     return recorded
 
 

@@ -6,6 +6,7 @@ as training gives them, a GLUE step is two launches forward and one backward.
 
 import contextlib
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -134,23 +135,21 @@ def compute(call: LossCall, logits_grad: bool, hidden_grad: bool) -> Computed:
             VECTORS_ON_DEVICE=isinstance(vectors, Tensor),
             BLOCK=_BLOCK,
         )
-    return Computed(total, (hard, soft, hidden), grad, hidden_gradient)
+    return Computed(total, (hard, soft, hidden), grad, () if hidden_gradient is None else (hidden_gradient,))
 
 
-def rescale(
-    logits_grad: Tensor | None, hidden_grad: Tensor | None, upstream: Tensor, grad_scale: float | Tensor
-) -> None:
-    """See `peakd_ds.kernels.fused`; the device decides whether there is anything to do."""
-    given = [gradient for gradient in (logits_grad, hidden_grad) if gradient is not None and gradient.numel()]
+def rescale(gradients: Sequence[Tensor], upstream: Tensor, grad_scale: float | Tensor) -> None:
+    """See `peakd_ds.kernels.fused`; the device decides whether there is anything to do. At most two, in one launch."""
+    given = [gradient for gradient in gradients if gradient.numel()]
     if not given:
         return
-    gradients = [_storage(gradient) for gradient in given]
-    sizes = [gradient.untyped_storage().nbytes() // gradient.itemsize for gradient in gradients]
+    storages = [_storage(gradient) for gradient in given]
+    sizes = [storage.untyped_storage().nbytes() // storage.itemsize for storage in storages]
     programs = [min(triton.cdiv(size, _BLOCK), _RESCALE_PROGRAMS) for size in sizes]
     with _on(upstream.device):
         device_code.rescale_kernel[(sum(programs),)](
-            gradients[0],
-            gradients[-1],
+            storages[0],
+            storages[-1],
             upstream,
             grad_scale,
             programs[0],
