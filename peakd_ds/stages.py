@@ -94,12 +94,12 @@ def _ptp_stage(run: Run, log: RunLog) -> Stage:
     selection_name = run.selection[0]
 
     def loss(engine: Any, micro: MicroBatch, batch: GlobalBatch, closely: bool) -> tuple[DistillationLoss, None]:
-        logits = engine(**micro.inputs).logits[: micro.num_real]
+        logits = engine(**micro.inputs, cls_only=True).logits[: micro.num_real]
         labels = ptp_labels["train"][micro.rows[: micro.num_real]].to(logits.device)
         return _hard_loss(logits, labels, batch), None
 
     def evaluate(module: nn.Module) -> dict[str, float]:
-        logits = _predict_selection(run, lambda inputs: module(**inputs).logits, ptp.NUM_PTP_LABELS)
+        logits = _predict_selection(run, lambda inputs: module(**inputs, cls_only=True).logits, ptp.NUM_PTP_LABELS)
         labels = ptp_labels[selection_name]
         return {
             "loss": nn.functional.cross_entropy(logits, labels).item(),
@@ -107,7 +107,7 @@ def _ptp_stage(run: Run, log: RunLog) -> Stage:
         }
 
     def finish(module: Any) -> None:
-        logits = _predict_selection(run, lambda inputs: module(**inputs).logits, ptp.NUM_PTP_LABELS)
+        logits = _predict_selection(run, lambda inputs: module(**inputs, cls_only=True).logits, ptp.NUM_PTP_LABELS)
         counts = ptp.summarize(ptp_labels["train"][ptp_labels["train"] >= 0])
         log.figure("ptp/label_histogram", figures.label_histogram(ptp.PTP_LABEL_NAMES, list(counts.values())))
         log.figure(
