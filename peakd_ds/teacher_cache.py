@@ -428,7 +428,7 @@ def _owner_or_remove(file: Path) -> str:
                 "then start again"
             )
         return name
-    if began == _process_start(owner["pid"]):
+    if began is not None and began == _process_start(owner["pid"]):
         return name
     aside = hidden_sibling(file, "dead")
     with contextlib.suppress(FileNotFoundError):
