@@ -30,6 +30,7 @@ RESULT_NEUTRAL = frozenset(
         "teacher_ds_config",
         "teacher_mode",
         "loss_backend",
+        "teacher_cache",
         "save_steps",
         "eval_steps",
         "log_steps",
@@ -287,7 +288,15 @@ class RunConfig:
     teacher_ds_config: str = _setting(
         "teacher_zero0", "DeepSpeed config of the frozen teacher (stage 0 or 3): file, or name in ds_configs/"
     )
-    teacher_mode: str = _setting("online", "online: the teacher runs beside the student", choices=("online",))
+    teacher_mode: str = _setting(
+        "online",
+        "online: the teacher runs beside the student; cached: it is asked once and its answers are kept; auto: cached "
+        "where they fit the disk and the loss needs [CLS] only",
+        choices=("online", "cached", "auto"),
+    )
+    teacher_cache: str = _setting(
+        "", "folder of the teacher's answers, which runs may share", shown_default="RUN_DIR/teacher_cache"
+    )
     loss_backend: str = _setting(
         "auto",
         "what computes the losses: triton (GPUs), torch (fused, for CPUs), reference (plain autograd); auto: triton on "
@@ -368,6 +377,11 @@ def validate(config: RunConfig) -> None:
         raise UserError(
             f"--init_layers {','.join(map(str, config.init_layers))} names {len(config.init_layers)} "
             f"layers, but --num_hidden_layers is {config.num_hidden_layers}; give one source layer for each"
+        )
+    if config.teacher_mode == "cached" and config.hidden_loss == "tokens" and config.beta > 0:
+        raise UserError(
+            "--teacher_mode cached keeps [CLS] vectors only, but --hidden_loss tokens compares every token; set "
+            "--teacher_mode online, or --hidden_loss cls"
         )
     if config.export_onnx and not config.export_unrolled:
         raise UserError("--export_onnx writes the unrolled student, which --no_export_unrolled leaves out; drop one")

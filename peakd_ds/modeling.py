@@ -347,7 +347,8 @@ class MatchedStudent(nn.Module):
 
     def forward(self, **inputs: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Logits [B, C] and, for each pair, hidden states [B, Ht] (cls) or [B, S, Ht] (tokens)."""
-        output = self.student(**inputs, output_hidden_states=bool(self.pairs))
+        cls_only = not self.pairs or self.hidden_loss == "cls"
+        output = self.student(**inputs, output_hidden_states=bool(self.pairs), cls_only=cls_only)
         hidden = select_hidden(output.hidden_states, [i for i, _ in self.pairs], self.hidden_loss)
         if len(self.projections):
             hidden = [project(states) for project, states in zip(self.projections, hidden, strict=True)]

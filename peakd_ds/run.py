@@ -47,6 +47,8 @@ class Run:
     pairs: tuple[tuple[int, int], ...]
     """Matched (student, teacher) layers, 1-based."""
     teacher_clock: TeacherClock = field(default_factory=TeacherClock)
+    answers: Any = None
+    """What teacher_cache.py has opened: split name -> Answers; None where the teacher is asked online."""
     _teacher: Any = None
 
     @property
@@ -83,6 +85,12 @@ class Run:
 
             self._teacher = ds_engine.teacher_engine(dist.agree(load), self.teacher_ds_config)
         return self._teacher
+
+    def drop_teacher(self) -> None:
+        """Give the teacher engine's memory back; the next `teacher()` starts another (collective)."""
+        if self._teacher is not None:
+            self._teacher.destroy()
+            self._teacher = None
 
     def teacher_logits(self, split: Split, rows: np.ndarray) -> torch.Tensor:
         """float32 [N, C] of the frozen teacher over the given rows (collective)."""

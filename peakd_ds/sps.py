@@ -24,6 +24,7 @@ from transformers.models.bert.modeling_bert import (
     BertLayer,
     BertModel,
     BertSelfAttention,
+    BertSelfOutput,
     eager_attention_forward,
 )
 from transformers.utils.output_capturing import OutputRecorder
@@ -141,6 +142,7 @@ class SPSBertSelfAttention(BertSelfAttention):
         attention_mask: torch.Tensor | None = None,
         past_key_values: None = None,
         swap_qk: bool = False,
+        cls_only: bool = False,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend like ``BertSelfAttention``, with query and key exchanged if ``swap_qk``.
@@ -150,16 +152,22 @@ class SPSBertSelfAttention(BertSelfAttention):
             attention_mask: The padding mask in the form of the attention implementation, or None.
             past_key_values: Always None; the caller passes it.
             swap_qk: Use ``key`` for the queries and ``query`` for the keys, weights and biases.
+            cls_only: Attend from the first token alone, to all; the results then have 1 token.
 
         Returns:
             Attention output [batch, tokens, hidden], and the weights [batch, heads, tokens, tokens] where the
             implementation gives them (eager does).
         """
-        heads_shape = (*hidden_states.shape[:-1], -1, self.attention_head_size)
+        asking = hidden_states[:, :1] if cls_only else hidden_states
+        if cls_only and attention_mask is not None:
+            attention_mask = attention_mask[:, :, :1]  # [batch, 1, tokens, tokens]
         # Both runs call the same modules in the same order and only use the results differently: no module is
         # written to (threads, recomputed activations), and the hooks that gather ZeRO-3 parameters fire.
-        projections = (self.query, self.key, self.value)
-        query, key, value = (proj(hidden_states).view(heads_shape).transpose(1, 2) for proj in projections)
+        inputs = (hidden_states, asking) if swap_qk else (asking, hidden_states)
+        query, key, value = (
+            project(states).unflatten(-1, (-1, self.attention_head_size)).transpose(1, 2)
+            for project, states in zip((self.query, self.key, self.value), (*inputs, hidden_states), strict=True)
+        )
         if swap_qk:
             query, key = key, query
         implementation = self.config._attn_implementation
@@ -174,7 +182,14 @@ class SPSBertSelfAttention(BertSelfAttention):
             scaling=self.scaling,
             **kwargs,
         )
-        return output.reshape(*hidden_states.shape[:-1], -1).contiguous(), weights
+        return output.reshape(*asking.shape[:-1], -1).contiguous(), weights
+
+
+class SPSBertSelfOutput(BertSelfOutput):
+    """The residual connection around attention, over those first tokens that attention was asked for."""
+
+    def forward(self, hidden_states: torch.Tensor, input_tensor: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states, input_tensor[:, : hidden_states.shape[1]])
 
 
 class SPSBertEncoder(BertEncoder):
@@ -185,18 +200,27 @@ class SPSBertEncoder(BertEncoder):
         self.order = execution_order(config.num_hidden_layers, config.sharing, config.shuffle_qk)
         for index in range(config.num_hidden_layers):
             self.set_submodule(f"layer.{index}.attention.self", SPSBertSelfAttention(config, layer_idx=index))
+            self.set_submodule(f"layer.{index}.attention.output", SPSBertSelfOutput(config))
 
     def forward(  # type: ignore[override]  # the parent's decoder arguments pass through kwargs
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        cls_only: bool = False,
         **kwargs: Any,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """Run [batch, tokens, hidden] through every effective layer; ``use_cache`` has no effect."""
-        for index, swapped in self.order:
-            # BertLayer and BertAttention hand keyword arguments on, so swap_qk reaches SPSBertSelfAttention.
-            hidden_states = self.layer[index](hidden_states, attention_mask, swap_qk=swapped, **kwargs)
+        """Run [batch, tokens, hidden] through every effective layer; ``use_cache`` has no effect.
+
+        With ``cls_only`` the last layer computes only the first token, all that a classifier reads: [batch, 1, hidden].
+        Attention implementations with masks of their own compute the whole layer all the same.
+        """
+        cls_only = cls_only and self.config._attn_implementation in ("sdpa", "eager")
+        last = len(self.order) - 1
+        for position, (index, swapped) in enumerate(self.order):
+            # BertLayer and BertAttention hand keyword arguments on, so they reach SPSBertSelfAttention.
+            more = {"swap_qk": swapped, "cls_only": cls_only and position == last}
+            hidden_states = self.layer[index](hidden_states, attention_mask, **more, **kwargs)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states)
 
 

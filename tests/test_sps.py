@@ -511,3 +511,39 @@ def test_init_refuses_what_does_not_fit(init_layers, settings, message):
     with pytest.raises(ValueError, match=message):
         init_from_encoder(student, make_encoder(**settings), init_layers)
     assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("num_layers", "sharing"), [(1, "none"), (2, "sps"), (3, "cycle_rev")])
+def test_the_last_layer_for_cls_alone_changes_nothing(num_layers: int, sharing: str, attention: str) -> None:
+    """Logits, [CLS] of every layer, and gradients, with padding; the last layer's other tokens are not there."""
+    torch.manual_seed(0)
+    config = SPSBertConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=num_layers,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=16,
+        sharing=sharing,
+        initializer_range=0.1,
+        attn_implementation=attention,
+    )
+    student = SPSBertForSequenceClassification(config).eval()
+    mask = torch.ones(4, 9, dtype=torch.int64)
+    mask[1, 5:], mask[3, 2:] = 0, 0
+    inputs = {"input_ids": torch.randint(5, 50, (4, 9)), "attention_mask": mask}
+    answers = []
+    for cls_only in (False, True):
+        student.zero_grad()
+        output = student(**inputs, output_hidden_states=True, cls_only=cls_only)
+        seen = [output.logits, *(states[:, 0] for states in output.hidden_states)]
+        sum(((index + 1) * tensor.sin()).sum() for index, tensor in enumerate(seen)).backward()
+        gradients = [parameter.grad.clone() for parameter in student.parameters()]
+        answers.append((seen, gradients, output.hidden_states[-1].shape[1]))
+    (full, full_gradients, num_full), (short, short_gradients, num_short) = answers
+    assert (num_full, num_short) == (9, 1)
+    torch.testing.assert_close(short, full, rtol=1e-6, atol=1e-6)
+    scale = max(gradient.abs().max().item() for gradient in full_gradients)
+    for ours, theirs in zip(short_gradients, full_gradients, strict=True):
+        torch.testing.assert_close(ours / scale, theirs / scale, rtol=1e-6, atol=1e-6)
