@@ -208,20 +208,49 @@ class SPSBertEncoder(BertEncoder):
         attention_mask: torch.Tensor | None = None,
         use_cache: bool | None = None,
         cls_only: bool = False,
+        cls_vectors: dict[int, Any] | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """Run [batch, tokens, hidden] through every effective layer; ``use_cache`` has no effect.
 
         With ``cls_only`` the last layer computes only the first token, all that a classifier reads: [batch, 1, hidden].
         Attention implementations with masks of their own compute the whole layer all the same.
+
+        ``cls_vectors`` receives the first token [batch, hidden] of each effective layer (from 1) that is among its
+        keys. Its gradient joins the layer's own, which slicing a hidden state would make a second one for.
         """
         cls_only = cls_only and self.config._attn_implementation in ("sdpa", "eager")
-        last = len(self.order) - 1
-        for position, (index, swapped) in enumerate(self.order):
+        for number, (index, swapped) in enumerate(self.order, start=1):
             # BertLayer and BertAttention hand keyword arguments on, so they reach SPSBertSelfAttention.
-            more = {"swap_qk": swapped, "cls_only": cls_only and position == last}
+            more = {"swap_qk": swapped, "cls_only": cls_only and number == len(self.order)}
             hidden_states = self.layer[index](hidden_states, attention_mask, **more, **kwargs)
+            if cls_vectors is not None and number in cls_vectors:
+                hidden_states, cls_vectors[number] = _TakeCls.apply(hidden_states)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states)
+
+
+class _TakeCls(torch.autograd.Function):
+    """States [batch, tokens, hidden] as they are, and a copy of their first token.
+
+    Slicing would give back a gradient of the whole shape, zero but for one token, that autograd fills and then adds to
+    the states' own. Here the token's gradient is added in place, which is safe because the states' gradient is a sum
+    that autograd has made for this node: every layer reads its input more than once (attention, residual).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.shape = states.shape
+        return states.view_as(states), states[:, 0].clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, of_states: torch.Tensor | None, of_cls: torch.Tensor | None) -> torch.Tensor | None:
+        if of_cls is not None:
+            if of_states is None:  # nothing above reads the states
+                of_states = of_cls.new_zeros(ctx.shape)
+            of_states[:, 0] += of_cls
+        return of_states
 
 
 def _recorded_outputs() -> dict[str, Any]:
