@@ -24,6 +24,9 @@ RESULT_NEUTRAL = frozenset(
     [
         "run_dir",
         "data_dir",
+        "data_placement",
+        "shard_dir",
+        "scratch_dir",
         "stages",
         "micro_batch_size",
         "student_ds_config",
@@ -131,6 +134,19 @@ class RunConfig:
         "",
         "folder with TASK/train-*.parquet and TASK/validation*-*.parquet",
         shown_default="$PEAKD_DATA_DIR, else the hub's nyu-mll/glue",
+    )
+    data_placement: str = _setting(
+        "replicated",
+        "replicated: each node tokenises and reads all training rows; sharded: it reads its own block of --shard_dir",
+        choices=("replicated", "sharded"),
+    )
+    shard_dir: str = _setting(
+        "", "folder of tokenised shards that peakd-shard made, for --data_placement sharded", shown_default="none"
+    )
+    scratch_dir: str = _setting(
+        "",
+        "folder on each node's own disk, to which its shards are copied at the start",
+        shown_default="$SLURM_TMPDIR, else shards are read in --shard_dir",
     )
     stages: tuple[str, ...] = _setting(
         STAGES, "stages to run, comma-separated", parse=_parse_stages, range="teacher,ptp,distill"
@@ -362,6 +378,8 @@ def validate(config: RunConfig) -> None:
             f"--init_layers {','.join(map(str, config.init_layers))} names {len(config.init_layers)} "
             f"layers, but --num_hidden_layers is {config.num_hidden_layers}; give one source layer for each"
         )
+    if config.data_placement == "sharded" and not config.shard_dir:
+        raise UserError("--data_placement sharded reads shards; make them with peakd-shard and give their --shard_dir")
     if config.export_onnx and not config.export_unrolled:
         raise UserError("--export_onnx writes the unrolled student, which --no_export_unrolled leaves out; drop one")
     if config.sharing == "none" and config.shuffle_qk:

@@ -66,6 +66,32 @@ def local_world_size() -> int:
     return int(next((os.environ[name] for name in names if os.environ.get(name)), "1"))
 
 
+def node_rank() -> int:
+    """Number of this rank's node: launchers number ranks node by node, and `check_nodes` makes sure."""
+    return rank() // local_world_size()
+
+
+def num_nodes() -> int:
+    return max(1, world_size() // local_world_size())
+
+
+def check_nodes() -> None:
+    """Raise UserError (collective) unless each node has the same number of ranks, with neighbouring numbers."""
+    nodes: list[tuple[str, int]] = [(socket.gethostname(), local_world_size())]
+    if world_size() > 1:
+        mine, nodes = nodes[0], nodes * world_size()
+        torch.distributed.all_gather_object(nodes, mine)
+    size = nodes[0][1]
+    for number, (host, its_size) in enumerate(nodes):
+        first_host = nodes[number - number % size][0]
+        if its_size != size or host != first_host or world_size() % size:
+            raise UserError(
+                f"rank {number} runs on {host} as one of {its_size} ranks there, rank {number - number % size} on "
+                f"{first_host} as one of {size}, of {world_size()} in all; sharded data needs as many ranks on each "
+                "node, numbered node by node: set for example srun --ntasks-per-node N --distribution=block"
+            )
+
+
 def is_main() -> bool:
     return rank() == 0
 

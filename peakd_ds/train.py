@@ -167,7 +167,9 @@ def plan(run: Run) -> str:
     config = run.config
     micro, accum = run.micro_and_accum
     pairs = ", ".join(f"{i}:{j}" for i, j in run.pairs) or "none"
-    unnamed = []
+    placement, unnamed = [], []
+    if config.data_placement == "sharded":
+        placement = [f"rows of {data.NUM_SHARDS // dist.num_nodes()} shards on each of {dist.num_nodes()} nodes"]
     if run.teacher_source.is_classifier and not run.task.is_regression and has_unnamed_labels(run.teacher_source):
         unnamed = [f"warning: the teacher does not name its classes; taken for {', '.join(run.task.label_names)}"]
     return "\n".join(
@@ -177,6 +179,7 @@ def plan(run: Run) -> str:
             + ", ".join(f"{name} {len(split):,}" for name, split in run.dev.items()),
             f"batch: global {config.global_batch_size} = micro {micro} x accum {accum} x world {dist.world_size()}, "
             f"from {math.gcd(config.global_batch_size, data.NUM_SHARDS)} of {data.NUM_SHARDS} shards at a time",
+            *placement,
             f"teacher: {run.teacher_source.path}, {run.teacher_source.config.num_hidden_layers} layers of "
             f"{run.teacher_source.config.hidden_size}, ZeRO stage {ds_engine.zero_stage(run.teacher_ds_config)}",
             f"student: {config.num_hidden_layers} stored layers run as {run.student_depth} of "
