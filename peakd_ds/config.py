@@ -137,7 +137,7 @@ class RunConfig:
     )
     data_placement: str = _setting(
         "replicated",
-        "replicated: each node tokenises and reads all training rows; sharded: it reads its own block of --shard_dir",
+        "replicated: each node tokenises and reads all training rows; sharded: it reads its own block of the shards",
         choices=("replicated", "sharded"),
     )
     shard_dir: str = _setting(
@@ -146,7 +146,7 @@ class RunConfig:
     scratch_dir: str = _setting(
         "",
         "folder on each node's own disk, to which its shards are copied at the start",
-        shown_default="$SLURM_TMPDIR, else shards are read in --shard_dir",
+        shown_default="$PEAKD_SCRATCH, else $SLURM_TMPDIR, else shards are read where they are",
     )
     stages: tuple[str, ...] = _setting(
         STAGES, "stages to run, comma-separated", parse=_parse_stages, range="teacher,ptp,distill"

@@ -259,8 +259,8 @@ def stage(manifest: Manifest, names: Sequence[str], scratch: Path | None) -> Non
 
 
 def _scratch(scratch_dir: str) -> Path | None:
-    """The folder that the user named, or the one that Slurm made for the job, if any."""
-    chosen = scratch_dir or os.environ.get("SLURM_TMPDIR", "")
+    """The folder that the user or the site named, or the one that was made for the job, if any."""
+    chosen = scratch_dir or os.environ.get("PEAKD_SCRATCH") or os.environ.get("SLURM_TMPDIR")
     return Path(chosen) if chosen else None
 
 
@@ -500,7 +500,7 @@ def main(argv: Sequence[str]) -> None:
     parser.add_argument(
         "--scratch_dir",
         default="",
-        help="folder on each node's own disk [default $SLURM_TMPDIR, else nothing is copied]",
+        help="folder on each node's own disk [default $PEAKD_SCRATCH, else $SLURM_TMPDIR, else nothing is copied]",
     )
     args = parser.parse_args(argv)
     workers = find_workers()

@@ -62,7 +62,7 @@ def tokenizer(tiny_encoder: Path) -> PreTrainedTokenizerBase:
 
 
 def without_launcher() -> Any:
-    names = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_ID", "SLURM_TMPDIR")
+    names = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_ID", "SLURM_TMPDIR", "PEAKD_SCRATCH")
     return mock.patch.dict(os.environ, {name: "" for name in names})
 
 
