@@ -18,12 +18,16 @@ from typing import Any, NoReturn
 import yaml
 
 STAGES = ("teacher", "ptp", "distill")
+RANK_TIMEOUT_S = 100.0
 
 # Settings that may differ between two starts in one run folder, because they do not change the result.
 RESULT_NEUTRAL = frozenset(
     [
         "run_dir",
         "data_dir",
+        "data_placement",
+        "shard_dir",
+        "scratch_dir",
         "stages",
         "micro_batch_size",
         "student_ds_config",
@@ -34,6 +38,7 @@ RESULT_NEUTRAL = frozenset(
         "save_steps",
         "eval_steps",
         "log_steps",
+        "rank_timeout",
         "dry_run",
         "export_unrolled",
         "export_onnx",
@@ -127,12 +132,25 @@ class RunConfig:
     run_dir: str = _setting(
         "",
         "folder that receives everything the run writes; started again in it, a run goes on",
-        shown_default="required",
+        shown_default="$RUN_DIR, else required",
     )
     data_dir: str = _setting(
         "",
         "folder with TASK/train-*.parquet and TASK/validation*-*.parquet",
         shown_default="$PEAKD_DATA_DIR, else the hub's nyu-mll/glue",
+    )
+    data_placement: str = _setting(
+        "replicated",
+        "replicated: each node tokenises and reads all training rows; sharded: it reads its own block of the shards",
+        choices=("replicated", "sharded"),
+    )
+    shard_dir: str = _setting(
+        "", "folder of tokenised shards that peakd-shard made, for --data_placement sharded", shown_default="none"
+    )
+    scratch_dir: str = _setting(
+        "",
+        "folder on each node's own disk, to which its shards are copied at the start",
+        shown_default="$PEAKD_SCRATCH, else $SLURM_TMPDIR, else shards are read where they are",
     )
     stages: tuple[str, ...] = _setting(
         STAGES, "stages to run, comma-separated", parse=_parse_stages, range="teacher,ptp,distill"
@@ -338,6 +356,13 @@ class RunConfig:
     export_onnx: bool = _setting(
         False, "also write student_unrolled/model.onnx, checked against onnxruntime (needs the onnx extra)"
     )
+    rank_timeout: float = _setting(
+        RANK_TIMEOUT_S,
+        "a rank that does not come, or falls silent, for so long is given up, and all ranks end",
+        unit="s",
+        range=">= 5",
+        check=lambda v: v >= 5,
+    )
     dry_run: bool = _setting(False, "check everything, print the plan, and stop before any engine starts")
 
     def epochs_of(self, stage: str) -> int:
@@ -383,6 +408,13 @@ def validate(config: RunConfig) -> None:
             "--teacher_mode cached keeps [CLS] vectors only, but --hidden_loss tokens compares every token; set "
             "--teacher_mode online, or --hidden_loss cls"
         )
+    if config.teacher_mode == "cached" and config.data_placement == "sharded":
+        raise UserError(
+            "--teacher_mode cached asks about every row on every node, but --data_placement sharded leaves a node its own "
+            "rows; set --teacher_mode online, or --data_placement replicated"
+        )
+    if config.data_placement == "sharded" and not config.shard_dir:
+        raise UserError("--data_placement sharded reads shards; make them with peakd-shard and give their --shard_dir")
     if config.export_onnx and not config.export_unrolled:
         raise UserError("--export_onnx writes the unrolled student, which --no_export_unrolled leaves out; drop one")
     if config.sharing == "none" and config.shuffle_qk:
@@ -408,7 +440,11 @@ def parse(argv: Sequence[str]) -> RunConfig:
         parser.error(f"unknown option {unknown[0]}{_suggest(unknown[0].split('=')[0], names)}")
     settings = {name: value for name, value in vars(values).items() if name not in ("config", "local_rank")}
     config = RunConfig(**settings)
-    config = replace(config, data_dir=config.data_dir or os.environ.get("PEAKD_DATA_DIR", ""))
+    config = replace(
+        config,
+        data_dir=config.data_dir or os.environ.get("PEAKD_DATA_DIR", ""),
+        run_dir=config.run_dir or os.environ.get("RUN_DIR", ""),
+    )
     validate(config)
     return config
 

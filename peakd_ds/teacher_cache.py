@@ -107,6 +107,9 @@ def _choose(run: Run, say: Say) -> bool:
     if run.pairs and config.hidden_loss == "tokens":
         say("teacher_mode auto: online, since --hidden_loss tokens compares every token and a cache keeps [CLS] alone")
         return False
+    if config.data_placement == "sharded":
+        say("teacher_mode auto: online, since --data_placement sharded leaves each node its own rows")
+        return False
 
     def look() -> tuple[int, int]:
         folder = folder_of(run, "train")
