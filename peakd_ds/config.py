@@ -410,8 +410,8 @@ def validate(config: RunConfig) -> None:
         )
     if config.teacher_mode == "cached" and config.data_placement == "sharded":
         raise UserError(
-            "--teacher_mode cached asks about every row on every node, but --data_placement sharded leaves a node its own "
-            "rows; set --teacher_mode online, or --data_placement replicated"
+            "--teacher_mode cached has every node ask about any row, but --data_placement sharded leaves a node its own; "
+            "set --teacher_mode online, or --data_placement replicated"
         )
     if config.data_placement == "sharded" and not config.shard_dir:
         raise UserError("--data_placement sharded reads shards; make them with peakd-shard and give their --shard_dir")
