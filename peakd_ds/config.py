@@ -410,7 +410,7 @@ def validate(config: RunConfig) -> None:
         )
     if config.teacher_mode == "cached" and config.data_placement == "sharded":
         raise UserError(
-            "--teacher_mode cached has every node ask about any row, but --data_placement sharded leaves a node its own; "
+            "--teacher_mode cached reads any row on any node, but --data_placement sharded leaves a node its own; "
             "set --teacher_mode online, or --data_placement replicated"
         )
     if config.data_placement == "sharded" and not config.shard_dir:

@@ -24,13 +24,16 @@ _held: tuple[Path, str] | None = None
 
 
 def take(run_dir: Path) -> None:
-    """Become the owner of a run folder.
+    """Become the owner of a run folder; a process that already is stays it.
 
     Raises:
         UserError: a live owner has it, or a later start of this job does; nothing is changed then.
     """
     global _held
     file, me = run_dir / NAME, _describe_me()
+    if _held is not None and _held[0] == file and file.exists():
+        check()
+        return
     temporary = run_dir / f".{NAME}.{me['token']}"
     temporary.write_text(json.dumps(me, indent=2) + "\n")
     try:
