@@ -159,7 +159,7 @@ class Cluster:
 
     def pids(self, node: str, pattern: str) -> list[int]:
         """Processes on the node (its own numbers) whose command line matches; end one with exec(node, "kill", pid)."""
-        found = self.exec(node, "pgrep", "-f", pattern, check=False).stdout.split()
+        found = self.exec(node, "pgrep", "-f", "--", pattern, check=False).stdout.split()
         return [int(pid) for pid in found]
 
     def poweroff(self, node: str) -> None:
