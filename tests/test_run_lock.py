@@ -62,7 +62,7 @@ def test_half_written_lock(tmp_path: Path) -> None:
 
 def test_host_of_which_nothing_is_known(tmp_path: Path) -> None:
     owned_by(tmp_path, host="elsewhere")
-    with pytest.raises(UserError, match="on elsewhere.*nothing can be learnt.*delete .*lock.json"):
+    with pytest.raises(UserError, match=r"on elsewhere.*nothing can be learnt.*delete .*lock.json"):
         run_lock.take(tmp_path)
 
 
@@ -70,7 +70,7 @@ def test_earlier_start_of_the_job_gives_way_and_stops_writing(tmp_path: Path, mo
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     run_lock.take(tmp_path)
     owned_by(tmp_path, job="7", restart=1, host="node3")
-    with pytest.raises(UserError, match="now belongs to job 7, start 1, process .* on node3"):
+    with pytest.raises(UserError, match=r"now belongs to job 7, start 1, process .* on node3"):
         run_lock.check()
     with pytest.raises(UserError, match="is a later start of this job, whose start 0 is over"):
         run_lock.take(tmp_path)
