@@ -191,11 +191,12 @@ def test_preemption_with_grace_time_never_ends_as_completed(
     cluster: Cluster, start: Start, quiet_run: Path, rank_env: dict[str, str], tmp_path: Path
 ) -> None:
     run_dir = tmp_path / "run"
-    job = start(run_dir, options=["--nodes=4", "--partition=grace"])
+    nodes = ["--nodes=2", "--nodelist=node[1-2]"]
+    job = start(run_dir, options=[*nodes, "--partition=grace"])
     wait_until_training(cluster, job, run_dir)
     urgent = tmp_path / "urgent.sh"
     urgent.write_text("#!/bin/bash\nsleep 2\n")
-    options = ["--nodes=4", "--partition=urgent", f"--output={tmp_path}/urgent.out"]
+    options = [*nodes, "--exclusive", "--partition=urgent", f"--output={tmp_path}/urgent.out"]
     urgent_job = cluster.submit(urgent, options=options, env=rank_env)
     cluster.until(lambda: cluster.state(urgent_job) == "COMPLETED", 60, "the urgent job is over", job)
     assert cluster.wait(job) == "COMPLETED", cluster.output(job)
