@@ -39,6 +39,7 @@ def look_at_node(run_dir: Path) -> tuple[dict[str, str], list[str]]:
         places.append(("scratch", Path(os.environ["PEAKD_SCRATCH"]), MIN_SCRATCH_MIB))
     for name, folder, least in places:
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(folder).free // 2**20
             facts[name] = f"{free} MiB free"
             probe = folder / f".preflight-{os.environ.get('SLURM_JOB_ID', '')}-{os.environ['RANK']}"
@@ -60,7 +61,8 @@ def check_ranks_per_gpu() -> None:
     num_gpus, num_ranks = int(os.environ.get("SLURM_GPUS_ON_NODE", "0")), dist.local_world_size()
     if num_gpus and num_gpus != num_ranks:
         raise UserError(
-            f"a node has {num_gpus} GPUs and {num_ranks} ranks; each rank takes one GPU: set --ntasks-per-node={num_gpus}"
+            f"a node has {num_gpus} GPUs and {num_ranks} ranks; each rank takes one GPU: "
+            f"set --ntasks-per-node={num_gpus}"
         )
 
 

@@ -30,7 +30,8 @@ def test_fit_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_faults_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    monkeypatch.setenv("PEAKD_SCRATCH", str(tmp_path / "nowhere"))
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PEAKD_SCRATCH", str(tmp_path / "file" / "nowhere"))
     monkeypatch.setattr(preflight, "MIN_RUN_FOLDER_MIB", 2**60)
     monkeypatch.setattr(preflight, "MIN_OPEN_FILES", resource.getrlimit(resource.RLIMIT_NOFILE)[0] + 1)
     _, faults = preflight.look_at_node(tmp_path)
