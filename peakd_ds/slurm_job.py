@@ -70,13 +70,13 @@ def noted(tells_end: bool = True) -> Iterator[None]:
 
     A stop becomes the exit code that a shell gives the signal. Other ranks hear of a failure at once.
     """
-    from peakd_ds import liveness
+    from peakd_ds import dist, liveness
 
     try:
         yield
     except preempt.Stopped as stop:
         note("stopped", str(stop), signal=stop.signal.name)
-        liveness.leave()
+        dist.leave()
         print(f"{liveness.me()}: {stop}", file=sys.stderr, flush=True)
         raise SystemExit(128 + stop.signal) from None
     except UserError as error:
@@ -92,7 +92,7 @@ def noted(tells_end: bool = True) -> Iterator[None]:
         raise
     if tells_end:
         note("finished")
-    liveness.leave()
+    dist.leave()
 
 
 def _is_loss(error: BaseException) -> bool:

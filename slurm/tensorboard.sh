@@ -26,14 +26,14 @@ done
 [ -z "$node" ] || [ -n "$job" ] || die "--node=$node needs --job=JOBID, a running job of yours on that node"
 
 start=()
-host=$(hostname)
+host=$(hostname) user=$(id -un)
 if [ -n "$job" ]; then
     nodes=$(squeue --noheader --jobs="$job" --states=RUNNING --format=%N) || die "job $job is not known to Slurm"
     [ -n "$nodes" ] || die "job $job is not running; without --job TensorBoard runs here"
     host=${node:-$(scontrol show hostnames "$nodes" | head -n 1)}
     start=(srun --overlap "--jobid=$job" --nodes=1 --ntasks=1 "--nodelist=$host")
 fi
-echo "on your own machine:  ssh -N -L $port:localhost:$port $USER@$host"
-echo "(or by way of a login node: ssh -N -L $port:localhost:$port -J $USER@LOGIN $USER@$host),"
+echo "on your own machine:  ssh -N -L $port:localhost:$port $user@$host"
+echo "(or by way of a login node: ssh -N -L $port:localhost:$port -J $user@LOGIN $user@$host),"
 echo "then open http://localhost:$port; Ctrl-C here ends it"
 exec "${start[@]}" "${PYTHON[@]}" -m tensorboard.main --logdir "$run/tb" --port "$port" --host "$bind"

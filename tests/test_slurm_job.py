@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from peakd_ds import preempt, slurm_job
+from peakd_ds import dist, preempt, slurm_job
 from peakd_ds.config import UserError
 from peakd_ds.slurm_job import cause_of, decide
 
@@ -92,6 +92,7 @@ def test_position_tells_progress(tmp_path: Path) -> None:
 
 @pytest.fixture
 def start_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(dist, "leave", lambda: None)  # the process group belongs to other tests too
     monkeypatch.setenv(slurm_job.START_DIR, str(tmp_path))
     monkeypatch.setenv("RANK", "3")
     return tmp_path

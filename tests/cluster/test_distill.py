@@ -1,5 +1,6 @@
 """`sbatch slurm/distill.sh` on real hosts: whatever the cluster does meanwhile, the losses are those of a quiet run."""
 
+import getpass
 import json
 import subprocess
 import time
@@ -350,7 +351,7 @@ def test_tensorboard_on_the_node_of_a_job(
     job = cluster.submit(sleeping, options=["--nodelist=node3", f"--output={tmp_path}/sleep.out"], env=rank_env)
     cluster.until(lambda: cluster.state(job) == "RUNNING", 20, "the job runs")
     command = f"timeout 60 slurm/tensorboard.sh {quiet_run} --job={job} --port=6123 > {tmp_path}/tb.out 2>&1 &"
-    cluster.exec("head", "bash", "-c", command, env={**rank_env, "USER": "someone"})
+    cluster.exec("head", "bash", "-c", command, env=rank_env)
     page = "import urllib.request as r; print(r.urlopen('http://127.0.0.1:6123/data/runs').read().decode())"
 
     def answers() -> bool:
@@ -358,7 +359,7 @@ def test_tensorboard_on_the_node_of_a_job(
         return done.returncode == 0 and LAST_STAGE in done.stdout
 
     cluster.until(answers, 60, "TensorBoard answers on node3's loopback address")
-    assert "ssh -N -L 6123:localhost:6123 someone@node3" in (tmp_path / "tb.out").read_text()
+    assert f"ssh -N -L 6123:localhost:6123 {getpass.getuser()}@node3" in (tmp_path / "tb.out").read_text()
     other_host = page.replace("127.0.0.1", "10.77.0.13")
     assert cluster.exec("node1", "python3", "-c", other_host, check=False).returncode != 0
 
