@@ -29,7 +29,7 @@ from peakd_ds.files import write_atomically
 
 START_DIR = "PEAKD_START_DIR"
 TERM_WAIT_S = 60  # after SIGTERM Slurm soon says what it means to do with the job
-LOST_WAIT_S = 20  # ranks that outlive a lost one are over by then
+LOST_WAIT_S = 10  # ranks that outlive a lost one are over by then
 
 
 # -- In the ranks ------------------------------------------------------------------------------------------------------
@@ -57,7 +57,8 @@ def note(how: str, cause: str = "", **more: Any) -> None:
         return
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     file = Path(folder) / f"rank-{rank:05d}.json"
-    told = {"how": how, "rank": rank, "host": socket.gethostname(), "cause": cause, "at": time.time(), **more}
+    facts = {"how": how, "rank": rank, "world_size": int(os.environ.get("WORLD_SIZE", "0"))}
+    told = {**facts, "host": socket.gethostname(), "cause": cause, "at": time.time(), **more}
     with contextlib.suppress(OSError):
         if not file.exists():
             write_atomically(file, json.dumps(told) + "\n")
@@ -249,7 +250,8 @@ def close_start(start: Path) -> int:
     facts, notes = json.loads((start / "start.json").read_text()), _notes(start)
     has_term = any(told.get("signal") == "SIGTERM" for told in notes)
     job = _wait_for_slurm(facts["job"]) if has_term else _scontrol_job(facts["job"])
-    cause = cause_of(notes, _read(start / "srun.log")) or _last_error(start) or "the ranks ended without a word"
+    hosts = [file.stem for file in sorted(start.glob("*.log")) if file.name != "srun.log"]
+    cause = cause_of(notes, _read(start / "srun.log"), hosts) or _last_error(start) or "the ranks ended without a word"
     is_idle = position(start.parents[1]) == facts["position"]
     with contextlib.suppress(OSError):
         write_atomically(start / "end.json", json.dumps({"is_idle": is_idle, "cause": cause}) + "\n")
@@ -265,10 +267,11 @@ def close_start(start: Path) -> int:
     return 2 if any(told["how"] == "refused" for told in notes) else 1
 
 
-def cause_of(notes: Sequence[dict[str, Any]], srun_log: str) -> str:
+def cause_of(notes: Sequence[dict[str, Any]], srun_log: str, hosts: Sequence[str] = ()) -> str:
     """Who failed first and why: rank, host and cause in one line; empty if neither notes nor srun tell.
 
-    A rank that was killed leaves no note, but srun tells of it; the ranks that lost it do leave one.
+    A rank that was killed leaves no note, but srun tells of it; the ranks that lost it do leave one. Of a host that is
+    gone not even srun tells at first: it is one of `hosts`, those with a log, that no note comes from.
     """
     for kinds in (("refused",), ("failed",)):
         for told in sorted((told for told in notes if told["how"] in kinds), key=lambda told: told["at"]):
@@ -282,6 +285,13 @@ def cause_of(notes: Sequence[dict[str, Any]], srun_log: str) -> str:
         if found and int(re.split("[,-]", found[2])[0]) not in ranks_with_notes:
             return f"rank {found[2]} on {found[1]}: {found[3]}"
     for told in sorted((told for told in notes if told["how"] == "lost"), key=lambda told: told["at"]):
+        silent = ", ".join(str(rank) for rank in range(told.get("world_size", 0)) if rank not in ranks_with_notes)
+        places = ", ".join(host for host in hosts if host not in {told["host"] for told in notes})
+        if silent:
+            return (
+                f"rank {silent} on {places or 'a host that others are on too'} is gone without a word, and "
+                f"rank {told['rank']} on {told['host']} lost it: {told['cause']}"
+            )
         return f"rank {told['rank']} on {told['host']}: {told['cause']}"
     return ""
 

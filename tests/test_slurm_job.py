@@ -66,6 +66,12 @@ def test_the_cause_is_the_killed_rank_and_not_those_that_lost_it() -> None:
     assert cause_of([], several) == "rank 2-3 on node2: Killed"
 
 
+def test_the_cause_is_the_host_that_nobody_hears_of() -> None:
+    lost = told("lost", 0, "RuntimeError: Connection reset by peer", world_size=2)
+    assert cause_of([lost], "", ["node1", "node2"]).startswith("rank 1 on node2 is gone without a word, and rank 0 on")
+    assert cause_of([lost, told("lost", 1, at=1.0)], "", ["node1", "node2"]).startswith("rank 0 on node1: RuntimeError")
+
+
 def test_idle_starts_are_counted_from_the_newest_back(tmp_path: Path) -> None:
     def end(restart: int, **facts: Any) -> None:
         (tmp_path / f"7-{restart}").mkdir()

@@ -236,6 +236,7 @@ def test_powered_off_node_on_fewer_nodes(cluster: Cluster, start: Start, quiet_r
     wait_until_training(cluster, job, run_dir)
     cluster.poweroff("node2")
     assert cluster.wait(job) == "COMPLETED", cluster.output(job)
+    assert "rank 1 on node2 is gone without a word, and rank 0 on node1 lost it" in cluster.output(job)
     assert cluster.job(job)["NodeList"] == "node1" and int(cluster.job(job)["Restarts"]) >= 1
     assert_same_curve(run_dir, quiet_run)
 
