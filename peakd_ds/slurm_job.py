@@ -18,7 +18,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -206,6 +206,7 @@ def decide(
     job: dict[str, str],
     cause: str,
     num_idle_starts: int,
+    bad_before: Collection[str] = (),
 ) -> Verdict:
     """From the ranks' notes, preflight's bad nodes and Slurm's word to what becomes of the job.
 
@@ -213,6 +214,7 @@ def decide(
         job: Fields of `scontrol show job`; empty if it does not answer.
         cause: Who failed and why, in one line.
         num_idle_starts: Starts of this job in a row, this one included, that have saved nothing new.
+        bad_before: Nodes that an earlier start of this job has found bad.
     """
     how = {told["how"] for told in notes}
     state = job.get("JobState", "RUNNING")
@@ -228,6 +230,8 @@ def decide(
         num_nodes = int(job.get("NumNodes", "0").split("-")[0])
         if len(bad_nodes) >= num_nodes:
             return Verdict("fail", f"every node is bad: {names}")
+        if not bad_nodes.keys() - bad_before:
+            return Verdict("fail", f"Slurm has given bad nodes again that were to be left out: {names}")
         return _requeue(f"bad nodes, which the job shall not get again: {names}", job, list(bad_nodes))
     if "stopped" in how:
         told = next(told for told in notes if told["how"] == "stopped")
@@ -256,7 +260,9 @@ def close_start(start: Path) -> int:
     with contextlib.suppress(OSError):
         write_atomically(start / "end.json", json.dumps({"is_idle": is_idle, "cause": cause}) + "\n")
     bad_nodes = json.loads(_read(start / "bad_nodes.json") or "{}")
-    verdict = decide(notes, bad_nodes, job, cause, _num_idle_starts(start.parent, facts["job"]))
+    earlier = [file for file in start.parent.glob(f"{facts['job']}-*/bad_nodes.json") if file.parent != start]
+    bad_before = {node for file in earlier for node in json.loads(file.read_text())}
+    verdict = decide(notes, bad_nodes, job, cause, _num_idle_starts(start.parent, facts["job"]), bad_before)
     print(f"run {start.parents[1]}, job {facts['job']}, start {facts['restart']}: {verdict.reason}", flush=True)
     if verdict.action == "requeue":
         print(f"requeued, to go on from {', '.join(position(start.parents[1])) or 'the beginning'}", flush=True)

@@ -54,6 +54,8 @@ def test_bad_nodes_are_left_out_unless_all_are_bad() -> None:
     verdict = decide([], {"node2": "no GPU"}, RUNNING, "", 2)
     assert (verdict.action, verdict.exclude) == ("requeue", ["node2"]) and "node2 (no GPU)" in verdict.reason
     assert decide([], {"node1": "full", "node2": "full"}, RUNNING, "", 1).action == "fail"
+    assert decide([], {"node2": "no GPU"}, RUNNING, "", 2, {"node1"}).action == "requeue"
+    assert decide([], {"node2": "no GPU"}, RUNNING, "", 2, {"node1", "node2"}).action == "fail", "no end otherwise"
 
 
 def test_the_cause_is_the_killed_rank_and_not_those_that_lost_it() -> None:
