@@ -28,17 +28,19 @@ def owned_by(run_dir: Path, **facts: Any) -> None:
 
 
 def test_taken_and_given_back(tmp_path: Path) -> None:
-    with run_lock.released_after():
-        run_lock.take(tmp_path)
+    with run_lock.owned(tmp_path):
         assert json.loads((tmp_path / "lock.json").read_text())["pid"] == os.getpid()
         run_lock.check()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_live_process_keeps_it(tmp_path: Path) -> None:
-    owned_by(tmp_path)
-    with pytest.raises(UserError, match=f"is in use: process {os.getpid()} on .* wait for its end or take another"):
+    child = subprocess.Popen(["sleep", "60"])
+    owned_by(tmp_path, pid=child.pid, process_start=run_lock._process_start(child.pid))
+    with pytest.raises(UserError, match=f"is in use: process {child.pid} on .* wait for its end or take another"):
         run_lock.take(tmp_path)
+    child.kill()
+    child.wait()
     assert json.loads((tmp_path / "lock.json").read_text())["token"] == "other"
 
 
