@@ -65,6 +65,13 @@ def init(timeout_s: float = RANK_TIMEOUT_S) -> None:
         liveness.watch(store, timeout_s)
 
 
+def leave() -> None:
+    """At the end, when no rank waits for another any more: a process that ends with its group open may be aborted."""
+    liveness.leave()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
 def find_ranks(timeout_s: float) -> Any:
     """Set the rank variables and wait for the other ranks (collective); the store they met in, None if there is no one
     to wait for. Errors as of `init`."""

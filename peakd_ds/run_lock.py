@@ -2,7 +2,7 @@
 
 A start takes the lock where there is none, or where its owner is over: a process of this host that is gone, a Slurm
 step that Slurm no longer has, an earlier start of the same job. An earlier start that was cut off and comes back finds
-a new owner before its next write, and stops. Only rank 0 calls this.
+a new owner before its next write, and stops. Rank 0 holds the lock for all.
 """
 
 import contextlib
@@ -24,16 +24,13 @@ _held: tuple[Path, str] | None = None
 
 
 def take(run_dir: Path) -> None:
-    """Become the owner of a run folder; a process that already is stays it.
+    """Become the owner of a run folder.
 
     Raises:
         UserError: a live owner has it, or a later start of this job does; nothing is changed then.
     """
     global _held
     file, me = run_dir / NAME, _describe_me()
-    if _held is not None and _held[0] == file and file.exists():
-        check()
-        return
     temporary = run_dir / f".{NAME}.{me['token']}"
     temporary.write_text(json.dumps(me, indent=2) + "\n")
     try:
@@ -72,9 +69,16 @@ def check() -> None:
 
 
 @contextlib.contextmanager
-def released_after() -> Iterator[None]:
-    """Give the lock back at the end of the block, if there is one and it still is ours."""
+def owned(run_dir: Path) -> Iterator[None]:
+    """Own the run folder in the block (collective), and give it back at its end if it still is ours.
+
+    Raises:
+        UserError: on all ranks, as `take` does.
+    """
+    from peakd_ds import dist
+
     global _held
+    dist.on_main(lambda: take(run_dir))
     try:
         yield
     finally:

@@ -18,7 +18,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -28,8 +28,8 @@ from peakd_ds.config import STAGES, UserError, exit_with, parse, to_yaml
 from peakd_ds.files import write_atomically
 
 START_DIR = "PEAKD_START_DIR"
-TERM_WAIT_S = 3600  # after SIGTERM Slurm ends the job itself; longest grace time of a preemption that is waited out
-LOST_WAIT_S = 20  # ranks that outlive a lost one are over by then
+TERM_WAIT_S = 60  # after SIGTERM Slurm soon says what it means to do with the job
+LOST_WAIT_S = 10  # ranks that outlive a lost one are over by then
 
 
 # -- In the ranks ------------------------------------------------------------------------------------------------------
@@ -57,7 +57,8 @@ def note(how: str, cause: str = "", **more: Any) -> None:
         return
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     file = Path(folder) / f"rank-{rank:05d}.json"
-    told = {"how": how, "rank": rank, "host": socket.gethostname(), "cause": cause, "at": time.time(), **more}
+    facts = {"how": how, "rank": rank, "world_size": int(os.environ.get("WORLD_SIZE", "0"))}
+    told = {**facts, "host": socket.gethostname(), "cause": cause, "at": time.time(), **more}
     with contextlib.suppress(OSError):
         if not file.exists():
             write_atomically(file, json.dumps(told) + "\n")
@@ -70,13 +71,13 @@ def noted(tells_end: bool = True) -> Iterator[None]:
 
     A stop becomes the exit code that a shell gives the signal. Other ranks hear of a failure at once.
     """
-    from peakd_ds import liveness
+    from peakd_ds import dist, liveness
 
     try:
         yield
     except preempt.Stopped as stop:
         note("stopped", str(stop), signal=stop.signal.name)
-        liveness.leave()
+        dist.leave()
         print(f"{liveness.me()}: {stop}", file=sys.stderr, flush=True)
         raise SystemExit(128 + stop.signal) from None
     except UserError as error:
@@ -92,7 +93,7 @@ def noted(tells_end: bool = True) -> Iterator[None]:
         raise
     if tells_end:
         note("finished")
-    liveness.leave()
+    dist.leave()
 
 
 def _is_loss(error: BaseException) -> bool:
@@ -193,7 +194,7 @@ class Verdict:
     """What becomes of the job."""
 
     action: str
-    """done, requeue, wait (for Slurm to end the job) or fail."""
+    """done, requeue or fail."""
     reason: str
     exclude: list[str] = field(default_factory=list)
     """Nodes that the job shall not get again."""
@@ -205,6 +206,7 @@ def decide(
     job: dict[str, str],
     cause: str,
     num_idle_starts: int,
+    bad_before: Collection[str] = (),
 ) -> Verdict:
     """From the ranks' notes, preflight's bad nodes and Slurm's word to what becomes of the job.
 
@@ -212,13 +214,15 @@ def decide(
         job: Fields of `scontrol show job`; empty if it does not answer.
         cause: Who failed and why, in one line.
         num_idle_starts: Starts of this job in a row, this one included, that have saved nothing new.
+        bad_before: Nodes that an earlier start of this job has found bad.
     """
     how = {told["how"] for told in notes}
     state = job.get("JobState", "RUNNING")
     if how == {"finished"}:
         return Verdict("done", "the run is finished")
-    if state.startswith("CANCELLED"):
-        return Verdict("fail", "the job was cancelled")
+    if state != "RUNNING" and job.get("Reason") != "TimeLimit":
+        # A user's scancel, or Slurm's own requeueing: scontrol tells neither, and a requeue now would defy the first.
+        return Verdict("fail", f"Slurm is ending the job ({state}); what was saved is kept")
     if "refused" in how:
         return Verdict("fail", cause)
     if bad_nodes:
@@ -226,13 +230,12 @@ def decide(
         num_nodes = int(job.get("NumNodes", "0").split("-")[0])
         if len(bad_nodes) >= num_nodes:
             return Verdict("fail", f"every node is bad: {names}")
+        if not bad_nodes.keys() - bad_before:
+            return Verdict("fail", f"Slurm has given bad nodes again that were to be left out: {names}")
         return _requeue(f"bad nodes, which the job shall not get again: {names}", job, list(bad_nodes))
     if "stopped" in how:
         told = next(told for told in notes if told["how"] == "stopped")
-        is_preempted = job.get("PreemptTime", "None") not in ("None", "Unknown")
-        if told["signal"] == "SIGTERM" and not is_preempted and state != "TIMEOUT":
-            return Verdict("wait", "all is saved after SIGTERM; Slurm, or who sent it, decides what becomes of the job")
-        why = "stopped and saved: " + ("preempted" if is_preempted else told["signal"])
+        why = "stopped and saved: " + ("preempted" if _is_preempted(job) else told["signal"])
     else:
         why = cause
     if num_idle_starts > 1:
@@ -249,27 +252,32 @@ def _requeue(why: str, job: dict[str, str], exclude: Sequence[str] = ()) -> Verd
 def close_start(start: Path) -> int:
     """Tell how the start ended, act on it, and return the batch script's exit code."""
     facts, notes = json.loads((start / "start.json").read_text()), _notes(start)
-    job, cause = _scontrol_job(facts["job"]), cause_of(notes, _read(start / "srun.log"))
+    has_term = any(told.get("signal") == "SIGTERM" for told in notes)
+    job = _wait_for_slurm(facts["job"]) if has_term else _scontrol_job(facts["job"])
+    hosts = [file.stem for file in sorted(start.glob("*.log")) if file.name != "srun.log"]
+    cause = cause_of(notes, _read(start / "srun.log"), hosts) or _last_error(start) or "the ranks ended without a word"
     is_idle = position(start.parents[1]) == facts["position"]
-    write_atomically(start / "end.json", json.dumps({"is_idle": is_idle, "cause": cause}) + "\n")
+    with contextlib.suppress(OSError):
+        write_atomically(start / "end.json", json.dumps({"is_idle": is_idle, "cause": cause}) + "\n")
     bad_nodes = json.loads(_read(start / "bad_nodes.json") or "{}")
-    verdict = decide(notes, bad_nodes, job, cause, _num_idle_starts(start.parent, facts["job"]))
+    earlier = [file for file in start.parent.glob(f"{facts['job']}-*/bad_nodes.json") if file.parent != start]
+    bad_before = {node for file in earlier for node in json.loads(file.read_text())}
+    verdict = decide(notes, bad_nodes, job, cause, _num_idle_starts(start.parent, facts["job"]), bad_before)
     print(f"run {start.parents[1]}, job {facts['job']}, start {facts['restart']}: {verdict.reason}", flush=True)
     if verdict.action == "requeue":
         print(f"requeued, to go on from {', '.join(position(start.parents[1])) or 'the beginning'}", flush=True)
     if verdict.action == "done":
         return 0
-    if verdict.action == "wait":
-        return _wait_for_slurm(facts["job"])
     if verdict.action == "requeue":
         return _requeue_now(facts["job"], verdict.exclude)
     return 2 if any(told["how"] == "refused" for told in notes) else 1
 
 
-def cause_of(notes: Sequence[dict[str, Any]], srun_log: str) -> str:
-    """Who failed first and why: rank, host and cause in one line.
+def cause_of(notes: Sequence[dict[str, Any]], srun_log: str, hosts: Sequence[str] = ()) -> str:
+    """Who failed first and why: rank, host and cause in one line; empty if neither notes nor srun tell.
 
-    A rank that was killed leaves no note, but srun tells of it; the ranks that lost it do leave one.
+    A rank that was killed leaves no note, but srun tells of it; the ranks that lost it do leave one. Of a host that is
+    gone not even srun tells at first: it is one of `hosts`, those with a log, that no note comes from.
     """
     for kinds in (("refused",), ("failed",)):
         for told in sorted((told for told in notes if told["how"] in kinds), key=lambda told: told["at"]):
@@ -283,8 +291,25 @@ def cause_of(notes: Sequence[dict[str, Any]], srun_log: str) -> str:
         if found and int(re.split("[,-]", found[2])[0]) not in ranks_with_notes:
             return f"rank {found[2]} on {found[1]}: {found[3]}"
     for told in sorted((told for told in notes if told["how"] == "lost"), key=lambda told: told["at"]):
+        silent = ", ".join(str(rank) for rank in range(told.get("world_size", 0)) if rank not in ranks_with_notes)
+        places = ", ".join(host for host in hosts if host not in {told["host"] for told in notes})
+        if silent:
+            return (
+                f"rank {silent} on {places or 'a host that others are on too'} is gone without a word, and "
+                f"rank {told['rank']} on {told['host']} lost it: {told['cause']}"
+            )
         return f"rank {told['rank']} on {told['host']}: {told['cause']}"
-    return " ".join(srun_log.split()[-30:]) or "the ranks ended without a word; see their logs"
+    return ""
+
+
+def _last_error(start: Path) -> str:
+    """For ranks that could not even leave a note, on a full disk say: what their logs and srun's tell last."""
+    for file in sorted(start.glob("*.log"), key=lambda file: file.name == "srun.log"):
+        errors = [line for line in _read(file).splitlines() if "rror: " in line]
+        if errors:
+            rank, _, text = errors[-1].partition(": ")
+            return errors[-1] if file.name == "srun.log" else f"rank {rank} on {file.stem}: {text}"
+    return ""
 
 
 def _num_idle_starts(logs: Path, job: str) -> int:
@@ -299,6 +324,7 @@ def _num_idle_starts(logs: Path, job: str) -> int:
 
 
 def _requeue_now(job: str, exclude: Sequence[str]) -> int:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm's, on requeueing: there is more to do
     done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
     if done.returncode != 0:
         print(f"scontrol requeue failed: {done.stderr.strip()}; submit the same command again to go on", flush=True)
@@ -307,21 +333,22 @@ def _requeue_now(job: str, exclude: Sequence[str]) -> int:
         before = [name for name in [_scontrol_job(job).get("ExcNodeList", "(null)")] if name != "(null)"]
         nodes = ",".join([*before, *exclude])
         subprocess.run(["scontrol", "update", f"JobId={job}", f"ExcNodeList={nodes}"])
-    time.sleep(TERM_WAIT_S)  # Slurm ends this script
     return 1
 
 
-def _wait_for_slurm(job: str) -> int:
-    """Until Slurm ends the script. A preemption is told some time after its SIGTERM."""
+def _wait_for_slurm(job: str) -> dict[str, str]:
+    """After a SIGTERM: until Slurm ends this script, or says that it preempts the job, or does nothing for a while (a
+    stray signal, such as a delayed one that was meant for the job's last start). The job's fields then."""
     deadline = time.monotonic() + TERM_WAIT_S
-    while time.monotonic() < deadline:
-        time.sleep(2)
+    while True:
         fields = _scontrol_job(job)
-        if fields.get("JobState") == "RUNNING" and fields.get("PreemptTime", "None") not in ("None", "Unknown"):
-            print("preempted: requeued", flush=True)
-            return _requeue_now(job, [])
-    print("nobody has ended the job after SIGTERM; submit the same command again to go on", flush=True)
-    return 128 + signal.SIGTERM
+        if _is_preempted(fields) or fields.get("JobState") != "RUNNING" or time.monotonic() > deadline:
+            return fields
+        time.sleep(2)
+
+
+def _is_preempted(job: dict[str, str]) -> bool:
+    return job.get("PreemptTime", "None") not in ("None", "Unknown")
 
 
 def _scontrol_job(job: str) -> dict[str, str]:
@@ -349,7 +376,6 @@ def cli() -> None:
         case "watch":
             watch(Path(words[0]), int(words[1]))
         case "close":
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             raise SystemExit(close_start(Path(words[0])))
         case other:
             raise SystemExit(f"unknown: {other}")

@@ -26,12 +26,12 @@ from peakd_ds.stages import Stage
 def main(config: RunConfig) -> None:
     """Run the chosen stages and report."""
     dist.init(config.rank_timeout)
-    with run_lock.released_after():
-        run = open_run(config)
-        log = RunLog(run.folder)
-        log.say(plan(run))
-        if config.dry_run:
-            return
+    run = open_run(config)
+    log = RunLog(run.folder)
+    log.say(plan(run))
+    if config.dry_run:
+        return
+    with run_lock.owned(run.folder):
         for name in STAGES:
             if name not in config.stages:
                 continue

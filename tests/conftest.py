@@ -52,15 +52,6 @@ def _no_data_dir_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("PEAKD_DATA_DIR", raising=False)
 
 
-@pytest.fixture(autouse=True)
-def _no_run_stays_locked() -> Iterator[None]:
-    """What a test opens in this process is open to the next, and to programs that it starts."""
-    from peakd_ds import run_lock
-
-    with run_lock.released_after():
-        yield
-
-
 @pytest.fixture
 def env() -> dict[str, str]:
     """Environment for a program that a test starts: without the ranks of this process."""

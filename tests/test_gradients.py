@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from deepspeed.utils import safe_get_full_grad
 
-from peakd_ds import data, dist, ds_engine, run_lock, stages, train
+from peakd_ds import data, dist, ds_engine, stages, train
 from peakd_ds.config import parse
 from peakd_ds.run import open_run
 from peakd_ds.run_log import RunLog
@@ -22,8 +22,7 @@ TOLERANCE = 1e-5  # of the gradient's norm, parameter by parameter and as a whol
 def distributed_gradients(argv: list[str]) -> tuple[dict[str, np.ndarray], np.ndarray, float]:
     """Runs on every rank: gradients of the distill stage's first small batch, its rows, and the loss on all ranks."""
     config = parse(argv)
-    with run_lock.released_after():
-        run = open_run(config)
+    run = open_run(config)
     stage = stages.build_stage("distill", run, RunLog(run.folder))
     engine = ds_engine.training_engine(
         train.build(stage, config), config, run.student_ds_config, num_steps=10, name="distill"
@@ -49,8 +48,7 @@ def distributed_gradients(argv: list[str]) -> tuple[dict[str, np.ndarray], np.nd
 def plain_gradients(argv: list[str], rows: np.ndarray) -> tuple[dict[str, torch.Tensor], float]:
     """The same on the whole batch at once: no engine, no peakd_ds loss."""
     config = parse(argv)
-    with run_lock.released_after():
-        run = open_run(config)
+    run = open_run(config)
     stage = stages.build_stage("distill", run, RunLog(run.folder))
     module = train.build(stage, config).eval()
     batch = run.train.micro_batch(rows)
