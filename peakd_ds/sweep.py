@@ -52,9 +52,9 @@ def main(argv: Sequence[str]) -> int:
     waiting = [number for number in chosen if state(_element_at(grid, number)) != "finished"]
     if len(waiting) < len(chosen):
         print(f"finished already: {len(chosen) - len(waiting)}", flush=True)
-    record(args.grid, grid)
     if args.submit is not None:
         return submit(args.grid, grid, waiting, args.at_once, args.submit, overrides) if waiting else 0
+    record(args.grid, grid)
     return run_all([grid.elements[number] for number in waiting], args.ranks)
 
 
@@ -151,6 +151,7 @@ def submit(
         raise UserError("--array follows from the grid; leave it out, and limit what runs at a time with --at_once")
     if not ARRAY_SCRIPT.exists():
         raise UserError(f"{ARRAY_SCRIPT} is not there; use --submit from a checkout of the repository")
+    record(grid_file, grid)
     content = Path(grid_file).read_bytes()
     stem = f"{Path(grid_file).stem}-{hashlib.sha256(content).hexdigest()[:8]}"
     copy = Path(grid.folder) / "grids" / f"{stem}.yaml"
