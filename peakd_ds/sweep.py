@@ -31,7 +31,7 @@ from peakd_ds.files import hidden_sibling
 from peakd_ds.grid import Element, Grid, read_grid
 
 TRAIN = Path(__file__).with_name("train.py")
-ARRAY_SCRIPT = Path(__file__).parents[1] / "slurm" / "sweep.sh"
+ARRAY_SCRIPT = Path("slurm/sweep.sh")
 KILL_AFTER = 60  # seconds that a run which was told to stop has to save and end
 
 
@@ -145,12 +145,12 @@ def submit(
     The array reads a copy of the grid file, so that elements which still wait keep their numbers when it is edited.
 
     Raises:
-        UserError: no sbatch, no slurm/sweep.sh, or an --array of the user's.
+        UserError: no sbatch, not in the repository's root, or an --array of the user's.
     """
     if any(re.match(r"(-a|--array)", option) for option in options):
         raise UserError("--array follows from the grid; leave it out, and limit what runs at a time with --at_once")
     if not ARRAY_SCRIPT.exists():
-        raise UserError(f"{ARRAY_SCRIPT} is not there; use --submit from a checkout of the repository")
+        raise UserError(f"there is no {ARRAY_SCRIPT} here; go to the repository's root, where the jobs run")
     record(grid_file, grid)
     content = Path(grid_file).read_bytes()
     stem = f"{Path(grid_file).stem}-{hashlib.sha256(content).hexdigest()[:8]}"

@@ -55,8 +55,8 @@ class Row:
 
     task: str
     method: str
-    settings: str
-    """What sets this row apart from others of the task and method."""
+    settings: list[str]
+    """NAME=VALUE of what sets this row apart from others of the task and method."""
     results: list[Result]
     num_asked: int
     """Seeds that a grid asked for; 0 where no grid is known."""
@@ -65,7 +65,7 @@ class Row:
         return [result.metrics[metric] for result in self.results]
 
     def mean(self, metric: str) -> float:
-        return statistics.fmean(self.values(metric))
+        return statistics.mean(self.values(metric))
 
     def deviation(self, metric: str) -> float | None:
         """Of the sample (n - 1); None for one seed."""
@@ -75,7 +75,7 @@ class Row:
     def teacher(self) -> float | None:
         """Mean of the runs' teachers, each counted as often as it was used."""
         scores = [result.teacher for result in self.results if result.teacher is not None]
-        return statistics.fmean(scores) if len(scores) == len(self.results) else None
+        return statistics.mean(scores) if len(scores) == len(self.results) else None
 
     @property
     def seeds(self) -> str:
@@ -131,7 +131,7 @@ def read_result(folder: Path) -> Result:
             method=results["method"] if is_student else TEACHER_ONLY,
             seed=seed,
             settings={name: _without_seed(value, seed) for name, value in changing.items()},
-            metrics={name: float(value) for name, value in model["metrics"].items()},
+            metrics={name: float(model["metrics"][name]) for name in (*task.metrics, *model["metrics"])},
             teacher=None if results["teacher"] is None else results["teacher"]["metrics"][task.primary_metric],
             params=model["params"],
             stored_layers=model.get("stored_layers", model["effective_layers"]),
@@ -154,7 +154,7 @@ def markdown(rows: Sequence[Row], left_out: Sequence[str]) -> str:
             [
                 row.task,
                 row.method,
-                *([row.settings] if has_settings else []),
+                *([", ".join(row.settings)] if has_settings else []),
                 row.seeds,
                 *(_with_deviation(row, metric) if metric in first.metrics else "" for metric in metrics),
                 "" if row.teacher is None else f"{row.teacher:.4f}",
@@ -190,7 +190,7 @@ def comma_separated(rows: Sequence[Row]) -> str:
                 seeds,
             ]
             sizes = [first.params, first.stored_layers, first.effective_layers]
-            writer.writerow([row.task, row.method, row.settings, *figures_of, row.teacher, *sizes])
+            writer.writerow([row.task, row.method, ", ".join(row.settings), *figures_of, row.teacher, *sizes])
     return text.getvalue()
 
 
@@ -284,13 +284,13 @@ def _rows(results: Sequence[Result], asked: set[Path]) -> list[Row]:
     return rows
 
 
-def _what_differs(settings: dict[str, Any], rivals: Sequence[dict[str, Any]]) -> str:
+def _what_differs(settings: dict[str, Any], rivals: Sequence[dict[str, Any]]) -> list[str]:
     """The settings that are not the same in all rivals, as name=value."""
     names = [name for name in settings if any(rival.get(name) != settings[name] for rival in rivals)]
     names += sorted({name for rival in rivals for name in rival} - settings.keys())
     if len(names) > 1 and "layer_pairs" in names:
         names.remove("layer_pairs")  # they follow from the others
-    return ", ".join(f"{name}={_short(settings.get(name))}" for name in names)
+    return [f"{name}={_short(settings.get(name))}" for name in names]
 
 
 def _short(value: Any) -> str:
@@ -311,6 +311,11 @@ def _metrics_of(rows: Sequence[Row]) -> list[str]:
     return [*dict.fromkeys(metric for row in rows for metric in row.results[0].metrics)]
 
 
+def _clipped(text: str, length: int = 36) -> str:
+    """At most so long: a path keeps its end."""
+    return text if len(text) <= length else f"{text[: length // 3]}...{text[3 - length * 2 // 3 :]}"
+
+
 def _with_deviation(row: Row, metric: str) -> str:
     deviation = row.deviation(metric)
     return f"{row.mean(metric):.4f} ± {'-' if deviation is None else f'{deviation:.4f}'}"
@@ -322,8 +327,7 @@ def _panels(rows: Sequence[Row]) -> list[figures.ScorePanel]:
     for task in dict.fromkeys(row.task for row in rows):
         metric = get_task(task).primary_metric
         of_task = [row for row in rows if row.task == task]
-        names = [f"{row.method}\n{row.settings}" if row.settings else row.method for row in of_task]
-        labels = [f"{name} ({row.seeds})" for name, row in zip(names, of_task, strict=True)]
+        labels = ["\n".join([f"{row.method} ({row.seeds})", *map(_clipped, row.settings)]) for row in of_task]
         teachers = {row.teacher for row in of_task}
         panels.append(
             figures.ScorePanel(

@@ -219,8 +219,9 @@ def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     script.write_text(f'#!/bin/sh\nprintf "%s\\0" "$@" > {shlex.quote(str(tmp_path / "words"))}\nexit 3\n')
     script.chmod(0o755)
     monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
-    monkeypatch.setattr(sweep, "ARRAY_SCRIPT", tmp_path / "sweep.sh")
-    (tmp_path / "sweep.sh").touch()
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "slurm").mkdir()
+    (tmp_path / "slurm" / "sweep.sh").touch()
     return tmp_path / "words"
 
 
@@ -241,7 +242,7 @@ def test_the_array_is_what_is_not_finished(grid_file: Callable[[str], str], tmp_
     assert sweep.main(["--grid", file, *words]) == 3, "sbatch's exit code"
     (copy,) = (runs / "grids").glob("grid-????????.yaml")
     assert copy.read_bytes() == Path(file).read_bytes()
-    script = str(tmp_path / "sweep.sh")
+    script = "slurm/sweep.sh"
     expected = ["--array=0-11%4", "--nodes=2", "--comment", "a b; $(c)", script, str(copy), "--lr", "1e-4"]
     assert sbatch.read_text().split("\0")[:-1] == expected
     for number in (0, 4, 5, 6):
@@ -270,8 +271,8 @@ def test_without_sbatch_it_says_so(
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match="sbatch is not on PATH"):
         sweep.main(["--grid", grid_file(GRID.replace("runs/x", str(tmp_path / "runs"))), "--submit"])
-    (tmp_path / "sweep.sh").unlink()
-    with pytest.raises(UserError, match=r"sweep\.sh is not there; use --submit from a checkout"):
+    (tmp_path / "slurm" / "sweep.sh").unlink()
+    with pytest.raises(UserError, match=r"no slurm/sweep\.sh here; go to the repository's root"):
         sweep.main(["--grid", grid_file(GRID.replace("runs/x", str(tmp_path / "runs"))), "--submit"])
 
 
