@@ -8,12 +8,13 @@ STAMP := .venv/.made-from-constraints
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv demo test checks clean
+.PHONY: help venv demo test test-cluster checks clean
 
 help:
 	@echo "make venv    .venv with the versions of constraints.txt (PYTHON=$(PYTHON), 3.11 or newer)"
 	@echo "make demo    get a small teacher and data into demo/, run the whole pipeline (RANKS=processes)"
 	@echo "make test    run the tests (PYTEST_ARGS='-k name -x')"
+	@echo "make test-cluster  run the tests on a Slurm cluster of several hosts inside this machine (slurm-wlm, munge)"
 	@echo "make checks  lint, format and types"
 	@echo "make clean   remove what these targets made, except .venv and demo/"
 
@@ -46,6 +47,11 @@ demo: $(STAMP)
 test: export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/build/torch_extensions
 test: $(STAMP)
 	$(BIN)/pytest $(PYTEST_ARGS)
+
+# Skipped, with the reason, where Slurm, munge or namespaces are missing.
+test-cluster: export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/build/torch_extensions
+test-cluster: $(STAMP)
+	$(BIN)/pytest -m cluster tests/cluster $(PYTEST_ARGS)
 
 checks: $(STAMP)
 	$(BIN)/ruff check .

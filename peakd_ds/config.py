@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 import yaml
 
 STAGES = ("teacher", "ptp", "distill")
+RANK_TIMEOUT_S = 100.0
 
 # Settings that may differ between two starts in one run folder, because they do not change the result.
 RESULT_NEUTRAL = frozenset(
@@ -32,6 +33,7 @@ RESULT_NEUTRAL = frozenset(
         "save_steps",
         "eval_steps",
         "log_steps",
+        "rank_timeout",
         "dry_run",
         "export_unrolled",
         "export_onnx",
@@ -125,7 +127,7 @@ class RunConfig:
     run_dir: str = _setting(
         "",
         "folder that receives everything the run writes; started again in it, a run goes on",
-        shown_default="required",
+        shown_default="$RUN_DIR, else required",
     )
     data_dir: str = _setting(
         "",
@@ -322,6 +324,13 @@ class RunConfig:
     export_onnx: bool = _setting(
         False, "also write student_unrolled/model.onnx, checked against onnxruntime (needs the onnx extra)"
     )
+    rank_timeout: float = _setting(
+        RANK_TIMEOUT_S,
+        "a rank that does not come, or falls silent, for so long is given up, and all ranks end",
+        unit="s",
+        range=">= 5",
+        check=lambda v: v >= 5,
+    )
     dry_run: bool = _setting(False, "check everything, print the plan, and stop before any engine starts")
 
     def epochs_of(self, stage: str) -> int:
@@ -388,7 +397,11 @@ def parse(argv: Sequence[str]) -> RunConfig:
         parser.error(f"unknown option {unknown[0]}{suggest(unknown[0].split('=')[0], names)}")
     settings = {name: value for name, value in vars(values).items() if name not in ("config", "local_rank")}
     config = RunConfig(**settings)
-    config = replace(config, data_dir=config.data_dir or os.environ.get("PEAKD_DATA_DIR", ""))
+    config = replace(
+        config,
+        data_dir=config.data_dir or os.environ.get("PEAKD_DATA_DIR", ""),
+        run_dir=config.run_dir or os.environ.get("RUN_DIR", ""),
+    )
     validate(config)
     return config
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from peakd_ds import checkpoint, data, dist, ds_engine, glue_eval, modeling
+from peakd_ds import checkpoint, data, dist, ds_engine, glue_eval, modeling, run_lock
 from peakd_ds.config import RunConfig, UserError, differences, to_yaml
 from peakd_ds.data import Split
 from peakd_ds.export import require_onnx
@@ -210,6 +210,8 @@ def _check_same_data(config: RunConfig, splits: dict[str, datasets.Dataset]) -> 
 
 def _create_run_folder(config: RunConfig, splits: dict[str, datasets.Dataset]) -> None:
     folder = Path(config.run_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    run_lock.take(folder)
     for name, text in (("data.json", json.dumps(data.fingerprints(splits))), ("config.yaml", to_yaml(config))):
         if not (folder / name).exists():
             write_atomically(folder / name, text)

@@ -13,7 +13,7 @@ import sys
 from deepspeed import DeepSpeedEngine
 from torch import nn
 
-from peakd_ds import checkpoint, data, dist, ds_engine, report, stages
+from peakd_ds import checkpoint, data, dist, ds_engine, jit_lock, preempt, report, run_lock, slurm_job, stages
 from peakd_ds.checkpoint import TrainState
 from peakd_ds.config import STAGES, RunConfig, UserError, exit_with, parse, to_yaml
 from peakd_ds.modeling import has_unnamed_labels
@@ -24,21 +24,22 @@ from peakd_ds.stages import Stage
 
 def main(config: RunConfig) -> None:
     """Run the chosen stages and report."""
-    dist.init()
-    run = open_run(config)
-    log = RunLog(run.folder)
-    log.say(plan(run))
-    if config.dry_run:
-        return
-    for name in STAGES:
-        if name not in config.stages:
-            continue
-        reason = stages.skipped_because(name, run)
-        if reason is not None:
-            log.say(f"stage {name} is skipped: {reason}")
-            continue
-        train(stages.build_stage(name, run, log), run, log)
-    report.write(run, log)
+    dist.init(config.rank_timeout)
+    with run_lock.released_after():
+        run = open_run(config)
+        log = RunLog(run.folder)
+        log.say(plan(run))
+        if config.dry_run:
+            return
+        for name in STAGES:
+            if name not in config.stages:
+                continue
+            reason = stages.skipped_because(name, run)
+            if reason is not None:
+                log.say(f"stage {name} is skipped: {reason}")
+                continue
+            train(stages.build_stage(name, run, log), run, log)
+        report.write(run, log)
 
 
 def train(stage: Stage, run: Run, log: RunLog) -> None:
@@ -81,7 +82,9 @@ def train(stage: Stage, run: Run, log: RunLog) -> None:
             meter.end_step(state.step, batch.num_items, batch.num_tokens)
             log.advance()
 
-            is_saved = config.save_steps > 0 and state.step % config.save_steps == 0 and state.batch < len(slots)
+            stop = preempt.stop_agreed()  # a signal asks for it; at an epoch's end, that is saved first
+            is_saved = config.save_steps > 0 and state.step % config.save_steps == 0
+            is_saved = (is_saved or stop is not None) and state.batch < len(slots)
             is_evaluated = config.eval_steps > 0 and state.step % config.eval_steps == 0 and state.batch < len(slots)
             if is_logged or is_saved or is_evaluated:
                 meter.stop_if_not_finite(folder)
@@ -96,6 +99,7 @@ def train(stage: Stage, run: Run, log: RunLog) -> None:
                 evaluate(stage, engine, run, state, log)
             if is_saved:
                 checkpoint.save(folder, engine, state)
+                preempt.leave_if(stop)
             if is_logged or is_evaluated or is_saved:
                 meter.restart_clock()
 
@@ -111,6 +115,7 @@ def train(stage: Stage, run: Run, log: RunLog) -> None:
         else:
             state.epochs_without_better += 1
         checkpoint.save(folder, engine, state)
+        preempt.leave_if(preempt.stop_agreed())
         meter.restart_clock()
 
     engine.destroy()
@@ -183,14 +188,17 @@ def plan(run: Run) -> str:
             f"{run.student_init.config.hidden_size}, ZeRO stage {ds_engine.zero_stage(run.student_ds_config)}, "
             f"layer pairs {pairs}",
             *unnamed,
+            *(f"warning: {jit_lock.describe(lock)}" for lock in jit_lock.stale_locks()),
         ]
     )
 
 
 def cli() -> None:
     """Console script, and what launchers start."""
+    preempt.listen()
     try:
-        main(parse(sys.argv[1:]))
+        with slurm_job.noted():
+            main(parse(sys.argv[1:]))
     except (UserError, OSError) as error:  # OSError: a full disk or a folder that is gone, told without a traceback
         exit_with(error)
 
