@@ -28,7 +28,10 @@ class LostRank(OSError):
     """A rank did not come, or is gone; not the user's mistake, so starting again may help."""
 
 
+PERIOD_S = 1.0
+
 _leaving = threading.Event()
+_beating: threading.Thread | None = None
 _store: Any = None
 
 
@@ -102,16 +105,19 @@ def _read_roll(store: Any, world_size: int, timeout_s: float, start: str) -> str
 
 def watch(store: Any, timeout_s: float) -> None:
     """From now on leave, with a line that says why, when some rank is silent for so long or has failed."""
-    global _store
+    global _store, _beating
     _store = store
     heard = [time.monotonic()]  # when rank 0's store last answered
-    threading.Thread(target=_beat, args=(store.clone(), timeout_s, heard), daemon=True).start()
+    _beating = threading.Thread(target=_beat, args=(store.clone(), timeout_s, heard), daemon=True)
+    _beating.start()
     threading.Thread(target=_guard, args=(timeout_s, heard), daemon=True).start()
 
 
 def leave() -> None:
     """This rank is about to end, as it should: nobody is to miss it, and it misses nobody."""
     _leaving.set()
+    if _beating is not None:
+        _beating.join(GRACE_S)  # a thread inside the store when Python ends would abort the process
 
 
 def tell(cause: str) -> None:
@@ -123,24 +129,20 @@ def tell(cause: str) -> None:
 
 def _beat(store: Any, timeout_s: float, heard: list[float]) -> None:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    period = min(5.0, timeout_s / 4)
     seen = {other: ("", time.monotonic()) for other in range(1, world_size)}
     number = 0
-    while not _leaving.is_set():
+    while not _leaving.wait(PERIOD_S):
         number += 1
         try:
             store.set(f"beat/{rank}", str(number))
             if rank == 0:
                 _look_for_silence(store, seen, timeout_s)
-            try:
-                store.wait(["lost"], timedelta(seconds=period))
-                _end(store.get("lost").decode())
-            except RuntimeError as error:
-                if "timeout" not in str(error).lower() and "timed out" not in str(error).lower():
-                    raise
+            cause = store.get("lost").decode() if store.check(["lost"]) else ""
             heard[0] = time.monotonic()
         except RuntimeError as error:
-            _end(f"rank 0 is gone ({str(error).splitlines()[0]})")
+            cause = f"rank 0 is gone ({str(error).splitlines()[0]})"
+        if cause:
+            _end(cause)
 
 
 def _look_for_silence(store: Any, seen: dict[int, tuple[str, float]], timeout_s: float) -> None:

@@ -299,6 +299,7 @@ def _num_idle_starts(logs: Path, job: str) -> int:
 
 
 def _requeue_now(job: str, exclude: Sequence[str]) -> int:
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm's, on requeueing: there is more to do
     done = subprocess.run(["scontrol", "requeue", job], capture_output=True, text=True)
     if done.returncode != 0:
         print(f"scontrol requeue failed: {done.stderr.strip()}; submit the same command again to go on", flush=True)
@@ -307,7 +308,6 @@ def _requeue_now(job: str, exclude: Sequence[str]) -> int:
         before = [name for name in [_scontrol_job(job).get("ExcNodeList", "(null)")] if name != "(null)"]
         nodes = ",".join([*before, *exclude])
         subprocess.run(["scontrol", "update", f"JobId={job}", f"ExcNodeList={nodes}"])
-    time.sleep(TERM_WAIT_S)  # Slurm ends this script
     return 1
 
 
@@ -349,7 +349,6 @@ def cli() -> None:
         case "watch":
             watch(Path(words[0]), int(words[1]))
         case "close":
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
             raise SystemExit(close_start(Path(words[0])))
         case other:
             raise SystemExit(f"unknown: {other}")

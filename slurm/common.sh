@@ -31,6 +31,7 @@ load_site() {
     if [ -n "${PEAKD_INTERFACE:-}" ]; then
         export GLOO_SOCKET_IFNAME=$PEAKD_INTERFACE NCCL_SOCKET_IFNAME=$PEAKD_INTERFACE
     fi
+    export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # torch warns of every host without a reverse DNS entry
     # Builds of one start must not wait for the lock of another, or of one that was killed.
     if [ -n "${PEAKD_SCRATCH:-}" ]; then
         export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$PEAKD_SCRATCH/torch_extensions-${SLURM_JOB_ID:-0}}

@@ -4,14 +4,13 @@
 #   sbatch --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 slurm/distill.sh --task rte --teacher bert-base-uncased \
 #       --run_dir /shared/runs/rte
 #
-# One task is one rank: give as many --ntasks-per-node as GPUs. Submit from the repository's root; slurm/site.sh says
+# One task is one rank: give as many --ntasks-per-node as GPUs; without it there is one on each node. Submit from the repository's root; slurm/site.sh says
 # what the cluster is like. Stopped before its time limit, preempted or broken, the job saves, is requeued and goes on;
 # peakd_ds/slurm_job.py decides that. Options on sbatch's command line win over these:
 #SBATCH --job-name=peakd
 #SBATCH --output=%x-%j.out
 #SBATCH --open-mode=append
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=1
 #SBATCH --requeue
 #SBATCH --signal=USR1@300
 set -euo pipefail

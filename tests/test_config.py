@@ -41,6 +41,7 @@ CHECKED = [name for name, spec in SPECS.items() if spec.metadata["check"]]
 OUTSIDE = {
     ">= 0": ["-1"],
     ">= 1": ["0", "-3"],
+    ">= 5": ["4.9"],
     ">= 8": ["7"],
     "> 0": ["0", "-1e-9"],
     "[0, 1]": ["-0.001", "1.001"],

@@ -31,7 +31,8 @@ NET = "10.77.0"
 FINISHED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "PREEMPTED", "BOOT_FAIL", "DEADLINE")
 NAMESPACES = "--net --uts --mount --pid --fork --kill-child --mount-proc --propagation private".split()
 PROGRAMS = ("slurmctld", "slurmd", "sbatch", "srun", "scontrol", "munged", "unshare", "nsenter", "ip", "pgrep")
-PATH = os.environ["PATH"] + ":/usr/sbin:/sbin"
+SYSTEM_PROGRAMS = ":/usr/sbin:/sbin"
+PATH = os.environ["PATH"] + SYSTEM_PROGRAMS
 
 
 def why_not() -> str | None:
@@ -146,9 +147,10 @@ class Cluster:
         """Run a command on a host and wait for it; without `env` in this process's environment."""
         enter = ["nsenter", *([] if os.geteuid() == 0 else ["-U", "--preserve-credentials"])]
         enter += ["-t", str(self._init_of(host)), "-n", "-u", "-m", "-p", "--"]
+        given = os.environ if env is None else env
         done = subprocess.run(
             [*enter, "bash", "-c", 'cd "$0"; exec "$@"', str(cwd), *map(str, command)],
-            env={**(os.environ if env is None else env), **self._settings()},
+            env={**given, **self._settings(), "PATH": given["PATH"] + SYSTEM_PROGRAMS},
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
@@ -159,7 +161,7 @@ class Cluster:
 
     def pids(self, node: str, pattern: str) -> list[int]:
         """Processes on the node (its own numbers) whose command line matches; end one with exec(node, "kill", pid)."""
-        found = self.exec(node, "pgrep", "-f", pattern, check=False).stdout.split()
+        found = self.exec(node, "pgrep", "-f", "--", pattern, check=False).stdout.split()
         return [int(pid) for pid in found]
 
     def poweroff(self, node: str) -> None:
