@@ -18,6 +18,7 @@ from conftest import ROOT, made_up_rows, write_split
 from peakd_ds import sweep
 from peakd_ds.config import RunConfig, UserError, parse
 from peakd_ds.grid import methods, read_grid
+from peakd_ds.slurm_job import job_name
 
 BIN = Path(sys.executable).parent
 GRID = """
@@ -274,6 +275,27 @@ def test_without_sbatch_it_says_so(
     (tmp_path / "slurm" / "sweep.sh").unlink()
     with pytest.raises(UserError, match=r"no slurm/sweep\.sh here; go to the repository's root"):
         sweep.main(["--grid", grid_file(GRID.replace("runs/x", str(tmp_path / "runs"))), "--submit"])
+
+
+def test_an_element_is_named_to_slurm_by_its_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job number of an array's last element stands for the whole array too."""
+    for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
+        monkeypatch.delenv(name, raising=False)
+    assert job_name() is None
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    assert job_name() == "12"
+    monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
+    monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "3")
+    assert job_name() == "12_3"
+
+
+def test_the_array_has_the_options_of_a_single_job() -> None:
+    """sbatch reads them from the script that is submitted alone; only the output's name differs."""
+    headers = []
+    for name in ("sweep.sh", "distill.sh"):
+        lines = (ROOT / "slurm" / name).read_text().splitlines()
+        headers.append([line for line in lines if line.startswith("#SBATCH") and "--output" not in line])
+    assert headers[0] == headers[1] and headers[0]
 
 
 # -- Running -----------------------------------------------------------------------------------------------------------

@@ -203,6 +203,25 @@ def test_results_of_a_run_whose_last_start_failed_do_not_count(make_run: MakeRun
     assert line["seeds"] == "1" and "seed-2: failed: exit code 2: --run_dir holds" in text
 
 
+def test_how_a_run_ended_on_a_cluster_is_told(make_run: MakeRun, runs: Path) -> None:
+    """The folders that slurm/distill.sh leaves for each start of a run."""
+    ask_for(runs, [f"rte/kd/seed-{seed}" for seed in (1, 2, 3, 4)])
+    for seed, how in ((1, "finished"), (2, "refused"), (3, "stopped")):
+        start = (make_run(f"rte/kd/seed-{seed}") if seed < 3 else runs / f"rte/kd/seed-{seed}") / "logs" / "7_0-0"
+        start.mkdir(parents=True)
+        (start / "start.json").write_text("{}")
+        (start / "rank-00000.json").write_text(json.dumps({"how": how}))
+        (start / "end.json").write_text(json.dumps({"is_idle": True, "cause": "rank 0 on node1: other settings"}))
+    text, (line,) = written(runs)
+    assert line["seeds"] == "1" and "| 1 of 4 |" in text
+    listed = [row.rpartition("rte/kd/")[2] for row in text.splitlines() if row.startswith("- ")]
+    assert listed == [
+        "seed-2: failed: rank 0 on node1: other settings",
+        "seed-3: unfinished (no results.json)",
+        "seed-4: missing",
+    ]
+
+
 def test_a_part_of_a_sweep_knows_its_grid(make_run: MakeRun, runs: Path) -> None:
     ask_for(runs, ["rte/kd/seed-1", "rte/kd/seed-2", "sst2/kd/seed-1"])
     make_run("rte/kd/seed-1")
