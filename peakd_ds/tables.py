@@ -109,11 +109,11 @@ def read_result(folder: Path) -> Result:
     Raises:
         ValueError: with what is the matter, for a run that is not finished or whose files are damaged.
     """
-    mark, file = Path(f"{folder}.failed"), folder / "results.json"
-    if mark.exists():
-        raise ValueError(f"failed: {' '.join(mark.read_text().split())}")
+    file, reason = folder / "results.json", _why_failed(folder)
+    if reason is not None:
+        raise ValueError(f"failed: {' '.join(reason.split())}")
     if not file.exists():
-        raise ValueError("unfinished (no results.json)" if (folder / "config.yaml").exists() else "missing")
+        raise ValueError("unfinished (no results.json)" if folder.exists() else "missing")
     try:
         results = json.loads(file.read_text())
         settings = {**DEFAULTS, **results["settings"]}
@@ -250,6 +250,23 @@ def _run_folders(folder: Path) -> Iterator[Path]:
             yield Path(path)
             folders.clear()
         folders[:] = sorted(name for name in folders if not name.startswith("."))
+
+
+def _why_failed(folder: Path) -> str | None:
+    """Why the run's last start failed: as peakd-sweep (RUN.failed) or slurm/distill.sh (RUN/logs/START/) left it.
+
+    It stands even beside results.json: these may then be of other settings than the run was last started with.
+    """
+    mark = Path(f"{folder}.failed")
+    if mark.exists():
+        return mark.read_text()
+    start = max((folder / "logs").glob("*/start.json"), key=lambda file: file.stat().st_mtime, default=None)
+    if start is None or not (start.parent / "end.json").exists():
+        return None
+    notes = [json.loads(file.read_text()) for file in start.parent.glob("rank-*.json")]
+    if not {"refused", "failed", "lost"} & {told["how"] for told in notes}:
+        return None
+    return json.loads((start.parent / "end.json").read_text())["cause"]
 
 
 def _shown(path: Path) -> str:
