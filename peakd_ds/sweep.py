@@ -52,8 +52,10 @@ def main(argv: Sequence[str]) -> int:
     waiting = [number for number in chosen if state(_element_at(grid, number)) != "finished"]
     if len(waiting) < len(chosen):
         print(f"finished already: {len(chosen) - len(waiting)}", flush=True)
+    if not waiting:
+        return 0
     if args.submit is not None:
-        return submit(args.grid, grid, waiting, args.at_once, args.submit, overrides) if waiting else 0
+        return submit(args.grid, grid, waiting, args.at_once, args.submit, overrides)
     record(args.grid, grid)
     return run_all([grid.elements[number] for number in waiting], args.ranks)
 
