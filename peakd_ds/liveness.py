@@ -117,7 +117,7 @@ def leave() -> None:
     """This rank is about to end, as it should: nobody is to miss it, and it misses nobody."""
     _leaving.set()
     if _beating is not None:
-        _beating.join(GRACE_S)  # a thread inside the store when Python ends would abort the process
+        _beating.join(10 * GRACE_S)  # a thread that is inside the store when Python ends aborts the process
 
 
 def tell(cause: str) -> None:

@@ -29,7 +29,8 @@ NUM_FLOATS = 8 * 2**20  # of the all-reduce that is timed: 32 MiB
 def look_at_node(run_dir: Path) -> tuple[dict[str, str], list[str]]:
     """What this node has, by name, and what is wrong with it."""
     faults = []
-    asked, seen = int(os.environ.get("SLURM_GPUS_ON_NODE", "0")), torch.cuda.device_count()
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") if "SLURM_GPUS_ON_NODE" in os.environ else None
+    asked, seen = len(visible.split(",")) if visible else 0, torch.cuda.device_count()
     if seen < asked and os.environ.get("DS_ACCELERATOR") != "cpu":
         faults.append(f"{seen} of {asked} GPUs are seen")
     facts = {"GPUs": f"{seen} of {asked}", "driver": _driver() if seen else "-"}
@@ -38,6 +39,7 @@ def look_at_node(run_dir: Path) -> tuple[dict[str, str], list[str]]:
         places.append(("scratch", Path(os.environ["PEAKD_SCRATCH"]), MIN_SCRATCH_MIB))
     for name, folder, least in places:
         try:
+            folder.mkdir(parents=True, exist_ok=True)
             free = shutil.disk_usage(folder).free // 2**20
             facts[name] = f"{free} MiB free"
             probe = folder / f".preflight-{os.environ.get('SLURM_JOB_ID', '')}-{os.environ['RANK']}"
@@ -52,6 +54,16 @@ def look_at_node(run_dir: Path) -> tuple[dict[str, str], list[str]]:
     if files < MIN_OPEN_FILES:
         faults.append(f"the open-file limit is {files}, and {MIN_OPEN_FILES} are wanted")
     return facts, faults
+
+
+def check_ranks_per_gpu() -> None:
+    """Raise UserError if a node has GPUs that no rank would use, or ranks without one."""
+    num_gpus, num_ranks = int(os.environ.get("SLURM_GPUS_ON_NODE", "0")), dist.local_world_size()
+    if num_gpus and num_gpus != num_ranks:
+        raise UserError(
+            f"a node has {num_gpus} GPUs and {num_ranks} ranks; each rank takes one GPU: "
+            f"set --ntasks-per-node={num_gpus}"
+        )
 
 
 def _driver() -> str:
@@ -86,6 +98,7 @@ def main(argv: list[str]) -> int:
     store = dist.find_ranks(config.rank_timeout)
     use_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
     if use_gpu:
+        check_ranks_per_gpu()
         torch.cuda.set_device(dist.local_rank() % torch.cuda.device_count())
     torch.distributed.init_process_group("nccl" if use_gpu else "gloo", timeout=dist.COLLECTIVE_TIMEOUT)
     if store is not None:

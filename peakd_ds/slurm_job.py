@@ -28,7 +28,7 @@ from peakd_ds.config import STAGES, UserError, exit_with, parse, to_yaml
 from peakd_ds.files import write_atomically
 
 START_DIR = "PEAKD_START_DIR"
-TERM_WAIT_S = 3600  # after SIGTERM Slurm ends the job itself; longest grace time of a preemption that is waited out
+TERM_WAIT_S = 60  # after SIGTERM Slurm soon says what it means to do with the job
 LOST_WAIT_S = 20  # ranks that outlive a lost one are over by then
 
 
@@ -202,7 +202,7 @@ class Verdict:
     """What becomes of the job."""
 
     action: str
-    """done, requeue, wait (for Slurm to end the job) or fail."""
+    """done, requeue or fail."""
     reason: str
     exclude: list[str] = field(default_factory=list)
     """Nodes that the job shall not get again."""
@@ -226,8 +226,9 @@ def decide(
     state = job.get("JobState", "RUNNING")
     if how == {"finished"}:
         return Verdict("done", "the run is finished")
-    if state.startswith("CANCELLED"):
-        return Verdict("fail", "the job was cancelled")
+    if state != "RUNNING" and job.get("Reason") != "TimeLimit":
+        # A user's scancel, or Slurm's own requeueing: scontrol tells neither, and a requeue now would defy the first.
+        return Verdict("fail", f"Slurm is ending the job ({state}); what was saved is kept")
     if "refused" in how:
         return Verdict("fail", cause)
     if bad_nodes:
@@ -238,10 +239,7 @@ def decide(
         return _requeue(f"bad nodes, which the job shall not get again: {names}", job, list(bad_nodes))
     if "stopped" in how:
         told = next(told for told in notes if told["how"] == "stopped")
-        is_preempted = job.get("PreemptTime", "None") not in ("None", "Unknown")
-        if told["signal"] == "SIGTERM" and not is_preempted and state != "TIMEOUT":
-            return Verdict("wait", "all is saved after SIGTERM; Slurm, or who sent it, decides what becomes of the job")
-        why = "stopped and saved: " + ("preempted" if is_preempted else told["signal"])
+        why = "stopped and saved: " + ("preempted" if _is_preempted(job) else told["signal"])
     else:
         why = cause
     if num_idle_starts > 1:
@@ -258,9 +256,12 @@ def _requeue(why: str, job: dict[str, str], exclude: Sequence[str] = ()) -> Verd
 def close_start(start: Path) -> int:
     """Tell how the start ended, act on it, and return the batch script's exit code."""
     facts, notes = json.loads((start / "start.json").read_text()), _notes(start)
-    job, cause = _scontrol_job(facts["job"]), cause_of(notes, _read(start / "srun.log"))
+    has_term = any(told.get("signal") == "SIGTERM" for told in notes)
+    job = _wait_for_slurm(facts["job"]) if has_term else _scontrol_job(facts["job"])
+    cause = cause_of(notes, _read(start / "srun.log")) or _last_error(start) or "the ranks ended without a word"
     is_idle = position(start.parents[1]) == facts["position"]
-    write_atomically(start / "end.json", json.dumps({"is_idle": is_idle, "cause": cause}) + "\n")
+    with contextlib.suppress(OSError):
+        write_atomically(start / "end.json", json.dumps({"is_idle": is_idle, "cause": cause}) + "\n")
     bad_nodes = json.loads(_read(start / "bad_nodes.json") or "{}")
     verdict = decide(notes, bad_nodes, job, cause, _num_idle_starts(start.parent, facts["job"]))
     print(f"run {start.parents[1]}, job {facts['job']}, start {facts['restart']}: {verdict.reason}", flush=True)
@@ -268,15 +269,13 @@ def close_start(start: Path) -> int:
         print(f"requeued, to go on from {', '.join(position(start.parents[1])) or 'the beginning'}", flush=True)
     if verdict.action == "done":
         return 0
-    if verdict.action == "wait":
-        return _wait_for_slurm(facts["job"])
     if verdict.action == "requeue":
         return _requeue_now(facts["job"], verdict.exclude)
     return 2 if any(told["how"] == "refused" for told in notes) else 1
 
 
 def cause_of(notes: Sequence[dict[str, Any]], srun_log: str) -> str:
-    """Who failed first and why: rank, host and cause in one line.
+    """Who failed first and why: rank, host and cause in one line; empty if neither notes nor srun tell.
 
     A rank that was killed leaves no note, but srun tells of it; the ranks that lost it do leave one.
     """
@@ -293,7 +292,17 @@ def cause_of(notes: Sequence[dict[str, Any]], srun_log: str) -> str:
             return f"rank {found[2]} on {found[1]}: {found[3]}"
     for told in sorted((told for told in notes if told["how"] == "lost"), key=lambda told: told["at"]):
         return f"rank {told['rank']} on {told['host']}: {told['cause']}"
-    return " ".join(srun_log.split()[-30:]) or "the ranks ended without a word; see their logs"
+    return ""
+
+
+def _last_error(start: Path) -> str:
+    """For ranks that could not even leave a note, on a full disk say: what their logs and srun's tell last."""
+    for file in sorted(start.glob("*.log"), key=lambda file: file.name == "srun.log"):
+        errors = [line for line in _read(file).splitlines() if "rror: " in line]
+        if errors:
+            rank, _, text = errors[-1].partition(": ")
+            return errors[-1] if file.name == "srun.log" else f"rank {rank} on {file.stem}: {text}"
+    return ""
 
 
 def _num_idle_starts(logs: Path, job: str) -> int:
@@ -320,17 +329,19 @@ def _requeue_now(job: str, exclude: Sequence[str]) -> int:
     return 1
 
 
-def _wait_for_slurm(job: str) -> int:
-    """Until Slurm ends the script. A preemption is told some time after its SIGTERM."""
+def _wait_for_slurm(job: str) -> dict[str, str]:
+    """After a SIGTERM: until Slurm ends this script, or says that it preempts the job, or does nothing for a while (a
+    stray signal, such as a delayed one that was meant for the job's last start). The job's fields then."""
     deadline = time.monotonic() + TERM_WAIT_S
-    while time.monotonic() < deadline:
-        time.sleep(2)
+    while True:
         fields = _scontrol_job(job)
-        if fields.get("JobState") == "RUNNING" and fields.get("PreemptTime", "None") not in ("None", "Unknown"):
-            print("preempted: requeued", flush=True)
-            return _requeue_now(job, [])
-    print("nobody has ended the job after SIGTERM; submit the same command again to go on", flush=True)
-    return 128 + signal.SIGTERM
+        if _is_preempted(fields) or fields.get("JobState") != "RUNNING" or time.monotonic() > deadline:
+            return fields
+        time.sleep(2)
+
+
+def _is_preempted(job: dict[str, str]) -> bool:
+    return job.get("PreemptTime", "None") not in ("None", "Unknown")
 
 
 def _scontrol_job(job: str) -> dict[str, str]:

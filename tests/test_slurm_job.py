@@ -1,4 +1,4 @@
-"""What becomes of a job: from the ranks' notes, srun's words and Slurm's state to done, requeue, wait or fail."""
+"""What becomes of a job: from the ranks' notes, srun's words and Slurm's state to done, requeue or fail."""
 
 import json
 import os
@@ -12,6 +12,7 @@ from peakd_ds.config import UserError
 from peakd_ds.slurm_job import cause_of, decide
 
 RUNNING = {"JobState": "RUNNING", "Requeue": "1", "NumNodes": "2", "PreemptTime": "None"}
+ENDING = RUNNING | {"JobState": "COMPLETING", "Reason": "None"}  # as after scancel
 KILLED = "srun: error: node2: task 1: Killed\nsrun: launch/slurm: _step_signal: Terminating StepId=7.0\n"
 
 
@@ -25,16 +26,16 @@ def told(how: str, rank: int = 0, cause: str = "", at: float = 0.0, **more: Any)
         ([told("finished", 0), told("finished", 1)], RUNNING, "done"),
         ([told("finished", 0), told("lost", 1)], RUNNING, "requeue"),
         ([told("stopped", signal="SIGUSR1")], RUNNING, "requeue"),
-        ([told("stopped", signal="SIGUSR1")], RUNNING | {"JobState": "CANCELLED"}, "fail"),
+        ([told("stopped", signal="SIGUSR1")], ENDING, "fail"),
         ([told("stopped", signal="SIGUSR1")], RUNNING | {"Requeue": "0"}, "fail"),
-        ([told("stopped", signal="SIGTERM")], RUNNING, "wait"),
-        ([told("stopped", signal="SIGTERM")], RUNNING | {"JobState": "CANCELLED"}, "fail"),
-        ([told("stopped", signal="SIGTERM")], RUNNING | {"JobState": "TIMEOUT"}, "requeue"),
+        ([told("stopped", signal="SIGTERM")], RUNNING, "requeue"),  # RUNNING still, after a wait: a stray signal
+        ([told("stopped", signal="SIGTERM")], ENDING, "fail"),
+        ([told("stopped", signal="SIGTERM")], ENDING | {"Reason": "TimeLimit"}, "requeue"),
         ([told("stopped", signal="SIGTERM")], RUNNING | {"PreemptTime": "2026-11-24T12:00:00"}, "requeue"),
         ([told("refused", cause="--lr -1 is wrong")], RUNNING, "fail"),
         ([told("lost")], RUNNING, "requeue"),
         ([], RUNNING, "requeue"),
-        ([], RUNNING | {"JobState": "CANCELLED"}, "fail"),
+        ([], ENDING, "fail"),
         ([], {}, "requeue"),
     ],
 )
