@@ -9,7 +9,6 @@
 #SBATCH --output=%x-%A_%a.out
 #SBATCH --open-mode=append
 #SBATCH --nodes=1
-#SBATCH --ntasks-per-node=1
 #SBATCH --requeue
 #SBATCH --signal=USR1@300
 set -euo pipefail
