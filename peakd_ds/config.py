@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -433,11 +433,12 @@ def parse(argv: Sequence[str]) -> RunConfig:
     """
     parser = build_parser()
     config_file = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0].config
-    words = [*_words_from_yaml(config_file), *argv] if config_file else argv
+    source = f"--config {config_file}"
+    words = [*to_words(source, read_yaml(source, config_file)), *argv] if config_file else argv
     values, unknown = parser.parse_known_args(words)
     if unknown:
         names = [word for action in parser._actions for word in action.option_strings]
-        parser.error(f"unknown option {unknown[0]}{_suggest(unknown[0].split('=')[0], names)}")
+        parser.error(f"unknown option {unknown[0]}{suggest(unknown[0].split('=')[0], names)}")
     settings = {name: value for name, value in vars(values).items() if name not in ("config", "local_rank")}
     config = RunConfig(**settings)
     config = replace(
@@ -512,35 +513,41 @@ def differences(config: RunConfig, saved_yaml: str) -> list[str]:
     return [f"{name}: {saved.get(name)} -> {now.get(name)}" for name in names if saved.get(name) != now.get(name)]
 
 
-def _words_from_yaml(file: str) -> list[str]:
+def read_yaml(source: str, file: str) -> dict[Any, Any]:
+    """Settings of a YAML file; `source` ("--config FILE") begins the message of what is wrong with it."""
     try:
         settings = yaml.safe_load(Path(file).read_text())
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {file} cannot be read ({error}); give a YAML file of settings") from error
+        raise UserError(f"{source} cannot be read ({error}); give a YAML file of settings") from error
     except yaml.YAMLError as error:
-        raise UserError(f"--config {file} is not YAML: {' '.join(str(error).split())}; mend the file") from error
+        raise UserError(f"{source} is not YAML: {' '.join(str(error).split())}; mend the file") from error
     if not isinstance(settings, dict):
-        raise UserError(f"--config {file} holds no settings; write lines like 'task: rte'")
+        raise UserError(f"{source} holds no settings; write lines like 'task: rte'")
+    return settings
+
+
+def to_words(source: str, settings: Mapping[Any, Any]) -> list[str]:
+    """Settings as YAML has them, as words of the command line; `source` begins the message of what is wrong."""
     names = [spec.name for spec in fields(RunConfig)]
     words = []
     for name, value in settings.items():
         if name not in names:
-            raise UserError(f"--config {file}: unknown setting {name!r}{_suggest(str(name), names)}")
+            raise UserError(f"{source}: unknown setting {name!r}{suggest(str(name), names)}")
         if value is None:
             continue  # unset, as in a file where the value was deleted and the name left
         if isinstance(value, bool) or _field(name).type in (bool, bool | None):
             if not isinstance(value, bool) or _field(name).type not in (bool, bool | None):
                 raise UserError(
-                    f"--config {file}: {name}: {value!r} does not fit; "
+                    f"{source}: {name}: {value!r} does not fit; "
                     f"write {'true or false' if not isinstance(value, bool) else 'a value'}"
                 )
             words.append(f"--{name}" if value else f"--no_{name}")
         else:
-            words.append(f"--{name}={_to_word(value)}")
+            words.append(f"--{name}={to_word(value)}")
     return words
 
 
-def _to_word(value: Any) -> str:
+def to_word(value: Any) -> str:
     """A YAML value as one command-line word: [1, 3] as 1,3 and [[1, 2], [2, 4]] as 1:2,2:4."""
     if isinstance(value, list):
         return ",".join(":".join(map(str, item)) if isinstance(item, list) else str(item) for item in value)
@@ -582,7 +589,8 @@ def _shown_default(spec: Any) -> str:
     return ",".join(spec.default) if isinstance(spec.default, tuple) else str(spec.default)
 
 
-def _suggest(word: str, names: Sequence[str]) -> str:
+def suggest(word: str, names: Sequence[str]) -> str:
+    """The end of a message about an unknown word: the name that it resembles."""
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.7)
     return f"; did you mean {close[0]}?" if close else "; --help lists all"
 

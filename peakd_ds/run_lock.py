@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from peakd_ds.config import UserError
+from peakd_ds.slurm_job import job_name
 
 NAME = "lock.json"
 
@@ -99,7 +100,7 @@ def _describe_me() -> dict[str, Any]:
         "pid": os.getpid(),
         "process_start": _process_start(os.getpid()),
         "cluster": env.get("SLURM_CLUSTER_NAME"),
-        "job": env.get("SLURM_JOB_ID"),
+        "job": job_name(),
         "step": env.get("SLURM_STEP_ID"),
         "restart": int(env.get("SLURM_RESTART_COUNT", "0")),
         "since": time.strftime("%Y-%m-%d %H:%M:%S"),

@@ -98,8 +98,8 @@ def measure(config: RunConfig) -> Measured:
     from peakd_ds.run import open_run
     from peakd_ds.run_log import RunLog
 
-    with run_lock.released_after():
-        run = open_run(config)
+    run = open_run(config)
+    with run_lock.owned(run.folder):
         stage = stages.build_stage("distill", run, RunLog(run.folder))
         module = train.build(stage, run.config)
         engine = ds_engine.training_engine(module, run.config, run.student_ds_config, NUM_STEPS, "distill")

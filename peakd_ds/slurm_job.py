@@ -41,6 +41,15 @@ def num_nodes_of_this_start() -> int:
     return int(next((os.environ[name] for name in names if name in os.environ), "1"))
 
 
+def job_name() -> str | None:
+    """What Slurm's commands take for this job alone; None without Slurm. An element of an array is ARRAY_INDEX: the
+    number of its last element is the number of the whole array too, and would requeue or signal them all."""
+    env = os.environ
+    if "SLURM_ARRAY_JOB_ID" in env:
+        return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
+    return env.get("SLURM_JOB_ID")
+
+
 def describe_start(world_size: int) -> str:
     """Where this start runs, for people."""
     env = os.environ
@@ -116,13 +125,13 @@ def open_start(argv: Sequence[str]) -> Path:
     """
     config = parse(argv)
     env = os.environ
-    folder = Path(config.run_dir).absolute() / "logs" / f"{env['SLURM_JOB_ID']}-{env.get('SLURM_RESTART_COUNT', '0')}"
+    folder = Path(config.run_dir).absolute() / "logs" / f"{job_name()}-{env.get('SLURM_RESTART_COUNT', '0')}"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob("rank-*.json"):
             old.unlink()
         facts = {
-            "job": env["SLURM_JOB_ID"],
+            "job": job_name(),
             "restart": int(env.get("SLURM_RESTART_COUNT", "0")),
             "nodes": env.get("SLURM_JOB_NODELIST", ""),
             "words": list(argv),

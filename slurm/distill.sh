@@ -26,7 +26,10 @@ echo "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST
     "$PEAKD_START_DIR/HOST.log"
 
 # Signals for the batch script alone (--signal=B:USR1@300) are passed on to the ranks; bash acts on them in `wait`.
-trap 'scancel --signal=USR1 "$SLURM_JOB_ID"' USR1
+# An array's element is ARRAY_INDEX: the number of its last one is that of the whole array too.
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+trap 'scancel --signal=USR1 "$job"' USR1
 trap : TERM
 run() { # in the background, and wait for its end however often a signal interrupts the waiting
     "$@" 2>> "$PEAKD_START_DIR/srun.log" &
