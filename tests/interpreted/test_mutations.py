@@ -1,5 +1,7 @@
 """Do the tests notice a bug? Each mutation is one that a hand could make in the kernels' source."""
 
+import interpreter  # noqa: F401, I001 - first: mends Triton's interpreter, or skips
+
 import importlib.util
 from collections.abc import Callable
 from pathlib import Path

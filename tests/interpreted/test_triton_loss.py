@@ -1,5 +1,7 @@
 """Values and gradients of the Triton loss against float64 autograd, and its promises to autograd."""
 
+import interpreter  # noqa: F401, I001 - first: mends Triton's interpreter, or skips
+
 import math
 
 import pytest
