@@ -114,10 +114,11 @@ def relative_error(value: torch.Tensor, exact: torch.Tensor) -> float:
 
 
 def assert_matches_reference(batch: Batch, upstream: float = 1.0, **settings: Any) -> None:
-    """Terms and gradients of the Triton backend against float64 autograd on the same numbers."""
+    """Terms and gradients of a backend, by default Triton's, against float64 autograd on the same numbers."""
     settings = SETTINGS | settings
+    backend = settings.pop("backend", "triton")
     soft_rounding = ROUNDING * settings["temperature"] ** 2 if batch.student_logits.shape[1] > 256 else 0.0
-    loss = batch.loss(**settings, backend="triton")
+    loss = batch.loss(**settings, backend=backend)
     gradients = torch.autograd.grad(loss.total * upstream, batch.leaves, materialize_grads=True)
     exact_batch = batch.in_float64()
     settings.pop("grad_scale", None)
