@@ -48,8 +48,8 @@ demo: $(STAMP)
 # process of its own: whether a kernel is compiled or interpreted is decided when it is imported.
 test: export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/build/torch_extensions
 test: $(STAMP)
-	TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 tests/interpreted
-	$(BIN)/pytest $(PYTEST_ARGS)
+	[ -n "$(PYTEST_ARGS)" ] || TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 tests/interpreted
+	$(BIN)/pytest -n 2 $(PYTEST_ARGS)
 
 # Skipped, with the reason, where Slurm, munge or namespaces are missing.
 test-cluster: export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/build/torch_extensions
