@@ -363,8 +363,12 @@ def measure(case: Case, tune: bool, rounds: int, bandwidth: float) -> list[dict[
 
 
 def plot(rows: list[dict[str, Any]], title: str, file: Path) -> None:
-    """Bars of milliseconds, a panel for each case."""
-    import matplotlib
+    """Bars of milliseconds, a panel for each case; left out where matplotlib is not installed."""
+    try:
+        import matplotlib
+    except ImportError:
+        print(f"{file} is not drawn: matplotlib is not installed")
+        return
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
@@ -377,12 +381,9 @@ def plot(rows: list[dict[str, Any]], title: str, file: Path) -> None:
         colors = ["tab:blue" if row["system"].startswith("ours") else "lightgray" for row in chosen]
         panel.barh([row["system"] for row in chosen], values, color=colors)
         for position, row in enumerate(chosen):
-            panel.text(
-                float(row["median_ms"]),
-                position,
-                f" {float(row['median_ms']):.3g} ms ({row['times_ours']}x)",
-                va="center",
-            )
+            median = float(row["median_ms"])
+            shown = f"{median:,.0f}" if median >= 100 else f"{median:.3g}"
+            panel.text(median, position, f" {shown} ms ({row['times_ours']}x)", va="center")
         panel.axvline(float(chosen[0]["floor_ms"]), color="tab:red", linewidth=1)
         panel.set_xlim(0, max(values) * 1.3)
         panel.set_title(case, fontsize=10, loc="left")
@@ -431,7 +432,7 @@ def main() -> None:
     plot(
         rows, f"Distillation loss on {machine(arguments.device)}, torch {torch.__version__}", output.with_suffix(".png")
     )
-    print(f"{output} and {output.with_suffix('.png')} are written")
+    print(f"{output} is written")
 
 
 if __name__ == "__main__":
