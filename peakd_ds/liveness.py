@@ -22,6 +22,7 @@ from peakd_ds import slurm_job
 from peakd_ds.config import UserError
 
 GRACE_S = 3.0  # a rank that is leaving by itself gets so long to say so
+READ_S = 10.0  # and so long to read that it must
 
 
 class LostRank(OSError):
@@ -72,8 +73,20 @@ def call_roll(timeout_s: float) -> Any:
             f"--rank_timeout is {timeout_s:g} s"
         ) from error
     if kind:
+        _let_all_read(store, rank, world_size)
         raise (UserError if kind == "user" else LostRank)(text)
     return store
+
+
+def _let_all_read(store: Any, rank: int, world_size: int) -> None:
+    """Rank 0, whose end is the store's, stays until the others that came have read why they cannot stay."""
+    with contextlib.suppress(RuntimeError):
+        store.set(f"told/{rank}", "")
+        deadline = time.monotonic() + READ_S
+        while rank == 0 and time.monotonic() < deadline:
+            if all(store.check([f"told/{other}"]) or not store.check([f"here/{other}"]) for other in range(world_size)):
+                return
+            time.sleep(0.05)
 
 
 def _read_roll(store: Any, world_size: int, timeout_s: float, start: str) -> str:
