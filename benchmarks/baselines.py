@@ -143,8 +143,8 @@ def accuracy(model: nn.Module, batches: Iterator[Batch] | DataLoader) -> float:
 
 
 def published_recipe(job: Job) -> Outcome:
-    """What the code of Pea-KD and Patient KD does: fp32, every row padded to 128, the teacher's logits and [CLS] vectors
-    of all rows computed first, and a plain loop over rows, here with shuffling, SDPA attention and a current AdamW."""
+    """What the code of Pea-KD and Patient KD does: fp32, every row padded to 128, the teacher's logits and [CLS]
+    vectors of all rows first, then a plain loop; here with shuffled rows, SDPA attention and a current, fused AdamW."""
     train, dev, tokenizer = load_data(job)
     padded_train, padded_dev = (_padded(rows, tokenizer) for rows in (train, dev))
     outcome = Outcome()
