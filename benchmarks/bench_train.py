@@ -63,8 +63,12 @@ class Prepared:
 # -- Preparing, which is not timed -------------------------------------------------------------------------------------
 
 
-def prepare(case: Case, encoder: Path, data_dir: str, work: Path) -> Prepared:
-    """Rows, teacher and encoder of a case under `work`, made where they are not there yet."""
+def prepare(case: Case, encoder: Path, data_dir: str, work: Path, teacher_of: str | None = None) -> Prepared:
+    """Rows, teacher and encoder of a case under `work`, made where they are not there yet.
+
+    Args:
+        teacher_of: Name of the rows that the teacher is fine-tuned on; None: the case's own.
+    """
     from datasets import disable_progress_bars
     from transformers import AutoTokenizer
 
@@ -85,18 +89,18 @@ def prepare(case: Case, encoder: Path, data_dir: str, work: Path) -> Prepared:
     if case.is_wide:
         teacher = student_init = _wide_model(case, encoder, work)
     else:
-        teacher, student_init = _fine_tuned(case, encoder, work), encoder
+        teacher, student_init = _fine_tuned(teacher_of or case.data_name, encoder, work), encoder
     return Prepared(case, work / "data", teacher, student_init, len(lengths), sum(lengths))
 
 
-def _fine_tuned(case: Case, encoder: Path, work: Path) -> Path:
+def _fine_tuned(data_name: str, encoder: Path, work: Path) -> Path:
     """The encoder fine-tuned for the task by our teacher stage, once."""
-    run_dir = work / "teachers" / case.data_name
+    run_dir = work / "teachers" / data_name
     if not (run_dir / "results.json").exists():
         shutil.rmtree(run_dir, ignore_errors=True)
-        print(f"{case.name}: fine-tuning the teacher, once", flush=True)
+        print(f"fine-tuning the teacher for {data_name}, once", flush=True)
         settings = {
-            "task": case.data_name,
+            "task": data_name,
             "teacher": encoder,
             "data_dir": work / "data",
             "run_dir": run_dir,
@@ -107,7 +111,7 @@ def _fine_tuned(case: Case, encoder: Path, work: Path) -> Path:
             "max_seq_length": recipe.MAX_SEQ_LENGTH,
             "seed": 0,
         }
-        watch(_train_command(settings), work / "logs" / f"teacher-{case.data_name}.log")
+        watch(_train_command(settings), work / "logs" / f"teacher-{data_name}.log")
     return run_dir / "teacher"
 
 
@@ -132,7 +136,7 @@ def _wide_model(case: Case, encoder: Path, work: Path) -> Path:
 # -- One run -----------------------------------------------------------------------------------------------------------
 
 
-def watch(command: list[str], log: Path) -> tuple[list[tuple[float, str]], float]:
+def watch(command: list[str], log: Path, threads: int | None = None) -> tuple[list[tuple[float, str]], float]:
     """Run a program to its end: what it printed, each line with the second at which it came, and its peak memory, MiB.
 
     Raises:
@@ -141,7 +145,12 @@ def watch(command: list[str], log: Path) -> tuple[list[tuple[float, str]], float
     log.parent.mkdir(parents=True, exist_ok=True)
     lines = []
     process = subprocess.Popen(
-        command, env=_environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace"
+        command,
+        env=_environment(threads or num_cores()),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
     )
     assert process.stdout is not None
     with log.open("w") as file, process.stdout:
@@ -157,10 +166,10 @@ def watch(command: list[str], log: Path) -> tuple[list[tuple[float, str]], float
     return lines, usage.ru_maxrss / 2**10
 
 
-def _environment() -> dict[str, str]:
+def _environment(threads: int) -> dict[str, str]:
     """The same for all systems."""
     fixed = {
-        "OMP_NUM_THREADS": str(num_cores()),
+        "OMP_NUM_THREADS": str(threads),
         "CUDA_VISIBLE_DEVICES": "",
         "DS_ACCELERATOR": "cpu",
         "HF_HUB_OFFLINE": "1",
@@ -390,8 +399,8 @@ def table(result: Row) -> str:
     if result.get("engine_overhead") is not None:
         lines += [
             "",
-            f"A step of {STEP_CASE} takes {result['engine_overhead']:+.1%} on DeepSpeed's engine against a bare loop of "
-            f"PyTorch. It does {result['student_gflops']:.0f} GFLOP/s of needed arithmetic; a large bf16 matrix "
+            f"A step of {STEP_CASE} takes {result['engine_overhead']:+.1%} on DeepSpeed's engine against a bare "
+            f"PyTorch loop. It does {result['student_gflops']:.0f} GFLOP/s of needed arithmetic; a large bf16 matrix "
             f"product does {result['bf16_matmul_gflops']:.0f}.",
         ]
     return "\n".join(lines) + "\n"
@@ -497,21 +506,26 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--minutes {arguments.minutes}: must be 0 (no limit) or more; leave it out for no limit")
     if arguments.recipe_steps is not None and arguments.recipe_steps < 0:
         parser.error(f"--recipe_steps {arguments.recipe_steps}: must be 0 (all) or more; leave it out for the default")
-    if not (arguments.encoder / "config.json").exists():
-        parser.error(
-            f"--encoder {arguments.encoder}: there is no config.json; make one with "
-            "`python -P -m peakd_ds.demo_data --out demo`, or name the folder of another 6 x 384 BERT"
-        )
-    for name in dict.fromkeys(CASES[case].task for case in arguments.cases):
-        if arguments.data_dir and not any((Path(arguments.data_dir) / name).glob("train-*.parquet")):
-            parser.error(
-                f"--data_dir {arguments.data_dir}: there is no {name}/train-*.parquet; give the folder that has it, or "
-                "leave it and PEAKD_DATA_DIR unset to read from the hub"
-            )
+    check_inputs(parser, arguments.encoder, arguments.data_dir, [CASES[case].task for case in arguments.cases])
     problem = _problem_with(arguments.out)
     if problem is not None:
         parser.error(problem)
     return arguments
+
+
+def check_inputs(parser: argparse.ArgumentParser, encoder: Path, data_dir: str, tasks: Sequence[str]) -> None:
+    """Leave with code 2 where encoder or data are not there."""
+    if not (encoder / "config.json").exists():
+        parser.error(
+            f"--encoder {encoder}: there is no config.json; make one with "
+            "`python -P -m peakd_ds.demo_data --out demo`, or name the folder of another 6 x 384 BERT"
+        )
+    for name in tasks:
+        if data_dir and not any((Path(data_dir) / name).glob("train-*.parquet")):
+            parser.error(
+                f"--data_dir {data_dir}: there is no {name}/train-*.parquet; give the folder that has it, or "
+                "leave it and PEAKD_DATA_DIR unset to read from the hub"
+            )
 
 
 def _problem_with(out: Path) -> str | None:
@@ -582,6 +596,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     with contextlib.suppress(AttributeError):
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    os.environ.update(_environment(num_cores()))  # what is asked here about the machine has the answer that runs get
     facts: Row = {
         "machine": machine_here(),
         "versions": {name: version_of(name) for name in VERSIONS},
