@@ -59,7 +59,7 @@ Batch = dict[str, Tensor]
 class Outcome:
     """What a system tells of its run. It is made when the clock starts."""
 
-    began: float = field(default_factory=time.perf_counter)
+    began: float = field(default_factory=lambda: time.perf_counter())
     dev_score: float | None = None
     """Best accuracy on dev; None where too few steps were made to have one."""
     steps: int = 0

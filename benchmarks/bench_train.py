@@ -118,13 +118,14 @@ def _fine_tuned(data_name: str, encoder: Path, work: Path) -> Path:
 def _wide_model(case: Case, encoder: Path, work: Path) -> Path:
     """A classifier of 12 x 768 with random weights and the encoder's vocabulary: teacher, and source of the student."""
     import torch
-    from transformers import AutoConfig, AutoTokenizer, BertConfig, BertForSequenceClassification
+    from transformers import AutoConfig, AutoTokenizer, BertConfig, BertForSequenceClassification, logging
 
     from peakd_ds.modeling import task_head
     from peakd_ds.tasks import get_task
 
     folder = work / "teachers" / "wide"
     if not (folder / "tokenizer_config.json").exists():
+        logging.disable_progress_bar()
         torch.manual_seed(0)
         vocabulary = AutoConfig.from_pretrained(encoder).vocab_size
         sizes = BertConfig(vocab_size=vocabulary, **task_head(get_task(case.task)))  # the rest is bert-base
@@ -143,9 +144,9 @@ def watch(command: list[str], log: Path, threads: int | None = None) -> tuple[li
         RunFailed: it ended with another code than 0.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
-    lines = []
+    lines, peak = [], log.with_suffix(".peak")
     process = subprocess.Popen(
-        command,
+        [sys.executable, "-I", "-S", str(HERE / "peak.py"), str(peak), *command],
         env=_environment(threads or num_cores()),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -158,12 +159,10 @@ def watch(command: list[str], log: Path, threads: int | None = None) -> tuple[li
             lines.append((time.perf_counter(), line.rstrip("\n")))
             file.write(line)
             file.flush()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode != 0:
+    if process.wait() != 0:
         told = [line for _, line in lines if line.strip()]
         raise RunFailed(told[-1] if told else f"exit code {process.returncode}")
-    return lines, usage.ru_maxrss / 2**10
+    return lines, int(peak.read_text()) / 2**20
 
 
 def _environment(threads: int) -> dict[str, str]:
