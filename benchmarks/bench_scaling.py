@@ -179,9 +179,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     points = [Point(axis, value) for axis in arguments.axes for value in AXES[axis]]
     numbers = {NUM_ROWS, *(point.num_rows for point in points if point.axis == "samples")}
     prepared = {}
-    for number in sorted(numbers):
+    for number in sorted(numbers, key=lambda number: number != NUM_ROWS):  # first those that the teacher learns from
         case = Case(f"scaling_{number}", "mrpc", 3, number, NUM_DEV_ROWS)
-        prepared[number] = bench_train.prepare(case, encoder, arguments.data_dir, work, teacher_of="mrpc_2048")
+        prepared[number] = bench_train.prepare(case, encoder, arguments.data_dir, work, teacher_of=f"mrpc_{NUM_ROWS}")
     if "sequence length" in arguments.axes:
         write_long_rows(work / "data", "mrpc")
     runs: dict[Point, list[Row]] = {point: [] for point in points}
