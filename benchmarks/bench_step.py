@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import PretrainedConfig
 
 from peakd_ds import data, dist, ds_engine, modeling
-from peakd_ds.config import parse
+from peakd_ds.config import UserError, exit_with, parse
 from peakd_ds.kernels import distillation_loss
 from peakd_ds.run import Run, open_run
 from peakd_ds.run_log import quiet_libraries
@@ -110,6 +110,10 @@ def measure(run: Run, num_batches: int) -> dict[str, float]:
 
     slots = data.epoch_slots(len(run.train_rows), config.global_batch_size, 0, 0)
     slots = slots[(slots >= 0).all(axis=1)][:num_steps]
+    if len(slots) <= WARM_UP_STEPS:
+        raise UserError(
+            f"--task {config.task} gives {len(slots)} full batches, and {WARM_UP_STEPS} only warm up; take more rows"
+        )
     ratios, rates, engine_ms, bare_ms = [], [], [], []
     for number, batch in enumerate(data.global_batches(run.train, run.train_rows, slots, 1)):
         (micro,) = list(batch.micro_batches)
@@ -194,7 +198,10 @@ def main() -> None:
             "max_grad_norm": recipe.MAX_GRAD_NORM,
         }
         words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-        result = measure(open_run(parse([*words, "--no_ptp"])), arguments.batches)
+        try:
+            result = measure(open_run(parse([*words, "--no_ptp"])), arguments.batches)
+        except UserError as error:
+            exit_with(error, "bench_step.py")
     arguments.output.write_text(json.dumps(result, indent=2) + "\n")
     dist.leave()
 

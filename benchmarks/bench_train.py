@@ -39,6 +39,7 @@ COLUMNS = (
     *("case", "system", "seconds: median (min to max)", "x ours", "samples/s", "tokens/s", "peak MiB", "padding"),
     *("dev", "runs"),
 )
+NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 Row = dict[str, Any]
 
@@ -168,9 +169,8 @@ def watch(command: list[str], log: Path, threads: int | None = None) -> tuple[li
 def _environment(threads: int) -> dict[str, str]:
     """The same for all systems."""
     fixed = {
+        **NO_GPU,
         "OMP_NUM_THREADS": str(threads),
-        "CUDA_VISIBLE_DEVICES": "",
-        "DS_ACCELERATOR": "cpu",
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
     }
@@ -548,9 +548,8 @@ def machine_here() -> str:
     return f"{machine('cpu').rsplit(',', 1)[0]}, {num_cores()} threads"
 
 
-def measure_case(arguments: argparse.Namespace, case: Case, where: Row) -> list[Row]:
-    """All rows of a case."""
-    began = time.perf_counter()
+def measure_case(arguments: argparse.Namespace, case: Case, where: Row, began: float) -> list[Row]:
+    """All rows of a case, whose minutes count from `began`."""
     limit_s = arguments.minutes * 60 or float("inf")
     work = arguments.work_dir.absolute()
     print(f"{case.name}:", flush=True)
@@ -595,14 +594,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
     with contextlib.suppress(AttributeError):
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    os.environ.update(_environment(num_cores()))  # what is asked here about the machine has the answer that runs get
+    os.environ |= NO_GPU  # what is asked here about the machine has the answer that runs get
     facts: Row = {
         "machine": machine_here(),
         "versions": {name: version_of(name) for name in VERSIONS},
         "commit": commit(),
     }
     where = {"date": datetime.date.today().isoformat(), "commit": facts["commit"]}
-    has_failed = False
+    has_failed, began = False, time.perf_counter()
     if not arguments.no_step:
         try:
             facts |= measure_step(arguments)
@@ -611,9 +610,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             has_failed = True
             print(f"step: failed: {error}")
     for name in arguments.cases:
-        rows = measure_case(arguments, CASES[name], where)
+        rows = measure_case(arguments, CASES[name], where, began)
         has_failed |= any("error" in row for row in rows)
         save(arguments.out, rows, facts)  # after each case, so that a stop loses one at most
+        began = time.perf_counter()
     print((arguments.out / "bench.md").read_text())
     return 1 if has_failed else 0
 

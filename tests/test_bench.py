@@ -421,6 +421,19 @@ def test_bare_loop_takes_the_step_of_plain_adamw() -> None:
     torch.testing.assert_close(module.bias, plain.bias, rtol=1e-5, atol=1e-7)
 
 
+def test_step_refuses_too_few_rows(
+    tiny_encoder: Path, tiny_data: Path, tiny_teacher, tmp_path: Path, env: dict[str, str]
+) -> None:
+    command = [sys.executable, str(ROOT / "benchmarks" / "bench_step.py"), "--task", "sst2", "--num_stored_layers", "1"]
+    more = {"data_dir": tiny_data, "teacher": tiny_teacher("sst2"), "encoder": tiny_encoder, "output": tmp_path / "s"}
+    command += [word for name, value in more.items() for word in (f"--{name}", str(value))]
+    result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
+    # 90 rows are two full batches: too few, which it says before a step is made
+    assert result.returncode == 2 and "--task sst2 gives 2 full batches" in result.stderr
+    result = subprocess.run([*command, "--batches", "0"], env=env, capture_output=True, text=True, check=False)
+    assert result.returncode == 2 and "--batches 0: at least 1 must be timed" in result.stderr
+
+
 # -- Wrong options -----------------------------------------------------------------------------------------------------
 
 
