@@ -112,8 +112,8 @@ def measure(run: Run, num_batches: int) -> dict[str, float]:
     num_rows, batch_size = len(run.train_rows), config.global_batch_size
     if num_rows < batch_size * WARM_UP_STEPS:
         raise UserError(
-            f"--task {config.task} has {num_rows} training rows; the {WARM_UP_STEPS} batches of {batch_size} that warm up "
-            f"take {batch_size * WARM_UP_STEPS}: give a task with more"
+            f"--task {config.task} has {num_rows} training rows; {WARM_UP_STEPS} batches of {batch_size} only warm up: "
+            f"give a task with {batch_size * WARM_UP_STEPS} rows or more"
         )
     slots = np.zeros((0, batch_size), np.int64)
     for epoch in range(num_steps):  # until there are full batches enough

@@ -429,7 +429,7 @@ def test_step_refuses_too_few_rows(
     command += [word for name, value in more.items() for word in (f"--{name}", str(value))]
     result = subprocess.run(command, env=env, capture_output=True, text=True, check=False)
     # 90 rows are two full batches: too few, which it says before a step is made
-    assert result.returncode == 2 and "--task sst2 gives 2 full batches" in result.stderr
+    assert result.returncode == 2 and "--task sst2 has 90 training rows" in result.stderr
     result = subprocess.run([*command, "--batches", "0"], env=env, capture_output=True, text=True, check=False)
     assert result.returncode == 2 and "--batches 0: at least 1 must be timed" in result.stderr
 
