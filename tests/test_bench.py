@@ -28,6 +28,15 @@ from peakd_ds.sps import SPSBertConfig, SPSBertForSequenceClassification
 NUM_ROWS, HIDDEN, PAIRS = 6, 16, ((1, 2), (2, 3))
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _one_thread():
+    """On busy cores, threads that wait for each other take longer than models as small as these."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture
 def outputs() -> dict[str, Any]:
     """Logits and hidden states of all layers, embeddings first, of student and teacher; in fp64."""
