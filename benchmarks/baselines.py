@@ -3,10 +3,10 @@
     python benchmarks/baselines.py hf_trainer JOB.json RESULT.json
 
 All train the same student (peakd_ds.sps on padded rows, with torch's dropout, from the same encoder) from the same
-teacher on the same loss, with the recipe of cases.py, evaluate on dev after each epoch and keep the best weights. Each is timed from the moment when the
-tokenised rows are in memory, so with loading its models, to the end of the last epoch's evaluation with the best
-weights saved. What helps a system and costs its user a line is done: fused AdamW, teachers in bf16 without gradients,
-no hidden states in evaluation.
+teacher on the same loss, with the recipe of cases.py, evaluate on dev after each epoch and keep the best weights. Each
+is timed from the moment when the tokenised rows are in memory, so with loading its models, to the end of the last
+epoch's evaluation with the best weights saved. What helps a system and costs its user a line is done: fused AdamW,
+teachers in bf16 without gradients, no hidden states in evaluation.
 """
 
 import json
