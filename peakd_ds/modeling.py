@@ -199,7 +199,15 @@ def build_student(
     config: RunConfig, student_init: Pretrained, head: dict[str, Any]
 ) -> SPSBertForSequenceClassification:
     """A new student with `head` settings (`task_head` or `ptp_head`) and the encoder's weights, in fp32."""
-    inherited = student_init.config.to_dict()
+    student = SPSBertForSequenceClassification(student_config(config, student_init.config, head))
+    encoder = load_pretrained(BertModel, student_init.path, student_init.option, NEW_WITH_A_TASK)
+    init_from_encoder(student, encoder, config.init_layers or tuple(range(1, config.num_hidden_layers + 1)))
+    return student
+
+
+def student_config(config: RunConfig, encoder: BertConfig, head: dict[str, Any]) -> SPSBertConfig:
+    """The student's sizes: those of `encoder`, with n stored layers and the `head` settings."""
+    inherited = encoder.to_dict()
     for name in (
         "model_type",
         "architectures",
@@ -213,17 +221,9 @@ def build_student(
     ):
         inherited.pop(name, None)
     settings = inherited | head | _dropout_settings(config.dropout)
-    student = SPSBertForSequenceClassification(
-        SPSBertConfig(
-            num_hidden_layers=config.num_hidden_layers,
-            sharing=config.sharing,
-            shuffle_qk=config.swaps_qk,
-            **settings,
-        )
+    return SPSBertConfig(
+        num_hidden_layers=config.num_hidden_layers, sharing=config.sharing, shuffle_qk=config.swaps_qk, **settings
     )
-    encoder = load_pretrained(BertModel, student_init.path, student_init.option, NEW_WITH_A_TASK)
-    init_from_encoder(student, encoder, config.init_layers or tuple(range(1, config.num_hidden_layers + 1)))
-    return student
 
 
 def load_classifier(folder: Path) -> BertForSequenceClassification:
