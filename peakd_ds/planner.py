@@ -6,7 +6,7 @@
 The models are built on the meta device by the run's own builders: parameters are counted, activations are traced, no
 weight is read and no GPU is needed. Each formula stands once, beside what it was read from (DeepSpeed 0.19.8).
 
-W ranks, N parameters, e bytes of an element in the run's dtype, H hidden, F feed-forward width, B micro-batch, S tokens.
+W ranks, N parameters, e bytes of an element in the run's dtype, H hidden, S tokens.
 """
 
 import argparse
@@ -95,7 +95,7 @@ class StudentMemory:
 
     weights: int
     gradients: int
-    """At the end of backward."""
+    """At the end of backward; at stage 1, which reduces them there, just before."""
     masters: int
     """fp32 weights that AdamW updates, beyond `weights`."""
     moments: int
@@ -150,6 +150,8 @@ def student_memory(parameters: Parameters, stage: int, dtype: str, world_size: i
         gradients = e * n
     elif dtype == "bf16":
         gradients = FP32 * part
+    elif world_size == 1:
+        gradients = 0  # they stay views of the bucket
     else:
         gradients = e * parameters.touching_a_partition(world_size)
     return StudentMemory(e * flat, gradients, FP32 * part, 2 * FP32 * part, bucket)
@@ -167,7 +169,9 @@ def teacher_memory(parameters: Parameters, name: str, dtype: str, world_size: in
     part = e * parameters.sharded(world_size)
     persistent = parameters.persistent(int(zero.param_persistence_threshold))
     gathered = e * min(
-        parameters.total - persistent, int(zero.max_live_parameters), max(parameters.sizes) + int(zero.prefetch_bucket_size)
+        parameters.total - persistent,
+        int(zero.max_live_parameters),
+        max(parameters.sizes) + int(zero.prefetch_bucket_size),
     )
     is_offloaded = zero.offload_param is not None
     return TeacherMemory(e * persistent + (0 if is_offloaded else part), gathered, part if is_offloaded else 0)
@@ -271,7 +275,7 @@ def activation_bytes(module: Any, batch: int, tokens: int, device: str) -> int:
 
 
 def teacher_activation_bytes(teacher: BertConfig, batch: int, tokens: int, dtype: str, with_hidden: bool) -> int:
-    """Most that a forward without graph holds: every layer's states where a loss asks for them, and one FFN's insides."""
+    """What a forward without graph holds: every layer's states where a loss asks for them, and one FFN's insides."""
     states = teacher.num_hidden_layers + 1 if with_hidden else 2
     return element_size(dtype) * batch * tokens * (states * teacher.hidden_size + 2 * teacher.intermediate_size)
 
@@ -445,7 +449,9 @@ def table(plan: dict[str, Any]) -> str:
         sizes += [choice["total"], teacher["host"], choice["sent_per_step"]]
         mark = " <-" if number == plan["recommended"]["index"] else ""
         name = f"zero{choice['student_stage']}"
-        lines.append(_row([choice["dtype"], name, choice["teacher"].removeprefix("teacher_"), *map(show, sizes)]) + mark)
+        lines.append(
+            _row([choice["dtype"], name, choice["teacher"].removeprefix("teacher_"), *map(show, sizes)]) + mark
+        )
     lines.append("")
     if plan["recommended"]["index"] is None:
         return "\n".join([*lines, f"Take: none. Why: {plan['recommended']['why']}."])
@@ -471,7 +477,9 @@ def build_parser() -> argparse.ArgumentParser:
 
     def number(name: str, kind: type, default: Any, help: str) -> None:
         shown = "none" if default is None else default
-        parser.add_argument(f"--{name}", type=kind, default=default, metavar=name.upper(), help=f"{help}; default {shown}]")
+        parser.add_argument(
+            f"--{name}", type=kind, default=default, metavar=name.upper(), help=f"{help}; default {shown}]"
+        )
 
     number("world_size", int, 1, "ranks [GPUs; range 1 to 1000000")
     number("gpu_memory_gib", float, 80.0, "memory of one GPU [GiB; range > 0")
@@ -523,9 +531,13 @@ def check(config: RunConfig, options: argparse.Namespace) -> None:
     if config.num_hidden_layers > 10_000:
         raise UserError(f"--num_hidden_layers {config.num_hidden_layers} is above 10000; set less")
     if not 1 <= options.world_size <= MAX_WORLD_SIZE:
-        raise UserError(f"--world_size {options.world_size} is outside its range 1 to {MAX_WORLD_SIZE}; set the number of GPUs")
+        raise UserError(
+            f"--world_size {options.world_size} is outside its range 1 to {MAX_WORLD_SIZE}; set the number of GPUs"
+        )
     if not (options.gpu_memory_gib > 0 and math.isfinite(options.gpu_memory_gib)):
-        raise UserError(f"--gpu_memory_gib {options.gpu_memory_gib} is outside its range > 0; set the GPU's memory in GiB")
+        raise UserError(
+            f"--gpu_memory_gib {options.gpu_memory_gib} is outside its range > 0; set the GPU's memory in GiB"
+        )
     if options.train_rows < 0:
         raise UserError(f"--train_rows {options.train_rows} is outside its range >= 0; set the number of training rows")
     has_shape = options.teacher_layers is not None and options.teacher_hidden is not None
