@@ -114,7 +114,7 @@ def measure_student(stage: int, dtype: str, accum: int) -> tuple[dict[str, int],
     ds_config = ds_engine.load_ds_config(f"zero{stage}_{dtype}", "student_ds_config")
     engine = ds_engine.training_engine(module, config, ds_config, 10, "distill")
     engine.train()
-    data, buckets, gathered, at_backward = inputs(), [0], 0, {}
+    data, buckets, gathered, at_backward, full = inputs(), [0], 0, {}, {}
     parameters = list(engine.module.parameters())
 
     def look_for_buckets() -> None:
@@ -143,6 +143,7 @@ def measure_student(stage: int, dtype: str, accum: int) -> tuple[dict[str, int],
                 if micro == accum - 1 and not (stage == 1 and dtype == "fp32"):
                     gc.collect()
                     at_backward = storages()
+                    full = bytes_of(p.data for p in parameters) if stage == 3 else {}
                 engine.step()
     state = engine.basic_optimizer.state
     masters = bytes_of(engine_state._master_tensors(engine))
@@ -151,7 +152,6 @@ def measure_student(stage: int, dtype: str, accum: int) -> tuple[dict[str, int],
     if stage == 3:
         weights = bytes_of([p.ds_tensor for p in parameters] + [p.data for p in parameters if p.ds_persist])
     known = masters.keys() | moments.keys() | weights.keys() | before.keys()
-    full = bytes_of(p.data for p in parameters) if stage == 3 else {}
     rest = {k: size for k, size in at_backward.items() if k not in known and k not in full and size < 10**9}
     held = {
         "weights": sum(weights.values()),
