@@ -399,7 +399,11 @@ def make_plan(config: RunConfig, teacher: BertConfig, student_init: BertConfig, 
 
 
 def recommend(choices: list[dict[str, Any]], gpu_memory: float) -> dict[str, Any]:
-    """The choice that sends fewest bytes of those that fit, ties going to less memory, with the reason."""
+    """The choice that sends fewest bytes of those that fit, ties going to less memory, with the reason.
+
+    A student at stage 3 comes last: it waits for each layer's weights as it needs them, where the other stages send
+    once a step.
+    """
     room = gpu_memory * (1 - HEADROOM)
     sound = [c for c in choices if not (c["student_stage"] == 0 and c["dtype"] == "bf16")]
     fitting = [c for c in sound if c["total"] <= room]
@@ -410,9 +414,12 @@ def recommend(choices: list[dict[str, Any]], gpu_memory: float) -> dict[str, Any
             f"{show(least['total'])}: lower --micro_batch_size or --max_seq_length, or take more ranks or larger GPUs"
         )
         return {"index": None, "why": why}
-    best = min(fitting, key=lambda c: (c["sent_per_step"], c["total"]))
+    best = min(fitting, key=lambda c: (c["student_stage"] == 3, c["sent_per_step"], c["total"]))
+    without_3 = (
+        "" if best["student_stage"] == 3 else " without a student at stage 3, which waits for each layer's weights,"
+    )
     why = (
-        f"of the {len(fitting)} choices that fit in {show(room)} ({HEADROOM:.0%} of the GPU is left free) it sends the "
+        f"of the {len(fitting)} choices that fit in {show(room)} ({HEADROOM:.0%} of the GPU is left free){without_3} it sends the "
         f"fewest bytes ({show(best['sent_per_step'])} a step and rank), and takes {show(best['total'])}; "
         "zero0_bf16 is not considered, because it sums gradients in bf16"
     )
