@@ -419,8 +419,9 @@ def recommend(choices: list[dict[str, Any]], gpu_memory: float) -> dict[str, Any
         "" if best["student_stage"] == 3 else " without a student at stage 3, which waits for each layer's weights,"
     )
     why = (
-        f"of the {len(fitting)} choices that fit in {show(room)} ({HEADROOM:.0%} of the GPU is left free){without_3} it "
-        f"sends the fewest bytes ({show(best['sent_per_step'])} a step and rank), and takes {show(best['total'])}; "
+        f"of the {len(fitting)} choices that fit in {show(room)} ({HEADROOM:.0%} of the GPU is left free)"
+        f"{without_3} it sends the fewest bytes ({show(best['sent_per_step'])} a step and rank), "
+        f"and takes {show(best['total'])}; "
         "zero0_bf16 is not considered, because it sums gradients in bf16"
     )
     return {"index": choices.index(best), "why": why}
