@@ -8,13 +8,15 @@ STAMP := .venv/.made-from-constraints
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv demo test checks clean
+.PHONY: help venv demo test test-cluster checks bench-loss clean
 
 help:
 	@echo "make venv    .venv with the versions of constraints.txt (PYTHON=$(PYTHON), 3.11 or newer)"
 	@echo "make demo    get a small teacher and data into demo/, run the whole pipeline (RANKS=processes)"
 	@echo "make test    run the tests (PYTEST_ARGS='-k name -x')"
+	@echo "make test-cluster  run the tests on a Slurm cluster of several hosts inside this machine (slurm-wlm, munge)"
 	@echo "make checks  lint, format and types"
+	@echo "make bench-loss  time the fused loss against PyTorch's; see benchmarks/README.md"
 	@echo "make clean   remove what these targets made, except .venv and demo/"
 
 venv: $(STAMP)
@@ -42,10 +44,20 @@ demo: $(STAMP)
 	deepspeed --num_gpus "$$ranks" --master_port "$$port" peakd_ds/train.py --config peakd_ds/recipes/demo.yaml \
 	    --teacher demo/encoder --data_dir demo/data --run_dir demo/run
 
-# A private folder: two DeepSpeed builds in the user's common one lock each other out.
+# A private folder: two DeepSpeed builds in the user's common one lock each other out. Triton's interpreter needs a
+# process of its own: whether a kernel is compiled or interpreted is decided when it is imported.
 test: export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/build/torch_extensions
 test: $(STAMP)
-	$(BIN)/pytest $(PYTEST_ARGS)
+	[ -n "$(PYTEST_ARGS)" ] || TRITON_INTERPRET=1 $(BIN)/pytest -q -n 2 tests/interpreted
+	$(BIN)/pytest -n 2 $(PYTEST_ARGS)
+
+# Skipped, with the reason, where Slurm, munge or namespaces are missing.
+test-cluster: export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/build/torch_extensions
+test-cluster: $(STAMP)
+	$(BIN)/pytest -m cluster tests/cluster $(PYTEST_ARGS)
+
+bench-loss: $(STAMP)
+	$(BIN)/python benchmarks/bench_loss.py
 
 checks: $(STAMP)
 	$(BIN)/ruff check .

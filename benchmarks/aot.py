@@ -142,7 +142,8 @@ def launches(call: LossCall, warp_size: int) -> list[Launch]:
         mock.patch.object(triton_backend, "WARP_SIZE", warp_size),
     ):
         computed = triton_backend.compute(call, True, True)
-        triton_backend.rescale(computed.logits_grad, computed.hidden_grad, computed.total, call.grad_scale)
+        gradients = [gradient for gradient in (computed.logits_grad, *computed.hidden_grads) if gradient is not None]
+        triton_backend.rescale(gradients, computed.total, call.grad_scale)
     return recorded
 
 
@@ -308,10 +309,12 @@ def _widths(names: list[str], *prefixes: str) -> dict[int, int]:
 # -- The table ---------------------------------------------------------------------------------------------------------
 
 
-def rows(case: str, target: str) -> Iterator[tuple[str, Launch, Report]]:
-    """(kernel, launch, report) of each launch of a case."""
+def rows(case: str, target: str, skip_common: bool) -> Iterator[tuple[str, Launch, Report]]:
+    """(kernel, launch, report) of each launch of a case, unless it is one that all cases have in common."""
     for launch in launches(CASES[case](), TARGETS[target].warp_size):
-        yield launch.kernel.__name__, launch, report(compile_for(launch, TARGETS[target]))
+        name = launch.kernel.__name__
+        if not (skip_common and name in ("finish_kernel", "rescale_kernel")):
+            yield name, launch, report(compile_for(launch, TARGETS[target]))
 
 
 def main() -> None:
@@ -327,9 +330,7 @@ def main() -> None:
         )
         for target in arguments.targets:
             for case in CASES:
-                for name, launch, made in rows(case, target):
-                    if name in ("finish_kernel", "rescale_kernel") and case != next(iter(CASES)):
-                        continue  # the same for every case
+                for name, launch, made in rows(case, target, skip_common=case != next(iter(CASES))):
                     per_turn = launch.arguments.get("LANES", 0) * launch.arguments.get("WIDTH", 0)
                     per_thread = per_turn / (TARGETS[target].warp_size * launch.num_warps) or 1
                     loops = [

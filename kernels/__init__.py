@@ -15,14 +15,23 @@ import importlib.util
 import logging
 import math
 from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from peakd_ds.kernels.fused import LossCall, fused_loss
-from peakd_ds.kernels.reference import DistillationLoss, reference_loss
+from peakd_ds.kernels.reference import DistillationLoss, compute_dtype, reference_loss
 
-__all__ = ["BACKENDS", "DistillationLoss", "DistillationLossModule", "choose_backend", "distillation_loss"]
+__all__ = [
+    "BACKENDS",
+    "DistillationLoss",
+    "DistillationLossModule",
+    "check_backend",
+    "choose_backend",
+    "distillation_loss",
+]
 
 BACKENDS = ("auto", "triton", "torch", "reference")
 _REDUCTIONS = ("batchmean", "mean")
@@ -60,9 +69,9 @@ def distillation_loss(
     and teacher score, without T. A mean over nothing (N = 0, every label ignored, every token padded) is 0.
 
     bf16, fp16, fp32 and fp64 are taken, student and teacher may differ, and computed in fp32, or in fp64 when a
-    logit or hidden tensor is fp64. Teacher tensors never receive a gradient. Only `total` carries one, once: but for
-    the reference, gradients are computed in the forward pass (none under `torch.no_grad`), and a second backward
-    raises RuntimeError.
+    logit or hidden tensor is fp64 (the reference: always in fp64). Teacher tensors never receive a gradient. Only
+    `total` carries one, once: but for the reference, gradients are computed in the forward pass (none under
+    `torch.no_grad`), and a second backward raises RuntimeError.
 
     Args:
         student_logits: [N, C] pre-softmax scores. -inf is a masked class.
@@ -104,7 +113,7 @@ def distillation_loss(
     _check_logits(student_logits, teacher_logits, labels, alpha)
     _check_hidden(student_hidden, teacher_hidden, attention_mask, student_logits)
     has_tokens = bool(student_hidden) and student_hidden[0].ndim == 3
-    settings = dict(
+    settings: dict[str, Any] = dict(
         temperature=temperature,
         alpha=alpha,
         beta=beta,
@@ -115,10 +124,8 @@ def distillation_loss(
         num_items=_on_host_or_device(num_items, student_logits),
         num_tokens=_on_host_or_device(num_tokens, student_logits),
     )
-    is_double = torch.float64 in {
-        tensor.dtype for tensor in (student_logits, teacher_logits, *student_hidden) if tensor is not None
-    }
-    chosen = _resolve(backend, student_logits.device, is_double)
+    dtype = compute_dtype(student_logits, teacher_logits, *student_hidden, *teacher_hidden)
+    chosen = _resolve(backend, student_logits.device, is_double=dtype == torch.float64)
     if chosen == "reference":
         return reference_loss(student_logits, teacher_logits, labels, student_hidden, teacher_hidden, **settings)
     call = LossCall(
@@ -149,8 +156,9 @@ class DistillationLossModule(nn.Module):
     ) -> None:
         super().__init__()
         _check_settings(temperature, alpha, beta, reduction, None, None, None)
-        _check_backend_name(backend)
-        self.settings = dict(
+        if backend not in BACKENDS:
+            raise ValueError(f"backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
+        self.settings: dict[str, Any] = dict(
             temperature=temperature,
             alpha=alpha,
             beta=beta,
@@ -207,25 +215,29 @@ def choose_backend(device_type: str) -> tuple[str, str]:
     return chosen, reason
 
 
+def check_backend(backend: str, device: torch.device, is_double: bool = False) -> None:
+    """Raise ValueError, with the remedy, for a backend that is unknown or cannot run on `device`."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
+    if backend != "triton":
+        return
+    if is_double:
+        raise ValueError("backend 'triton' computes in fp32 and was given fp64; use backend 'torch' or 'reference'")
+    if device.type != "cuda" and not _is_triton_interpreted():
+        raise ValueError(
+            f"backend 'triton' needs a GPU, and the tensors are on {device}; use backend 'torch', or set "
+            "TRITON_INTERPRET=1 before the program starts, which is slow and meant for tests"
+        )
+    if importlib.util.find_spec("triton") is None:
+        raise ValueError("backend 'triton' needs triton, which is not installed; install it or use backend 'torch'")
+
+
 def _resolve(backend: str, device: torch.device, is_double: bool) -> str:
     if backend == "auto":
         chosen, _ = choose_backend(device.type)
         return "torch" if chosen == "triton" and is_double else chosen
-    _check_backend_name(backend)
-    if backend == "triton":
-        if is_double:
-            raise ValueError("backend 'triton' computes in fp32 and was given fp64; use backend 'torch' or 'reference'")
-        if device.type != "cuda" and not _is_triton_interpreted():
-            raise ValueError(
-                f"backend 'triton' needs a GPU, and the tensors are on {device}; use backend 'torch', or set "
-                "TRITON_INTERPRET=1 before the program starts, which is slow and meant for tests"
-            )
+    check_backend(backend, device, is_double)
     return backend
-
-
-def _check_backend_name(backend: str) -> None:
-    if backend not in BACKENDS:
-        raise ValueError(f"backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
 
 
 @functools.cache
@@ -238,14 +250,11 @@ def _is_triton_interpreted() -> bool:
 
 
 @functools.cache
-def _backend_module(name: str):
-    try:
-        return importlib.import_module(f"peakd_ds.kernels.{name}_backend")
-    except ImportError as error:
-        raise ValueError(f"backend {name!r} cannot be imported ({error}); install triton or use 'torch'") from error
+def _backend_module(name: str) -> ModuleType:
+    return importlib.import_module(f"peakd_ds.kernels.{name}_backend")
 
 
-def _on_host_or_device(value, student_logits: Tensor):
+def _on_host_or_device(value: Any, student_logits: Tensor) -> Any:
     """A count or scale as a number, or as a tensor on the loss's device: a tensor on the CPU is no use to a GPU."""
     if isinstance(value, Tensor) and value.device != student_logits.device:
         return value.item() if value.device.type == "cpu" else value.to(student_logits.device)

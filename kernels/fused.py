@@ -4,7 +4,7 @@ Loss and gradients are computed together in the forward pass, while a row is in 
 pass hands the gradients out. A backend is a module with two functions:
 
     compute(call, logits_grad, hidden_grad) -> Computed
-    rescale(logits_grad, hidden_grad, upstream, grad_scale)   multiplies both in place by upstream / grad_scale
+    rescale(gradients, upstream, grad_scale)   multiplies them in place by upstream / grad_scale
 """
 
 from dataclasses import dataclass
@@ -93,8 +93,8 @@ class Computed(NamedTuple):
     """hard, soft, hidden: 0-dim."""
     logits_grad: Tensor | None
     """[N, C] in the dtype of the student's logits, times grad_scale; None if not asked for, or zero."""
-    hidden_grad: Tensor | None
-    """[K, ...] in shape and dtype of the student's hidden states, the same."""
+    hidden_grads: tuple[Tensor, ...]
+    """The same for the student's hidden states: in order, blocks [k, ...] of one or several pairs; or none."""
 
 
 def fused_loss(backend: ModuleType, call: LossCall) -> DistillationLoss:
@@ -110,7 +110,7 @@ class _FusedLoss(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         needs_logits, *needs_hidden = (is_grad_enabled and needed for needed in ctx.needs_input_grad[3:])
         computed = backend.compute(call, needs_logits, any(needs_hidden))
-        ctx.save_for_backward(computed.logits_grad, computed.hidden_grad)
+        ctx.save_for_backward(computed.logits_grad, *computed.hidden_grads)
         ctx.backend, ctx.grad_scale, ctx.needs_hidden, ctx.is_used = backend, call.grad_scale, needs_hidden, False
         ctx.mark_non_differentiable(*computed.terms)
         ctx.set_materialize_grads(False)
@@ -125,11 +125,12 @@ class _FusedLoss(torch.autograd.Function):
                 "given away by the first; call distillation_loss again, or use backend='reference'"
             )
         ctx.is_used = True
-        logits_grad, hidden_grad = ctx.saved_tensors
+        logits_grad, *blocks = ctx.saved_tensors
         if upstream is None:
-            logits_grad = hidden_grad = None
-        if logits_grad is not None or hidden_grad is not None:
-            ctx.backend.rescale(logits_grad, hidden_grad, upstream, ctx.grad_scale)
-        of_hidden = [None] * len(ctx.needs_hidden) if hidden_grad is None else hidden_grad.unbind(0)
-        wanted = (grad if need else None for grad, need in zip(of_hidden, ctx.needs_hidden, strict=True))
+            logits_grad, blocks = None, []
+        gradients = [gradient for gradient in (logits_grad, *blocks) if gradient is not None]
+        if gradients:
+            ctx.backend.rescale(gradients, upstream, ctx.grad_scale)
+        hidden_grads = [gradient for block in blocks for gradient in block.unbind(0)] or [None] * len(ctx.needs_hidden)
+        wanted = (grad if need else None for grad, need in zip(hidden_grads, ctx.needs_hidden, strict=True))
         return None, None, None, logits_grad, *wanted

@@ -1,4 +1,4 @@
-"""Distillation loss in plain autograd PyTorch: the ground truth for every other backend.
+"""Distillation loss in plain autograd PyTorch, computed in fp64: the ground truth for every other backend.
 
 Inputs are checked in `peakd_ds.kernels`; here is only the mathematics.
 
@@ -44,7 +44,7 @@ def reference_loss(
     num_tokens: int | Tensor | None,
 ) -> DistillationLoss:
     """See `peakd_ds.kernels.distillation_loss`."""
-    dtype = compute_dtype(student_logits, teacher_logits, *student_hidden, *teacher_hidden)
+    dtype = torch.float64
     hard = soft = hidden = zero = student_logits.new_zeros((), dtype=dtype)
 
     # An ignored row becomes all zeros in student and teacher alike, so whatever it holds, it adds exactly 0
@@ -75,7 +75,8 @@ def reference_loss(
     # A term of weight 0 stays out of the sum: 0 * inf, the weighted loss of a masked class, would be NaN.
     weighted_terms = ((1 - alpha, hard), (alpha, soft), (beta, hidden))
     total = sum((weight * term for weight, term in weighted_terms if weight != 0), zero)
-    return DistillationLoss(total, hard.detach(), soft.detach(), hidden.detach())
+    returned = compute_dtype(student_logits, teacher_logits, *student_hidden, *teacher_hidden)
+    return DistillationLoss(*(term.to(returned) for term in (total, hard.detach(), soft.detach(), hidden.detach())))
 
 
 def _hard_sum(student_NC: Tensor, labels_N: Tensor, ignore_index: int) -> Tensor:

@@ -8,7 +8,7 @@ compiler; small ones would only wait for it.
 import functools
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,8 @@ logger = logging.getLogger(__name__)
 
 CHUNK_ELEMENTS = 2**21
 """Elements of one chunk: what the cache holds of it and its few temporaries."""
+FEW_CLASSES = 256
+"""Up to so many classes the soft loss takes a form that costs more and rounds less."""
 COMPILED_FROM = 2**22
 """Elements of a call from which compiling its chunks, some ten seconds once in a process, is worth the wait."""
 
@@ -29,7 +31,8 @@ def compute(call: LossCall, logits_grad: bool, hidden_grad: bool) -> Computed:
     """See `peakd_ds.kernels.fused`."""
     dtype = compute_dtype(call.student_logits, call.teacher_logits, *call.student_hidden, *call.teacher_hidden)
     hard = soft = hidden = zero = call.student_logits.new_zeros((), dtype=dtype)
-    of_logits = of_hidden = None
+    of_logits: Tensor | None = None
+    of_hidden: tuple[Tensor, ...] = ()
     if call.labels is not None or call.teacher_logits is not None:
         hard, soft, of_logits = _logits_loss(call, dtype, logits_grad)
     if call.student_hidden:
@@ -42,16 +45,13 @@ def compute(call: LossCall, logits_grad: bool, hidden_grad: bool) -> Computed:
     return Computed(total, (hard.clone(), soft.clone(), hidden.clone()), of_logits, of_hidden)
 
 
-def rescale(
-    logits_grad: Tensor | None, hidden_grad: Tensor | None, upstream: Tensor, grad_scale: float | Tensor
-) -> None:
+def rescale(gradients: Sequence[Tensor], upstream: Tensor, grad_scale: float | Tensor) -> None:
     """See `peakd_ds.kernels.fused`. On a CPU the factor is looked at; elsewhere that would wait for the device."""
     factor = upstream / torch.as_tensor(grad_scale, dtype=upstream.dtype)
-    if factor.device.type == "cpu" and factor == 1:
-        return
-    for gradient in (logits_grad, hidden_grad):
-        if gradient is not None:
-            gradient.mul_(factor)
+    if factor.device.type == "cpu" and abs(factor - 1) <= 2 * torch.finfo(factor.dtype).eps:
+        return  # 1 but for rounding
+    for gradient in gradients:
+        gradient.mul_(factor)
 
 
 # -- Logits ------------------------------------------------------------------------------------------------------------
@@ -59,16 +59,16 @@ def rescale(
 
 def _logits_loss(call: LossCall, dtype: torch.dtype, needs_grad: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Means of the hard and the soft loss, and the gradient of their weighted sum."""
-    student, teacher, labels = call.student_logits, call.teacher_logits, call.labels
-    kept = None if labels is None else labels != call.ignore_index
+    student, teacher, labels, kept = call.student_logits, call.teacher_logits, call.labels, None
     num_rows = call.rows_given
-    if num_rows is None:
-        assert kept is not None
-        num_rows = kept.sum()
+    if labels is not None:
+        kept = labels != call.ignore_index
+        num_rows = kept.sum() if num_rows is None else num_rows
+        if not call.is_regression:
+            _check_class_ids(labels, kept, call.num_classes)
+            labels = labels.long().masked_fill(~kept, 0)
+    assert num_rows is not None  # without labels, all rows count
     per_row = torch.as_tensor(at_least_one(num_rows), dtype=dtype, device=student.device).reciprocal()
-    if labels is not None and not call.is_regression:
-        _check_class_ids(labels, kept, call.num_classes)
-        labels = labels.long().masked_fill(~kept, 0)
     grad_scale = torch.as_tensor(call.grad_scale, dtype=dtype, device=student.device)
     # a term that does not count in the total, or is not there, leaves no trace in the gradient
     hard_weight = 1 - call.alpha if labels is not None else 0.0
@@ -76,7 +76,7 @@ def _logits_loss(call: LossCall, dtype: torch.dtype, needs_grad: bool) -> tuple[
     needs_grad = needs_grad and (hard_weight != 0 or soft_weight != 0)
     grad = torch.empty_like(student, memory_format=torch.contiguous_format) if needs_grad else None
 
-    chunk_loss = _regression_chunk if call.is_regression else _maybe_compiled(_classes_chunk, student)
+    chunk_loss = _maybe_compiled(_regression_chunk if call.is_regression else _classes_chunk, student)
     hard, soft = per_row.new_zeros(()), per_row.new_zeros(())
     chunk_rows = max(1, CHUNK_ELEMENTS // call.num_classes)
     for start in range(0, len(student), chunk_rows):
@@ -147,8 +147,7 @@ def _classes_chunk(
     row that is not kept becomes zeros in student and teacher, so what it holds, even NaN, is gone.
     """
     dtype = temperature.dtype
-    hard = soft = torch.zeros_like(temperature)
-    grads = []
+    hard = soft = whole_grad = label_grad = torch.zeros_like(temperature)
     student = student.to(dtype)
     if kept is not None:
         student = student.masked_fill(~kept[:, None], 0)
@@ -157,11 +156,12 @@ def _classes_chunk(
         assert kept is not None
         exp_student = student.exp()
         total = exp_student.sum(dim=1, keepdim=True)
-        hard = (total.log() - student.gather(1, labels[:, None])).masked_fill(~kept[:, None], 0).sum()
+        label_logit = student.gather(1, labels[:, None])
+        hard = (total.log() - label_logit).masked_fill(~kept[:, None], 0).sum()
         if grad is not None and hard_weight is not None:
-            row_weight = hard_weight * kept[:, None]
-            is_label = torch.arange(student.shape[1], device=student.device) == labels[:, None]
-            grads.append(exp_student * (row_weight / total) - torch.where(is_label, row_weight, 0))
+            factor = hard_weight * kept[:, None] / total
+            whole_grad = exp_student * factor  # without the label's 1, which its column alone gets, at the end
+            label_grad = label_logit.exp() * factor - hard_weight * kept[:, None]
     if teacher is not None:
         teacher = teacher.to(dtype)
         if kept is not None:
@@ -171,21 +171,62 @@ def _classes_chunk(
         exp_student, exp_teacher = student.exp(), teacher.exp()
         student_total = exp_student.sum(dim=1, keepdim=True)
         teacher_total = exp_teacher.sum(dim=1, keepdim=True)
-        difference = torch.where(exp_teacher > 0, exp_teacher * (teacher - student), 0)  # 0 * log 0 = 0
-        soft = (difference.sum(dim=1, keepdim=True) / teacher_total + (student_total / teacher_total).log()).sum()
+        soft = _divergence(student, teacher, exp_student, exp_teacher, student_total, teacher_total).sum()
         if grad is not None and soft_weight is not None:
             row_weight = soft_weight if kept is None else soft_weight * kept[:, None]
-            grads.append(exp_student * (row_weight / student_total) - exp_teacher * (row_weight / teacher_total))
+            student_factor, teacher_factor = row_weight / student_total, row_weight / teacher_total
+            whole_grad = whole_grad + exp_student * student_factor - exp_teacher * teacher_factor
+            if labels is not None and hard_weight is not None:
+                label_teacher = teacher.gather(1, labels[:, None])
+                label_grad = label_grad + (label_logit / temperature).exp() * student_factor
+                label_grad = label_grad - label_teacher.exp() * teacher_factor
     if grad is not None:
-        grad.copy_(grads[0] if len(grads) == 1 else grads[0] + grads[1])
+        grad.copy_(whole_grad)
+        if labels is not None and hard_weight is not None:
+            grad.scatter_(1, labels[:, None], label_grad.to(grad.dtype))
     return hard, soft
+
+
+def _divergence(
+    student: Tensor,
+    teacher: Tensor,
+    exp_student: Tensor,
+    exp_teacher: Tensor,
+    student_total: Tensor,
+    teacher_total: Tensor,
+) -> Tensor:
+    """KL of rows [n, 1]: m + log r, with r = student_total / teacher_total, d = teacher - student, m its mean under p.
+
+    At a high temperature both models are nearly flat, m and log r all but cancel, and T^2 magnifies what rounding
+    leaves. So where the divergence of a few classes is small it is taken as log1p(u) of a sum without cancellation,
+    u = sum of p (exp(m - d) - 1 - (m - d)), to which classes without a teacher's mass (p = 0) add exp(m) q / p_total.
+    """
+    has_mass = exp_teacher > 0  # 0 * log 0 = 0
+    d = torch.where(has_mass, teacher - student, 0)
+    m = (exp_teacher * d).sum(dim=1, keepdim=True) / teacher_total
+    plain = m + (student_total / teacher_total).log()
+    if student.shape[1] > FEW_CLASSES or student.dtype == torch.float64:
+        return plain
+    x = m - d
+    excess = torch.where(x.abs() < 0.25, _exp_minus_tangent(x), x.exp() - 1 - x)
+    u = (torch.where(has_mass, exp_teacher * excess, exp_student * m.exp()) / teacher_total).sum(dim=1, keepdim=True)
+    return torch.where(u < 0.25, u.log1p(), plain)
+
+
+def _exp_minus_tangent(x: Tensor) -> Tensor:
+    """exp(x) - 1 - x near 0, by its series."""
+    return x.square() * (1 / 2 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x / 5040)))))
 
 
 # -- Hidden states -----------------------------------------------------------------------------------------------------
 
 
-def _hidden_loss(call: LossCall, dtype: torch.dtype, needs_grad: bool) -> tuple[Tensor, Tensor | None]:
-    """Mean squared distance over pairs, vectors and H, and the gradient of `beta` times it, [K, ...]."""
+def _hidden_loss(call: LossCall, dtype: torch.dtype, needs_grad: bool) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """Mean squared distance over pairs, vectors and H, and for each pair the gradient of `beta` times it, [1, ...].
+
+    A tensor for each pair: the allocator keeps blocks of such a size, and gives the system back larger ones, which
+    would then have to be cleared anew in every step.
+    """
     first = call.student_hidden[0]
     kept = None if call.attention_mask is None else call.attention_mask != 0
     num_vectors = call.vectors_given
@@ -196,22 +237,25 @@ def _hidden_loss(call: LossCall, dtype: torch.dtype, needs_grad: bool) -> tuple[
     factor = factor * call.hidden_factor
     grad_factor = factor * torch.as_tensor(call.grad_scale, dtype=dtype, device=first.device) * (2 * call.beta)
     num_pairs = len(call.student_hidden)
-    grad = torch.empty((num_pairs, *first.shape), dtype=first.dtype, device=first.device) if needs_grad else None
+    grads = []
     chunk_loss = _maybe_compiled(_hidden_chunk, first, num_pairs)
     samples = max(1, CHUNK_ELEMENTS // max(1, first[:1].numel()))
     squared = factor.new_zeros(())
-    for pair, (student, teacher) in enumerate(zip(call.student_hidden, call.teacher_hidden, strict=True)):
+    for student, teacher in zip(call.student_hidden, call.teacher_hidden, strict=True):
+        grad = torch.empty(student.shape, dtype=student.dtype, device=student.device) if needs_grad else None
+        if grad is not None:
+            grads.append(grad[None])
         for start in range(0, len(student), samples):
             part = slice(start, start + samples)
             squared = squared + chunk_loss(
                 student[part],
                 teacher[part],
                 None if kept is None else kept[part],
-                grad[pair, part] if grad is not None else None,
+                None if grad is None else grad[part],
                 grad_factor,
                 call.normalize,
             )
-    return squared * factor, grad
+    return squared * factor, tuple(grads)
 
 
 def _hidden_chunk(
@@ -230,8 +274,8 @@ def _hidden_chunk(
         difference = unit - teacher * teacher_length.clamp_min(1e-12).reciprocal()
         if grad is not None:
             # d/ds of |s/|s| - t|^2 / 2 is (d - u (u.d)) / |s|; below the eps the length is a constant
-            along = torch.where(length > 1e-12, (unit * difference).sum(dim=-1, keepdim=True), 0)
-            grad.copy_((difference - unit * along) * (inverse * grad_factor))
+            along = torch.linalg.vecdot(unit, difference)[..., None].masked_fill(length <= 1e-12, 0)
+            grad.copy_(torch.addcmul(difference, unit, along, value=-1) * (inverse * grad_factor))
     else:
         difference = student - teacher
         if grad is not None:

@@ -6,6 +6,7 @@ as training gives them, a GLUE step is two launches forward and one backward.
 
 import contextlib
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -37,7 +38,7 @@ def compute(call: LossCall, logits_grad: bool, hidden_grad: bool) -> Computed:
     hard_weight = 1 - call.alpha if labels is not None else 0.0
     soft_weight = call.alpha * call.soft_grad_factor if teacher is not None else 0.0
     logits_grad = logits_grad and (hard_weight != 0 or soft_weight != 0)
-    hidden_grad = hidden_grad and call.beta > 0 and first is not None
+    hidden_grad = hidden_grad and call.beta > 0
     is_streamed = num_classes > FEW_CLASSES
 
     rows_per_program = 1 if is_streamed else LOGIT_TILE // triton.next_power_of_2(num_classes)
@@ -54,7 +55,7 @@ def compute(call: LossCall, logits_grad: bool, hidden_grad: bool) -> Computed:
     partials = torch.empty(2 * num_logit_programs + num_hidden_programs, dtype=torch.float32, device=student.device)
     grad = _gradient_like(student) if logits_grad else None
     hidden_gradient = None
-    if hidden_grad:
+    if hidden_grad and first is not None:
         hidden_gradient = torch.empty((num_pairs, *first.shape), dtype=first.dtype, device=first.device)
 
     with _on(student.device):
@@ -71,7 +72,7 @@ def compute(call: LossCall, logits_grad: bool, hidden_grad: bool) -> Computed:
             _stream(call, grad, partials, rows, hard_weight, soft_weight, common)
         num_fused_logit_programs = 0 if is_streamed else num_logit_programs
         if num_fused_logit_programs + num_hidden_programs:
-            tokens_per_sample, hidden_strides, mask_strides = _vector_layout(call)
+            tokens_per_sample, hidden_strides = _vector_layout(call)
             alignment = math.gcd(16, *hidden_strides)  # elements: what every vector begins at a multiple of
             device_code.fused_kernel[(num_fused_logit_programs + num_hidden_programs,)](
                 student,
@@ -96,7 +97,6 @@ def compute(call: LossCall, logits_grad: bool, hidden_grad: bool) -> Computed:
                 num_vectors,
                 tokens_per_sample,
                 *(stride // alignment for stride in hidden_strides),
-                *mask_strides,
                 1 / call.temperature,
                 hard_weight,
                 soft_weight,
@@ -135,22 +135,21 @@ def compute(call: LossCall, logits_grad: bool, hidden_grad: bool) -> Computed:
             VECTORS_ON_DEVICE=isinstance(vectors, Tensor),
             BLOCK=_BLOCK,
         )
-    return Computed(total, (hard, soft, hidden), grad, hidden_gradient)
+    return Computed(total, (hard, soft, hidden), grad, () if hidden_gradient is None else (hidden_gradient,))
 
 
-def rescale(
-    logits_grad: Tensor | None, hidden_grad: Tensor | None, upstream: Tensor, grad_scale: float | Tensor
-) -> None:
-    """See `peakd_ds.kernels.fused`; the device decides whether there is anything to do."""
-    gradients = [_storage(gradient) for gradient in (logits_grad, hidden_grad) if gradient is not None]
-    sizes = [gradient.untyped_storage().nbytes() // gradient.itemsize for gradient in gradients]
-    programs = [min(triton.cdiv(size, _BLOCK), _RESCALE_PROGRAMS) for size in sizes]
-    if sum(programs) == 0:
+def rescale(gradients: Sequence[Tensor], upstream: Tensor, grad_scale: float | Tensor) -> None:
+    """See `peakd_ds.kernels.fused`; the device decides whether there is anything to do. At most two, in one launch."""
+    given = [gradient for gradient in gradients if gradient.numel()]
+    if not given:
         return
+    storages = [_storage(gradient) for gradient in given]
+    sizes = [storage.untyped_storage().nbytes() // storage.itemsize for storage in storages]
+    programs = [min(triton.cdiv(size, _BLOCK), _RESCALE_PROGRAMS) for size in sizes]
     with _on(upstream.device):
         device_code.rescale_kernel[(sum(programs),)](
-            gradients[0],
-            gradients[-1],
+            storages[0],
+            storages[-1],
             upstream,
             grad_scale,
             programs[0],
@@ -232,8 +231,6 @@ def _counts(call: LossCall) -> tuple[float | Tensor, float | Tensor]:
             counts,
             len(student),
             mask.numel() if mask is not None else 0,
-            mask.shape[1] if mask is not None else 1,
-            *(mask.stride() if mask is not None else (0, 0)),
             call.ignore_index,
             COUNTS_ROWS=rows is None,
             COUNTS_TOKENS=vectors is None,
@@ -241,7 +238,13 @@ def _counts(call: LossCall) -> tuple[float | Tensor, float | Tensor]:
         )
         rows = counts[0] if rows is None else rows
         vectors = counts[1] if vectors is None else vectors
-    return tuple(count if isinstance(count, Tensor) else float(count) for count in (rows, vectors))
+    return _as_argument(rows), _as_argument(vectors)
+
+
+def _as_argument(count: int | Tensor | None) -> float | Tensor:
+    """A float, since Triton compiles a kernel of its own for the int 1."""
+    assert count is not None
+    return count if isinstance(count, Tensor) else float(count)
 
 
 def _laid_out(call: LossCall) -> LossCall:
@@ -265,20 +268,20 @@ def _laid_out(call: LossCall) -> LossCall:
         student_logits=rows_of(call.student_logits),
         teacher_logits=rows_of(call.teacher_logits),
         labels=labels,
+        attention_mask=None if call.attention_mask is None else call.attention_mask.contiguous(),
         student_hidden=alike(call.student_hidden) if call.student_hidden else (),
         teacher_hidden=alike(call.teacher_hidden) if call.teacher_hidden else (),
     )
 
 
-def _vector_layout(call: LossCall) -> tuple[int, tuple[int, int, int, int], tuple[int, int]]:
-    """Tokens per sample; strides over samples and tokens of student and teacher states; those of the mask."""
-    mask_strides = (0, 0) if call.attention_mask is None else call.attention_mask.stride()
+def _vector_layout(call: LossCall) -> tuple[int, tuple[int, int, int, int]]:
+    """Tokens per sample, and the strides over samples and tokens of student and teacher states."""
     if not call.student_hidden:
-        return 1, (0, 0, 0, 0), mask_strides
+        return 1, (0, 0, 0, 0)
     student, teacher = call.student_hidden[0], call.teacher_hidden[0]
     if student.ndim == 2:
-        return 1, (student.stride(0), 0, teacher.stride(0), 0), mask_strides
-    return student.shape[1], (*student.stride()[:2], *teacher.stride()[:2]), mask_strides
+        return 1, (student.stride(0), 0, teacher.stride(0), 0)
+    return student.shape[1], (*student.stride()[:2], *teacher.stride()[:2])
 
 
 def _gradient_like(student: Tensor) -> Tensor:

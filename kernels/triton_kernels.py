@@ -14,13 +14,16 @@ Suffixes as in `reference.py`: B batch, S tokens, H hidden size, C classes, N ro
 Pointers and sizes are in elements.
 """
 
+# mypy: ignore-errors
+
 import triton
 import triton.language as tl
 
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-LOWEST = tl.constexpr(-1.0e30)
-"""A finite minus infinity: x - max stays a number where every logit seen so far is -inf."""
+LOWEST = tl.constexpr(-16777216.0)
+"""-2^24, the lowest reference (log2 of the largest exponential so far): integers are exact up to here. A finite one, so
+that x - reference is a number where every logit so far is -inf; what lies below, as fillers like -1e30, is as -inf."""
 INF = tl.constexpr(float("inf"))
 NAN = tl.constexpr(float("nan"))
 
@@ -31,13 +34,10 @@ INTEGER_POWERS = (1, 2, 3, 4, 5, 6, 8, 10, 16, 20)
 @triton.jit
 def count_kernel(
     LABELS,  # [N]
-    MASK,  # [B, S], 0 at padding
+    MASK,  # [B, S], contiguous, 0 at padding
     COUNTS,  # out: [2], rows and tokens that count
     num_rows,
     num_tokens,  # B * S
-    tokens_per_sample,  # S
-    mask_stride_b,
-    mask_stride_s,
     ignore_index,
     COUNTS_ROWS: tl.constexpr,
     COUNTS_TOKENS: tl.constexpr,
@@ -54,10 +54,7 @@ def count_kernel(
     if COUNTS_TOKENS:
         kept = tl.zeros([BLOCK], tl.int32)
         for start in range(0, num_tokens, BLOCK):
-            token = start + lanes
-            offset = (token // tokens_per_sample).to(tl.int64) * mask_stride_b
-            offset += (token % tokens_per_sample).to(tl.int64) * mask_stride_s
-            kept += (tl.load(MASK + offset, mask=token < num_tokens, other=0) != 0).to(tl.int32)
+            kept += (tl.load(MASK + start + lanes, mask=start + lanes < num_tokens, other=0) != 0).to(tl.int32)
         tl.store(COUNTS + 1, tl.sum(kept, 0).to(tl.float32))
 
 
@@ -88,7 +85,7 @@ def fused_kernel(
     LOGITS_GRAD,  # out: [N, C], contiguous
     STUDENT_HIDDEN,  # K pointers to [B, S, H]
     TEACHER_HIDDEN,  # K pointers to [B, S, H]
-    MASK,  # [B, S], 0 at padding
+    MASK,  # [B, S], contiguous, 0 at padding
     HIDDEN_GRAD,  # out: [K, B, S, H], contiguous
     PARTIALS,  # out: [2 * num_logit_programs + num_hidden_programs]: (hard, soft)..., hidden...
     ROWS,  # rows to divide by, a number or a pointer to one
@@ -107,8 +104,6 @@ def fused_kernel(
     student_stride_s,
     teacher_stride_b,
     teacher_stride_s,
-    mask_stride_b,
-    mask_stride_s,
     inverse_temperature,
     hard_weight,
     soft_weight,  # of the gradient: alpha * T (/ C)
@@ -189,7 +184,7 @@ def fused_kernel(
         token = (vector % tokens_per_sample).to(tl.int64)
         is_token = has_vector
         if HAS_MASK:
-            mask = tl.load(MASK + sample * mask_stride_b + token * mask_stride_s, mask=has_vector, other=0)
+            mask = tl.load(MASK + vector, mask=has_vector, other=0)
             is_token = has_vector & (mask != 0)
         weight = _read_scalar(GRAD_SCALE, SCALE_ON_DEVICE) / tl.maximum(_read_scalar(VECTORS, VECTORS_ON_DEVICE), 1.0)
         student_offset = (sample * student_stride_b + token * student_stride_s) * ALIGNMENT
@@ -267,14 +262,13 @@ def _class_rows(
 
     Logits are shifted by their maximum before they are divided by T, which keeps differences of large logits exact.
     """
-    scale = inverse_temperature * LOG2_E
     column = tl.arange(0, CLASSES_PADDED)[None, :]
     is_class = column < num_classes
     loaded = kept[:, None] & is_class
 
     student = tl.load(student_pointer + column, mask=loaded, other=0.0).to(tl.float32)
     student = tl.where(is_class, student, -INF)
-    student -= tl.maximum(tl.max(student, 1), LOWEST)[:, None]
+    student -= tl.max(student, 1)[:, None]
     hard = tl.zeros_like(tl.sum(student, 1))
     soft = tl.zeros_like(hard)
     grad = tl.zeros_like(student)
@@ -292,15 +286,13 @@ def _class_rows(
     if HAS_TEACHER:
         teacher = tl.load(teacher_pointer + column, mask=loaded, other=0.0).to(tl.float32)
         teacher = tl.where(is_class, teacher, -INF)
-        teacher = (teacher - tl.maximum(tl.max(teacher, 1), LOWEST)[:, None]) * scale
-        student *= scale
-        exp_student = tl.exp2(student)
-        exp_teacher = tl.exp2(teacher)
+        teacher = (teacher - tl.max(teacher, 1)[:, None]) * inverse_temperature
+        student *= inverse_temperature
+        exp_student = tl.exp2(student * LOG2_E)
+        exp_teacher = tl.exp2(teacher * LOG2_E)
         student_total = tl.sum(exp_student, 1)
         teacher_total = tl.sum(exp_teacher, 1)
-        # sum of p (log p - log q); where p is 0, 0 * log 0 = 0
-        weighted = tl.where(exp_teacher > 0, exp_teacher * (teacher - student), 0.0)
-        soft = (tl.sum(weighted, 1) / teacher_total + tl.log2(student_total / teacher_total)) * LN_2
+        soft = _divergence(student, teacher, exp_student, exp_teacher, student_total, teacher_total)
         soft = tl.where(kept, soft, 0.0)
         if SOFT_GRAD:
             row_weight = tl.where(kept, soft_weight, 0.0)
@@ -308,6 +300,29 @@ def _class_rows(
     if HARD_GRAD or SOFT_GRAD:
         tl.store(grad_pointer + column, grad.to(grad_pointer.dtype.element_ty), mask=in_range[:, None] & is_class)
     return hard, soft
+
+
+@triton.jit
+def _divergence(student, teacher, exp_student, exp_teacher, student_total, teacher_total):
+    """KL of rows: m + log r, with r = student_total / teacher_total, d = teacher - student and m = mean of d under p.
+
+    At a high temperature both models are nearly flat, m and log r all but cancel, and T^2 magnifies what rounding
+    leaves. So where the divergence is small it is taken as log1p(u) of a sum without cancellation,
+    u = sum of p (exp(m - d) - 1 - (m - d)), to which classes without a teacher's mass (p = 0) add exp(m) q / p_total.
+    """
+    has_mass = exp_teacher > 0  # 0 * log 0 = 0
+    p = exp_teacher / teacher_total[:, None]
+    d = tl.where(has_mass, teacher - student, 0.0)
+    m = tl.sum(p * d, 1)
+    x = m[:, None] - d
+    series = x * x * (0.5 + x * (1 / 6 + x * (1 / 24 + x * (1 / 120 + x * (1 / 720 + x * (1 / 5040))))))
+    excess = tl.where(tl.abs(x) < 0.25, series, tl.exp2(x * LOG2_E) - 1 - x)
+    without_mass = exp_student * (tl.exp2(m * LOG2_E) / teacher_total)[:, None]
+    u = tl.sum(tl.where(has_mass, p * excess, without_mass), 1)
+    z = u / (2 + u)  # log1p(u) = 2 atanh(z)
+    z2 = z * z
+    small = 2 * z * (1 + z2 * (1 / 3 + z2 * (1 / 5 + z2 * (1 / 7))))
+    return tl.where(u < 0.25, small, m + tl.log2(student_total / teacher_total) * LN_2)
 
 
 @triton.jit
@@ -392,12 +407,17 @@ def _references(maximum, scale, POWER: tl.constexpr):
     Integers, so that x * scale - reference is one rounding of a fused multiply-add, and moving a sum to another
     reference multiplies by an exact power of two.
     """
-    soft = tl.ceil(maximum * scale)
+    soft = _reference(maximum, scale)
     if POWER > 0:
         hard = soft * POWER
     else:
-        hard = tl.ceil(maximum * LOG2_E)
+        hard = _reference(maximum, LOG2_E)
     return soft, hard
+
+
+@triton.jit
+def _reference(maximum, scale):
+    return tl.ceil(tl.maximum(maximum * scale, LOWEST))
 
 
 @triton.jit
@@ -500,7 +520,7 @@ def stream_kernel(
             offset = vector[:, None] * WIDTH + within
             is_in = (vector < num_vectors)[:, None]
             student = tl.load(STUDENT + student_body + offset, mask=is_in, other=-INF).to(tl.float32)
-            new_soft_ref, new_hard_ref = _references(tl.maximum(tl.max(student, 1), LOWEST), scale, POWER)
+            new_soft_ref, new_hard_ref = _references(tl.max(student, 1), scale, POWER)
             new_soft_ref = tl.maximum(new_soft_ref, soft_ref)
             new_hard_ref = tl.maximum(new_hard_ref, hard_ref)
             exp_soft, exp_hard = _exponentials(student, new_soft_ref[:, None], new_hard_ref[:, None], scale, POWER)
@@ -515,15 +535,14 @@ def stream_kernel(
             if HAS_TEACHER:
                 soft_sum = soft_sum * soft_shrink + tl.sum(exp_soft, 1)
                 teacher = tl.load(TEACHER + teacher_body + offset, mask=is_in, other=-INF).to(tl.float32)
-                new_teacher_ref = tl.ceil(tl.maximum(tl.max(teacher, 1), LOWEST) * scale)
-                new_teacher_ref = tl.maximum(new_teacher_ref, teacher_ref)
+                new_teacher_ref = tl.maximum(_reference(tl.max(teacher, 1), scale), teacher_ref)
                 exp_teacher = tl.exp2(tl.fma(teacher, scale, -new_teacher_ref[:, None]))
                 teacher_sum = teacher_sum * tl.exp2(teacher_ref - new_teacher_ref) + tl.sum(exp_teacher, 1)
                 teacher_ref = new_teacher_ref
 
         # -- the ragged ends, and all lanes together
         student_end = tl.load(STUDENT + student_row + end_column, mask=is_end, other=-INF).to(tl.float32)
-        soft_max, hard_max = _references(tl.maximum(tl.max(student_end, 0), LOWEST), scale, POWER)
+        soft_max, hard_max = _references(tl.max(student_end, 0), scale, POWER)
         soft_max = tl.maximum(soft_max, tl.max(soft_ref, 0))
         hard_max = tl.maximum(hard_max, tl.max(hard_ref, 0))
         end_exp_soft, end_exp_hard = _exponentials(student_end, soft_max, hard_max, scale, POWER)
@@ -555,8 +574,7 @@ def stream_kernel(
         teacher_factor = 0.0
         if HAS_TEACHER:
             teacher_end = tl.load(TEACHER + teacher_row + end_column, mask=is_end, other=-INF).to(tl.float32)
-            teacher_max = tl.ceil(tl.maximum(tl.max(teacher_end, 0), LOWEST) * scale)
-            teacher_max = tl.maximum(teacher_max, tl.max(teacher_ref, 0))
+            teacher_max = tl.maximum(_reference(tl.max(teacher_end, 0), scale), tl.max(teacher_ref, 0))
             end_student_log2 = tl.fma(student_end, scale, -soft_max)
             end_teacher_log2 = tl.fma(teacher_end, scale, -teacher_max)
             end_exp_teacher = tl.exp2(end_teacher_log2)

@@ -25,7 +25,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from peakd_ds import dist, engine_state
+from peakd_ds import dist, engine_state, run_lock
 from peakd_ds.config import UserError
 from peakd_ds.engine_state import MOMENTS
 from peakd_ds.files import replace_folder, write_atomically
@@ -276,6 +276,7 @@ def _sha256(file: Path) -> str:
 
 def _on_main_or_stop(write: Any, what: Path) -> None:
     def attempt() -> None:
+        run_lock.check()  # a start that was cut off must not write into what a later one has saved
         try:
             write()
         except (OSError, SafetensorError) as error:

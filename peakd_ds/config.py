@@ -10,7 +10,7 @@ import math
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,20 +18,27 @@ from typing import Any, NoReturn
 import yaml
 
 STAGES = ("teacher", "ptp", "distill")
+RANK_TIMEOUT_S = 100.0
 
 # Settings that may differ between two starts in one run folder, because they do not change the result.
 RESULT_NEUTRAL = frozenset(
     [
         "run_dir",
         "data_dir",
+        "data_placement",
+        "shard_dir",
+        "scratch_dir",
         "stages",
         "micro_batch_size",
         "student_ds_config",
         "teacher_ds_config",
         "teacher_mode",
+        "loss_backend",
+        "teacher_cache",
         "save_steps",
         "eval_steps",
         "log_steps",
+        "rank_timeout",
         "dry_run",
         "export_unrolled",
         "export_onnx",
@@ -125,12 +132,25 @@ class RunConfig:
     run_dir: str = _setting(
         "",
         "folder that receives everything the run writes; started again in it, a run goes on",
-        shown_default="required",
+        shown_default="$RUN_DIR, else required",
     )
     data_dir: str = _setting(
         "",
         "folder with TASK/train-*.parquet and TASK/validation*-*.parquet",
         shown_default="$PEAKD_DATA_DIR, else the hub's nyu-mll/glue",
+    )
+    data_placement: str = _setting(
+        "replicated",
+        "replicated: each node tokenises and reads all training rows; sharded: it reads its own block of the shards",
+        choices=("replicated", "sharded"),
+    )
+    shard_dir: str = _setting(
+        "", "folder of tokenised shards that peakd-shard made, for --data_placement sharded", shown_default="none"
+    )
+    scratch_dir: str = _setting(
+        "",
+        "folder on each node's own disk, to which its shards are copied at the start",
+        shown_default="$PEAKD_SCRATCH, else $SLURM_TMPDIR, else shards are read where they are",
     )
     stages: tuple[str, ...] = _setting(
         STAGES, "stages to run, comma-separated", parse=_parse_stages, range="teacher,ptp,distill"
@@ -286,7 +306,21 @@ class RunConfig:
     teacher_ds_config: str = _setting(
         "teacher_zero0", "DeepSpeed config of the frozen teacher (stage 0 or 3): file, or name in ds_configs/"
     )
-    teacher_mode: str = _setting("online", "online: the teacher runs beside the student", choices=("online",))
+    teacher_mode: str = _setting(
+        "online",
+        "online: the teacher runs beside the student; cached: it is asked once and its answers are kept; auto: cached "
+        "where they fit the disk and the loss needs [CLS] only",
+        choices=("online", "cached", "auto"),
+    )
+    teacher_cache: str = _setting(
+        "", "folder of the teacher's answers, which runs may share", shown_default="RUN_DIR/teacher_cache"
+    )
+    loss_backend: str = _setting(
+        "auto",
+        "what computes the losses: triton (GPUs), torch (fused, for CPUs), reference (plain autograd); auto: triton on "
+        "a GPU, else torch",
+        choices=("auto", "triton", "torch", "reference"),
+    )
     # Watching, saving, choosing
     save_steps: int = _setting(
         500,
@@ -321,6 +355,13 @@ class RunConfig:
     export_unrolled: bool = _setting(True, "also write the student as a plain BERT of the effective depth")
     export_onnx: bool = _setting(
         False, "also write student_unrolled/model.onnx, checked against onnxruntime (needs the onnx extra)"
+    )
+    rank_timeout: float = _setting(
+        RANK_TIMEOUT_S,
+        "a rank that does not come, or falls silent, for so long is given up, and all ranks end",
+        unit="s",
+        range=">= 5",
+        check=lambda v: v >= 5,
     )
     dry_run: bool = _setting(False, "check everything, print the plan, and stop before any engine starts")
 
@@ -362,6 +403,18 @@ def validate(config: RunConfig) -> None:
             f"--init_layers {','.join(map(str, config.init_layers))} names {len(config.init_layers)} "
             f"layers, but --num_hidden_layers is {config.num_hidden_layers}; give one source layer for each"
         )
+    if config.teacher_mode == "cached" and config.hidden_loss == "tokens" and config.beta > 0:
+        raise UserError(
+            "--teacher_mode cached keeps [CLS] vectors only, but --hidden_loss tokens compares every token; set "
+            "--teacher_mode online, or --hidden_loss cls"
+        )
+    if config.teacher_mode == "cached" and config.data_placement == "sharded":
+        raise UserError(
+            "--teacher_mode cached reads any row on any node, but --data_placement sharded leaves a node its own; "
+            "set --teacher_mode online, or --data_placement replicated"
+        )
+    if config.data_placement == "sharded" and not config.shard_dir:
+        raise UserError("--data_placement sharded reads shards; make them with peakd-shard and give their --shard_dir")
     if config.export_onnx and not config.export_unrolled:
         raise UserError("--export_onnx writes the unrolled student, which --no_export_unrolled leaves out; drop one")
     if config.sharing == "none" and config.shuffle_qk:
@@ -380,14 +433,19 @@ def parse(argv: Sequence[str]) -> RunConfig:
     """
     parser = build_parser()
     config_file = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0].config
-    words = [*_words_from_yaml(config_file), *argv] if config_file else argv
+    source = f"--config {config_file}"
+    words = [*to_words(source, read_yaml(source, config_file)), *argv] if config_file else argv
     values, unknown = parser.parse_known_args(words)
     if unknown:
         names = [word for action in parser._actions for word in action.option_strings]
-        parser.error(f"unknown option {unknown[0]}{_suggest(unknown[0].split('=')[0], names)}")
+        parser.error(f"unknown option {unknown[0]}{suggest(unknown[0].split('=')[0], names)}")
     settings = {name: value for name, value in vars(values).items() if name not in ("config", "local_rank")}
     config = RunConfig(**settings)
-    config = replace(config, data_dir=config.data_dir or os.environ.get("PEAKD_DATA_DIR", ""))
+    config = replace(
+        config,
+        data_dir=config.data_dir or os.environ.get("PEAKD_DATA_DIR", ""),
+        run_dir=config.run_dir or os.environ.get("RUN_DIR", ""),
+    )
     validate(config)
     return config
 
@@ -460,35 +518,41 @@ def differences(config: RunConfig, saved_yaml: str) -> list[str]:
     return [f"{name}: {saved.get(name)} -> {now.get(name)}" for name in names if saved.get(name) != now.get(name)]
 
 
-def _words_from_yaml(file: str) -> list[str]:
+def read_yaml(source: str, file: str) -> dict[Any, Any]:
+    """Settings of a YAML file; `source` ("--config FILE") begins the message of what is wrong with it."""
     try:
         settings = yaml.safe_load(Path(file).read_text())
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--config {file} cannot be read ({error}); give a YAML file of settings") from error
+        raise UserError(f"{source} cannot be read ({error}); give a YAML file of settings") from error
     except yaml.YAMLError as error:
-        raise UserError(f"--config {file} is not YAML: {' '.join(str(error).split())}; mend the file") from error
+        raise UserError(f"{source} is not YAML: {' '.join(str(error).split())}; mend the file") from error
     if not isinstance(settings, dict):
-        raise UserError(f"--config {file} holds no settings; write lines like 'task: rte'")
+        raise UserError(f"{source} holds no settings; write lines like 'task: rte'")
+    return settings
+
+
+def to_words(source: str, settings: Mapping[Any, Any]) -> list[str]:
+    """Settings as YAML has them, as words of the command line; `source` begins the message of what is wrong."""
     names = [spec.name for spec in fields(RunConfig)]
     words = []
     for name, value in settings.items():
         if name not in names:
-            raise UserError(f"--config {file}: unknown setting {name!r}{_suggest(str(name), names)}")
+            raise UserError(f"{source}: unknown setting {name!r}{suggest(str(name), names)}")
         if value is None:
             continue  # unset, as in a file where the value was deleted and the name left
         if isinstance(value, bool) or _field(name).type in (bool, bool | None):
             if not isinstance(value, bool) or _field(name).type not in (bool, bool | None):
                 raise UserError(
-                    f"--config {file}: {name}: {value!r} does not fit; "
+                    f"{source}: {name}: {value!r} does not fit; "
                     f"write {'true or false' if not isinstance(value, bool) else 'a value'}"
                 )
             words.append(f"--{name}" if value else f"--no_{name}")
         else:
-            words.append(f"--{name}={_to_word(value)}")
+            words.append(f"--{name}={to_word(value)}")
     return words
 
 
-def _to_word(value: Any) -> str:
+def to_word(value: Any) -> str:
     """A YAML value as one command-line word: [1, 3] as 1,3 and [[1, 2], [2, 4]] as 1:2,2:4."""
     if isinstance(value, list):
         return ",".join(":".join(map(str, item)) if isinstance(item, list) else str(item) for item in value)
@@ -530,7 +594,8 @@ def _shown_default(spec: Any) -> str:
     return ",".join(spec.default) if isinstance(spec.default, tuple) else str(spec.default)
 
 
-def _suggest(word: str, names: Sequence[str]) -> str:
+def suggest(word: str, names: Sequence[str]) -> str:
+    """The end of a message about an unknown word: the name that it resembles."""
     close = difflib.get_close_matches(word, names, n=1, cutoff=0.7)
     return f"; did you mean {close[0]}?" if close else "; --help lists all"
 

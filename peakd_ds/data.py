@@ -12,10 +12,11 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from math import gcd
 from pathlib import Path
+from typing import Any, Protocol
 
 import datasets
 import numpy as np
@@ -32,6 +33,7 @@ NUM_SHARDS = 64
 HOLDOUT_SHARE = 10  # one row in so many picks the epoch and trains nothing
 MAX_SCORE = 5.0  # of stsb, the one regression task
 HUB_DATASET = "nyu-mll/glue"
+ON_ALL_NODES = -1
 
 
 @dataclass(frozen=True)
@@ -62,21 +64,34 @@ class GlobalBatch:
     """Non-padded tokens in the global batch, over all ranks."""
 
 
-class Split:
-    """A tokenised split: columns input_ids, token_type_ids, label; `lengths` are token counts, int64 [N]."""
+class TokenRows(Protocol):
+    """Token ids by row number."""
 
-    def __init__(self, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, is_regression: bool):
-        self.rows, self.tokenizer = rows.with_format("numpy"), tokenizer
-        self.lengths = _column(rows, "length")
-        self.labels = torch.from_numpy(_column(rows, "label").astype(np.float32 if is_regression else np.int64))
+    def __getitem__(self, rows: np.ndarray, /) -> Any:
+        """Columns input_ids and token_type_ids of the given rows: for each row an array of its tokens."""
+
+
+@dataclass
+class Split:
+    """A tokenised split. Lengths and labels of all N rows are known on every node; a sharded split's tokens are not."""
+
+    rows: TokenRows
+    lengths: np.ndarray
+    """Token counts, int64 [N]."""
+    labels: torch.Tensor
+    """int64 [N], or float32 [N] for regression."""
+    tokenizer: PreTrainedTokenizerBase
+    node_of: np.ndarray
+    """The node that holds a row's tokens, int64 [N]; ON_ALL_NODES where each does."""
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def micro_batch(self, rows: np.ndarray) -> MicroBatch:
-        """The given rows, padded and on this rank's device; for no rows, row 0 with num_real = 0."""
+        """The given rows, padded and on this rank's device; for no rows, the first row here with num_real = 0."""
         num_real = len(rows)
-        rows = rows if num_real else np.zeros(1, np.int64)
+        if not num_real:
+            rows = np.flatnonzero(np.isin(self.node_of, (ON_ALL_NODES, dist.node_rank())))[:1]
         columns = self.rows[rows]
         features = [
             dict(input_ids=ids, token_type_ids=types)
@@ -133,22 +148,9 @@ def tokenize(
     Without a `cache` folder each rank tokenises for itself, in memory.
     """
 
-    def encode(batch: dict[str, list]) -> dict[str, list]:
-        encoded = tokenizer(
-            *(batch[name] for name in task.text_columns),
-            truncation=True,
-            max_length=max_seq_length,
-            return_token_type_ids=True,
-        )
-        return {
-            "input_ids": encoded["input_ids"],
-            "token_type_ids": encoded["token_type_ids"],
-            "length": [len(ids) for ids in encoded["input_ids"]],
-        }
-
     def encode_all() -> datasets.Dataset:
         return rows.map(
-            encode,
+            encoder_of(task, tokenizer, max_seq_length),
             batched=True,
             remove_columns=[name for name in rows.column_names if name != "label"],
             keep_in_memory=True,
@@ -163,11 +165,10 @@ def tokenize(
 
     with _quiet_progress_bars():
         if cache is None:
-            return Split(encode_all(), tokenizer, task.is_regression)
+            return _whole_split(task, encode_all(), tokenizer)
         state = json.dumps(
             [
-                tokenizer.get_vocab(),
-                tokenizer.init_kwargs.get("do_lower_case"),
+                tokenizer_digest(tokenizer),
                 max_seq_length,
                 task.text_columns,
                 rows.num_rows,
@@ -177,7 +178,39 @@ def tokenize(
         )
         folder = cache / socket.gethostname() / hashlib.sha256(state.encode()).hexdigest()[:16]
         dist.agree(lambda: encode_on_disk(folder))
-        return Split(datasets.load_from_disk(str(folder)), tokenizer, task.is_regression)
+        return _whole_split(task, datasets.load_from_disk(str(folder)), tokenizer)
+
+
+def encoder_of(
+    task: Task, tokenizer: PreTrainedTokenizerBase, max_seq_length: int
+) -> Callable[[dict[str, list]], dict[str, list]]:
+    """The function from text columns of some rows to their columns input_ids, token_type_ids and length."""
+
+    def encode(batch: dict[str, list]) -> dict[str, list]:
+        encoded = tokenizer(
+            *(batch[name] for name in task.text_columns),
+            truncation=True,
+            max_length=max_seq_length,
+            return_token_type_ids=True,
+        )
+        return {
+            "input_ids": encoded["input_ids"],
+            "token_type_ids": encoded["token_type_ids"],
+            "length": [len(ids) for ids in encoded["input_ids"]],
+        }
+
+    return encode
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A short hash of the vocabulary and of whether it is for lower-cased text."""
+    state = json.dumps([tokenizer.get_vocab(), tokenizer.init_kwargs.get("do_lower_case")], sort_keys=True)
+    return hashlib.sha256(state.encode()).hexdigest()[:16]
+
+
+def label_dtype(task: Task) -> type[np.generic]:
+    """What labels are stored as: scores or class numbers."""
+    return np.float32 if task.is_regression else np.int64
 
 
 def split_holdout(num_rows: int) -> tuple[np.ndarray, np.ndarray]:
@@ -187,13 +220,26 @@ def split_holdout(num_rows: int) -> tuple[np.ndarray, np.ndarray]:
     return np.sort(shuffled[num_holdout:]), np.sort(shuffled[:num_holdout])
 
 
+def check_holdout(task: Task, num_rows: int) -> None:
+    """Raise UserError where a tenth of so many training rows is none."""
+    if num_rows < HOLDOUT_SHARE:
+        raise UserError(
+            f"task {task.name} has {num_rows} training rows, too few to hold out a tenth; set --select_on dev"
+        )
+
+
+def shard_bounds(num_rows: int) -> np.ndarray:
+    """Where each canonical shard of so many training rows starts, and the last one ends: int64 [NUM_SHARDS + 1]."""
+    return np.arange(NUM_SHARDS + 1) * num_rows // NUM_SHARDS
+
+
 def epoch_slots(num_rows: int, global_batch_size: int, seed: int, epoch: int) -> np.ndarray:
     """Which training row fills which slot of which global batch: int64 [steps, global_batch_size], -1 for none.
 
     Slots of a batch are ordered by shard. The last batches of an epoch have empty slots; no row is left out, none is
     used twice.
     """
-    bounds = np.arange(NUM_SHARDS + 1) * num_rows // NUM_SHARDS
+    bounds = shard_bounds(num_rows)
     shards = [
         np.random.default_rng([seed, epoch, shard]).permutation(np.arange(bounds[shard], bounds[shard + 1]))
         for shard in range(NUM_SHARDS)
@@ -232,11 +278,31 @@ def global_batches(
 
 
 def eval_batches(split: Split, rows: np.ndarray, micro_batch_size: int) -> Iterator[MicroBatch]:
-    """This rank's share of `rows`, each row on exactly one rank; every rank gets the same number of micro-batches."""
-    by_length = rows[np.argsort(-split.lengths[rows], kind="stable")]  # like lengths together: little padding
-    num_passes = -(-len(rows) // (micro_batch_size * dist.world_size()))
-    for part in np.array_split(by_length, num_passes * dist.world_size())[dist.rank() :: dist.world_size()]:
+    """This rank's share of `rows`, each row on exactly one rank; every rank gets the same number of micro-batches.
+
+    Rows that all nodes hold are dealt to all ranks, sharded ones to the ranks of the node that holds them.
+    """
+    nodes = split.node_of[rows]
+    if (nodes == ON_ALL_NODES).all():
+        pools, num_ranks = [rows], dist.world_size()
+    else:
+        pools, num_ranks = [rows[nodes == node] for node in range(dist.num_nodes())], dist.local_world_size()
+    pool, number = divmod(dist.rank(), num_ranks)
+    mine = pools[pool]
+    by_length = mine[np.argsort(-split.lengths[mine], kind="stable")]  # like lengths together: little padding
+    num_passes = -(-max(map(len, pools)) // (micro_batch_size * num_ranks))
+    for part in np.array_split(by_length, num_passes * num_ranks)[number::num_ranks]:
         yield split.micro_batch(part)
+
+
+def _whole_split(task: Task, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> Split:
+    return Split(
+        rows.with_format("numpy"),
+        _column(rows, "length"),
+        torch.from_numpy(_column(rows, "label").astype(label_dtype(task))),
+        tokenizer,
+        np.full(len(rows), ON_ALL_NODES),
+    )
 
 
 def _read_parquet(task: Task, data_dir: str, split: str) -> datasets.Dataset | None:

@@ -3,34 +3,49 @@
 Every function that talks to other ranks says so in its name or first line; all ranks must call it, in the same order.
 """
 
+import contextlib
 import hashlib
 import os
 import random
+import re
 import socket
 import subprocess
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any, TypeVar
 
+import psutil
 import torch
 import torch.distributed
 
-from peakd_ds.config import UserError
+from peakd_ds import jit_lock, liveness
+from peakd_ds.config import RANK_TIMEOUT_S, UserError
+from peakd_ds.slurm_job import num_nodes_of_this_start
 
 T = TypeVar("T")
 
+COLLECTIVE_TIMEOUT = timedelta(minutes=30)
+"""Longest wait for another rank's work, such as tokenising; a rank that is gone is found out sooner (liveness.py)."""
+
 _local_rank = 0
+_cpu_group: Any = None
 
 
-def init(timeout_s: float = 1800.0) -> None:
+def init(timeout_s: float = RANK_TIMEOUT_S) -> None:
     """Join the process group (collective): nccl on GPUs, gloo on CPUs.
 
     Ranks come from the launcher: `deepspeed` and `torchrun` set RANK, LOCAL_RANK, WORLD_SIZE and MASTER_*; `srun` and
     `mpirun` do not, so they are worked out here. Without any launcher this process is the only rank.
+
+    Args:
+        timeout_s: A rank that does not come, or falls silent, for so long is given up, and all end.
+
+    Raises:
+        UserError: the ranks are not what Slurm gave nodes for. LostRank (an OSError): one did not come.
     """
-    global _local_rank
-    _set_rank_variables()
-    _local_rank = int(os.environ["LOCAL_RANK"])
+    global _cpu_group
+    store = find_ranks(timeout_s)
+    jit_lock.never_wait_on_stale()
     import deepspeed
     from deepspeed.accelerator import get_accelerator
 
@@ -44,7 +59,35 @@ def init(timeout_s: float = 1800.0) -> None:
         if get_accelerator().device_count() == 1:
             os.environ["LOCAL_RANK"] = "0"  # srun --gpus-per-task=1 shows each task its own GPU alone, as number 0
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=timedelta(seconds=timeout_s))
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=COLLECTIVE_TIMEOUT)
+    if store is not None:
+        _cpu_group = torch.distributed.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if on_gpu() else None
+        liveness.watch(store, timeout_s)
+
+
+def leave() -> None:
+    """At the end, when no rank waits for another any more: a process that ends with its group open may be aborted."""
+    liveness.leave()
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def find_ranks(timeout_s: float) -> Any:
+    """Set the rank variables and wait for the other ranks (collective); the store they met in, None if there is no one
+    to wait for. Errors as of `init`."""
+    global _local_rank
+    _set_rank_variables()
+    _local_rank = int(os.environ["LOCAL_RANK"])
+    num_nodes = num_nodes_of_this_start()
+    if os.environ["WORLD_SIZE"] == "1":
+        if num_nodes > 1:
+            raise UserError(
+                f"Slurm has given {num_nodes} nodes, but this run has one rank, on {socket.gethostname()} (`deepspeed` "
+                "without a hostfile starts it so): use slurm/distill.sh or srun with one task per rank, or "
+                "srun -N1 -n1 for one rank"
+            )
+        return None
+    return None if torch.distributed.is_initialized() else liveness.call_roll(timeout_s)
 
 
 def rank() -> int:
@@ -64,6 +107,32 @@ def local_world_size() -> int:
     """Ranks on this node, as the launcher tells."""
     names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "WORLD_SIZE")
     return int(next((os.environ[name] for name in names if os.environ.get(name)), "1"))
+
+
+def node_rank() -> int:
+    """Number of this rank's node: launchers number ranks node by node, and `check_nodes` makes sure."""
+    return rank() // local_world_size()
+
+
+def num_nodes() -> int:
+    return max(1, world_size() // local_world_size())
+
+
+def check_nodes() -> None:
+    """Raise UserError (collective) unless each node has the same number of ranks, with neighbouring numbers."""
+    nodes: list[tuple[str, int]] = [(socket.gethostname(), local_world_size())]
+    if world_size() > 1:
+        mine, nodes = nodes[0], nodes * world_size()
+        torch.distributed.all_gather_object(nodes, mine)
+    size = nodes[0][1]
+    for number, (host, its_size) in enumerate(nodes):
+        first_host = nodes[number - number % size][0]
+        if its_size != size or host != first_host or world_size() % size:
+            raise UserError(
+                f"rank {number} runs on {host} as one of {its_size} ranks there, rank {number - number % size} on "
+                f"{first_host} as one of {size}, of {world_size()} in all; sharded data needs as many ranks on each "
+                "node, numbered node by node: set for example srun --ntasks-per-node N --distribution=block"
+            )
 
 
 def is_main() -> bool:
@@ -86,6 +155,15 @@ def all_reduce(tensor: torch.Tensor, op: Any = torch.distributed.ReduceOp.SUM) -
     if world_size() > 1:
         torch.distributed.all_reduce(tensor, op=op)
     return tensor
+
+
+def highest(number: int) -> int:
+    """The highest of the ranks' numbers (collective), without waiting for a GPU's queue."""
+    if world_size() == 1:
+        return number
+    holder = torch.tensor([number])
+    torch.distributed.all_reduce(holder, op=torch.distributed.ReduceOp.MAX, group=_cpu_group)
+    return int(holder.item())
 
 
 def broadcast(value: T) -> T:
@@ -155,12 +233,16 @@ def _ranks_from_srun() -> dict[str, object]:
     """One srun task per rank. The port follows from job, step and restart, so that all tasks derive the same one and
     a straggler of an earlier start does not find it."""
     env = os.environ
-    nodes = env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", ""))
+    tasks_per_node = re.sub(r"\(x\d+\)", "", env.get("SLURM_STEP_TASKS_PER_NODE", "1")).split(",")  # "4(x2),1"
+    if len(set(tasks_per_node)) > 1:
+        raise UserError(
+            f"the nodes run {', '.join(tasks_per_node)} ranks, and must run the same number each; set --ntasks-per-node"
+        )
     master = "127.0.0.1"
-    if int(env.get("SLURM_STEP_NUM_NODES", "1")) > 1:
-        master = subprocess.run(
-            ["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True
-        ).stdout.split()[0]
+    if num_nodes_of_this_start() > 1:
+        hosts = _hosts_of_this_step()
+        master = hosts[0]
+        _listen_where_others_reach(hosts[1] if int(env.get("SLURM_NODEID", "0")) == 0 else master)
     number = int(env["SLURM_JOB_ID"]) * 64 + int(env["SLURM_STEP_ID"]) * 8 + int(env.get("SLURM_RESTART_COUNT", "0"))
     return dict(
         RANK=env["SLURM_PROCID"],
@@ -168,8 +250,38 @@ def _ranks_from_srun() -> dict[str, object]:
         LOCAL_RANK=env["SLURM_LOCALID"],
         MASTER_ADDR=master,
         MASTER_PORT=20000 + number % 20000,
-        LOCAL_WORLD_SIZE=env.get("SLURM_STEP_TASKS_PER_NODE", "1").split("(")[0].split(",")[0],
+        LOCAL_WORLD_SIZE=tasks_per_node[0],
     )
+
+
+def _hosts_of_this_step() -> list[str]:
+    nodes = os.environ.get("SLURM_STEP_NODELIST", os.environ.get("SLURM_JOB_NODELIST", ""))
+    try:
+        done = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        raise UserError(
+            f"scontrol cannot tell which hosts {nodes} are ({error}); Slurm's programs must be on PATH in a task, in a "
+            "container too"
+        ) from error
+    return done.stdout.split()
+
+
+def _listen_where_others_reach(peer: str) -> None:
+    """Name the network interface that leads to another host, where this host's own name does not.
+
+    gloo listens on the address of the host's name. In Debian's /etc/hosts that is 127.0.1.1, which no other reaches.
+    """
+    with contextlib.suppress(OSError):
+        own, peers = socket.gethostbyname(socket.gethostname()), socket.gethostbyname(peer)
+        if not own.startswith("127.") or peers.startswith("127."):
+            return
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((peer, 9))  # sends nothing: asks for the route
+            address = probe.getsockname()[0]
+        for name, addresses in psutil.net_if_addrs().items():
+            if address in (known.address for known in addresses):
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
+                os.environ.setdefault("NCCL_SOCKET_IFNAME", name)
 
 
 def _ranks_from_mpi() -> dict[str, object]:

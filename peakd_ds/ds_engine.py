@@ -196,6 +196,11 @@ def undo_averaging(engine: Any) -> int:
     return engine.dp_world_size * engine.gradient_accumulation_steps()
 
 
+def expected_upstream(engine: Any) -> float:
+    """The gradient that a loss gets under `engine.backward(loss * undo_averaging(engine))`, fp16's scale included."""
+    return engine.dp_world_size * engine_state.loss_scaler(engine).get("cur_scale", 1.0)
+
+
 def stop_if_skipped(engine: Any, stage: str, step: int) -> None:
     """Raise UserError where DeepSpeed has left out steps without a word, its gradient norm being NaN or infinite.
 

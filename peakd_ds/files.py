@@ -1,7 +1,9 @@
 """Files and folders that are whole whenever they can be seen: written under another name, then renamed."""
 
+import contextlib
 import secrets
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -11,6 +13,18 @@ def write_atomically(file: Path, text: str) -> None:
     temporary = file.with_name(file.name + ".tmp")
     temporary.write_text(text)
     temporary.replace(file)
+
+
+@contextlib.contextmanager
+def whole_file(file: Path) -> Iterator[Path]:
+    """A name to write to, of its own for each writer, which becomes `file` at the end; a failure leaves nothing."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    temporary = hidden_sibling(file, "new")
+    try:
+        yield temporary
+        temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def hidden_sibling(path: Path, role: str) -> Path:

@@ -347,8 +347,14 @@ class MatchedStudent(nn.Module):
 
     def forward(self, **inputs: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
         """Logits [B, C] and, for each pair, hidden states [B, Ht] (cls) or [B, S, Ht] (tokens)."""
-        output = self.student(**inputs, output_hidden_states=bool(self.pairs))
-        hidden = select_hidden(output.hidden_states, [i for i, _ in self.pairs], self.hidden_loss)
+        layers = [i for i, _ in self.pairs]
+        if self.hidden_loss == "cls":
+            cls_vectors: dict[int, Any] = dict.fromkeys(layers)
+            output = self.student(**inputs, cls_only=True, cls_vectors=cls_vectors)
+            hidden = [cls_vectors[layer] for layer in layers]
+        else:
+            output = self.student(**inputs, output_hidden_states=bool(layers), cls_only=not layers)
+            hidden = select_hidden(output.hidden_states, layers, self.hidden_loss)
         if len(self.projections):
             hidden = [project(states) for project, states in zip(self.projections, hidden, strict=True)]
         return output.logits, hidden

@@ -9,16 +9,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from peakd_ds import checkpoint, data, dist, ds_engine, glue_eval, modeling
+from peakd_ds import checkpoint, data, dist, ds_engine, glue_eval, modeling, shard
 from peakd_ds.config import RunConfig, UserError, differences, to_yaml
 from peakd_ds.data import Split
 from peakd_ds.export import require_onnx
 from peakd_ds.files import write_atomically
+from peakd_ds.kernels import check_backend
 from peakd_ds.modeling import Pretrained
 from peakd_ds.run_log import TeacherClock
 from peakd_ds.sps import execution_order
@@ -46,6 +46,8 @@ class Run:
     pairs: tuple[tuple[int, int], ...]
     """Matched (student, teacher) layers, 1-based."""
     teacher_clock: TeacherClock = field(default_factory=TeacherClock)
+    answers: Any = None
+    """What teacher_cache.py has opened: split name -> Answers; None where the teacher is asked online."""
     _teacher: Any = None
 
     @property
@@ -83,6 +85,12 @@ class Run:
             self._teacher = ds_engine.teacher_engine(dist.agree(load), self.teacher_ds_config)
         return self._teacher
 
+    def drop_teacher(self) -> None:
+        """Give the teacher engine's memory back; the next `teacher()` starts another (collective)."""
+        if self._teacher is not None:
+            self._teacher.destroy()
+            self._teacher = None
+
     def teacher_logits(self, split: Split, rows: np.ndarray) -> torch.Tensor:
         """float32 [N, C] of the frozen teacher over the given rows (collective)."""
         teacher = self.teacher()
@@ -111,6 +119,7 @@ def open_run(config: RunConfig) -> Run:
         dtype, student_ds_config, teacher_ds_config = ds_engine.resolve(config)
         resolved = replace(config, dtype=dtype)
         _check_run_folder(resolved)
+        _check_loss_backend(config)
         ds_engine.batch_plan(config.global_batch_size, config.micro_batch_size, dist.world_size())
         teacher = modeling.find_encoder(config.teacher, "teacher")
         student_init = teacher
@@ -123,13 +132,15 @@ def open_run(config: RunConfig) -> Run:
         _check_stages(resolved, task, teacher)
         if config.export_onnx:
             require_onnx()
-        splits = data.load_splits(task, config.data_dir)
-        _check_same_data(resolved, splits)
-        if config.select_on == "holdout" and len(splits["train"]) < data.HOLDOUT_SHARE:
-            raise UserError(
-                f"task {task.name} has {len(splits['train'])} training rows, too few to hold out a tenth; "
-                "set --select_on dev"
-            )
+        # Of sharded rows one rank reads the files, to see that the shards were made from them.
+        splits = data.load_splits(task, config.data_dir, train=not is_sharded or dist.is_main())
+        fingerprints, shards = data.fingerprints(splits), None
+        if is_sharded:
+            shards = shard.find(config, task, tokenizer, fingerprints.get("train"))
+            fingerprints["train"] = shards.data_fingerprint
+        elif config.select_on == "holdout":
+            data.check_holdout(task, len(splits["train"]))
+        _check_same_data(resolved, fingerprints)
         return (
             task,
             resolved,
@@ -140,21 +151,36 @@ def open_run(config: RunConfig) -> Run:
             tokenizer,
             pairs,
             splits,
+            fingerprints,
+            shards,
         )
 
-    task, config, student_ds_config, teacher_ds_config, teacher, student_init, tokenizer, pairs, splits = dist.agree(
-        look
-    )
+    is_sharded = config.data_placement == "sharded"
+    if is_sharded:
+        dist.check_nodes()
+    (
+        task,
+        config,
+        student_ds_config,
+        teacher_ds_config,
+        teacher,
+        student_init,
+        tokenizer,
+        pairs,
+        splits,
+        fingerprints,
+        shards,
+    ) = dist.agree(look)
+    train = None if shards is None else shard.load(config, shards, tokenizer)
     cache = None if config.dry_run else Path(config.run_dir) / "cache"
     if not config.dry_run:
-        dist.on_main(lambda: _create_run_folder(config, splits))
-    tokenized = {
-        name: data.tokenize(task, rows, tokenizer, config.max_seq_length, cache)
-        for name, rows in splits.items()
-        if name == "train" or name in task.eval_splits
+        dist.on_main(lambda: _create_run_folder(config, fingerprints))
+    if train is None:
+        train = data.tokenize(task, splits["train"], tokenizer, config.max_seq_length, cache)
+    dev = {
+        name: data.tokenize(task, splits[name], tokenizer, config.max_seq_length, cache) for name in task.eval_splits
     }
-    dev = {name: tokenized[name] for name in task.eval_splits}
-    train, train_rows = tokenized["train"], np.arange(len(tokenized["train"]))
+    train_rows = np.arange(len(train))
     if config.select_on == "holdout":
         train_rows, holdout_rows = data.split_holdout(len(train))
         selection = ("holdout", train, holdout_rows)
@@ -198,19 +224,26 @@ def _check_run_folder(config: RunConfig) -> None:
         )
 
 
-def _check_same_data(config: RunConfig, splits: dict[str, datasets.Dataset]) -> None:
+def _check_loss_backend(config: RunConfig) -> None:
+    try:
+        check_backend(config.loss_backend, dist.device())
+    except ValueError as error:
+        raise UserError(f"--loss_backend {config.loss_backend}: {error}") from error
+
+
+def _check_same_data(config: RunConfig, fingerprints: dict[str, str]) -> None:
     """The folder's labels and checkpoints belong to the rows that they were made from."""
     saved = Path(config.run_dir) / "data.json"
-    if saved.exists() and json.loads(saved.read_text()) != data.fingerprints(splits):
+    if saved.exists() and json.loads(saved.read_text()) != fingerprints:
         raise UserError(
             f"--run_dir {config.run_dir} holds a run on other rows than {config.data_dir or data.HUB_DATASET} has now; "
             "nothing was changed there: take another --run_dir, or the data it was started with"
         )
 
 
-def _create_run_folder(config: RunConfig, splits: dict[str, datasets.Dataset]) -> None:
+def _create_run_folder(config: RunConfig, fingerprints: dict[str, str]) -> None:
     folder = Path(config.run_dir)
-    for name, text in (("data.json", json.dumps(data.fingerprints(splits))), ("config.yaml", to_yaml(config))):
+    for name, text in (("data.json", json.dumps(fingerprints)), ("config.yaml", to_yaml(config))):
         if not (folder / name).exists():
             write_atomically(folder / name, text)
 

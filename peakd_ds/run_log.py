@@ -18,7 +18,7 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from peakd_ds import dist
+from peakd_ds import dist, run_lock, slurm_job
 from peakd_ds.config import UserError
 
 TERMS = ("loss", "hard_loss", "soft_loss", "hidden_loss")
@@ -32,7 +32,7 @@ class RunLog:
         self.writer: SummaryWriter | None = None
         self.bar: tqdm | None = None
         self.stage = ""
-        self.failure: OSError | None = None
+        self.failure: Exception | None = None
         quiet_libraries()
 
     def say(self, text: str) -> None:
@@ -52,6 +52,7 @@ class RunLog:
         if fresh:
             self.writer.add_text("settings", "".join(f"    {line}\n" for line in settings_yaml.splitlines()), 0)
             self.writer.add_custom_scalars(_CUSTOM_SCALARS)
+        self.writer.add_text("start", slurm_job.describe_start(dist.world_size()), step)
         self.bar = tqdm(
             total=num_steps,
             initial=step,
@@ -156,9 +157,10 @@ class RunLog:
 
     def _append(self, record: Mapping[str, Any]) -> None:
         try:
+            run_lock.check()
             with (self.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(record) + "\n")
-        except OSError as error:  # the other ranks are on their way to a collective: tell them there
+        except (OSError, UserError) as error:  # the other ranks are on their way to a collective: tell them there
             self.failure = error
 
     def _drop_metrics_after(self, stage: str, step: int) -> None:

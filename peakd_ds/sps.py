@@ -24,6 +24,7 @@ from transformers.models.bert.modeling_bert import (
     BertLayer,
     BertModel,
     BertSelfAttention,
+    BertSelfOutput,
     eager_attention_forward,
 )
 from transformers.utils.output_capturing import OutputRecorder
@@ -141,6 +142,7 @@ class SPSBertSelfAttention(BertSelfAttention):
         attention_mask: torch.Tensor | None = None,
         past_key_values: None = None,
         swap_qk: bool = False,
+        cls_only: bool = False,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend like ``BertSelfAttention``, with query and key exchanged if ``swap_qk``.
@@ -150,16 +152,22 @@ class SPSBertSelfAttention(BertSelfAttention):
             attention_mask: The padding mask in the form of the attention implementation, or None.
             past_key_values: Always None; the caller passes it.
             swap_qk: Use ``key`` for the queries and ``query`` for the keys, weights and biases.
+            cls_only: Attend from the first token alone, to all; the results then have 1 token.
 
         Returns:
             Attention output [batch, tokens, hidden], and the weights [batch, heads, tokens, tokens] where the
             implementation gives them (eager does).
         """
-        heads_shape = (*hidden_states.shape[:-1], -1, self.attention_head_size)
+        asking = hidden_states[:, :1] if cls_only else hidden_states
+        if cls_only and attention_mask is not None:
+            attention_mask = attention_mask[:, :, :1]  # [batch, 1, tokens, tokens]
         # Both runs call the same modules in the same order and only use the results differently: no module is
         # written to (threads, recomputed activations), and the hooks that gather ZeRO-3 parameters fire.
-        projections = (self.query, self.key, self.value)
-        query, key, value = (proj(hidden_states).view(heads_shape).transpose(1, 2) for proj in projections)
+        inputs = (hidden_states, asking) if swap_qk else (asking, hidden_states)
+        query, key, value = (
+            project(states).unflatten(-1, (-1, self.attention_head_size)).transpose(1, 2)
+            for project, states in zip((self.query, self.key, self.value), (*inputs, hidden_states), strict=True)
+        )
         if swap_qk:
             query, key = key, query
         implementation = self.config._attn_implementation
@@ -174,7 +182,14 @@ class SPSBertSelfAttention(BertSelfAttention):
             scaling=self.scaling,
             **kwargs,
         )
-        return output.reshape(*hidden_states.shape[:-1], -1).contiguous(), weights
+        return output.reshape(*asking.shape[:-1], -1).contiguous(), weights
+
+
+class SPSBertSelfOutput(BertSelfOutput):
+    """The residual connection around attention, over those first tokens that attention was asked for."""
+
+    def forward(self, hidden_states: torch.Tensor, input_tensor: torch.Tensor) -> torch.Tensor:
+        return super().forward(hidden_states, input_tensor[:, : hidden_states.shape[1]])
 
 
 class SPSBertEncoder(BertEncoder):
@@ -185,19 +200,57 @@ class SPSBertEncoder(BertEncoder):
         self.order = execution_order(config.num_hidden_layers, config.sharing, config.shuffle_qk)
         for index in range(config.num_hidden_layers):
             self.set_submodule(f"layer.{index}.attention.self", SPSBertSelfAttention(config, layer_idx=index))
+            self.set_submodule(f"layer.{index}.attention.output", SPSBertSelfOutput(config))
 
     def forward(  # type: ignore[override]  # the parent's decoder arguments pass through kwargs
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         use_cache: bool | None = None,
+        cls_only: bool = False,
+        cls_vectors: dict[int, Any] | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
-        """Run [batch, tokens, hidden] through every effective layer; ``use_cache`` has no effect."""
-        for index, swapped in self.order:
-            # BertLayer and BertAttention hand keyword arguments on, so swap_qk reaches SPSBertSelfAttention.
-            hidden_states = self.layer[index](hidden_states, attention_mask, swap_qk=swapped, **kwargs)
+        """Run [batch, tokens, hidden] through every effective layer; ``use_cache`` has no effect.
+
+        With ``cls_only`` the last layer computes only the first token, all that a classifier reads: [batch, 1, hidden].
+        Attention implementations with masks of their own compute the whole layer all the same.
+
+        ``cls_vectors`` receives the first token [batch, hidden] of each effective layer (from 1) that is among its
+        keys. Its gradient joins the layer's own, which slicing a hidden state would make a second one for.
+        """
+        cls_only = cls_only and self.config._attn_implementation in ("sdpa", "eager")
+        for number, (index, swapped) in enumerate(self.order, start=1):
+            # BertLayer and BertAttention hand keyword arguments on, so they reach SPSBertSelfAttention.
+            more = {"swap_qk": swapped, "cls_only": cls_only and number == len(self.order)}
+            hidden_states = self.layer[index](hidden_states, attention_mask, **more, **kwargs)
+            if cls_vectors is not None and number in cls_vectors:
+                hidden_states, cls_vectors[number] = _TakeCls.apply(hidden_states)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states)
+
+
+class _TakeCls(torch.autograd.Function):
+    """States [batch, tokens, hidden] as they are, and a copy of their first token.
+
+    Slicing would give back a gradient of the whole shape, zero but for one token, that autograd fills and then adds to
+    the states' own. Here the token's gradient is added in place, which is safe because the states' gradient is a sum
+    that autograd has made for this node: every layer reads its input more than once (attention, residual).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.shape = states.shape
+        return states.view_as(states), states[:, 0].clone()
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, of_states: torch.Tensor | None, of_cls: torch.Tensor | None) -> torch.Tensor | None:
+        if of_cls is not None:
+            if of_states is None:  # nothing above reads the states
+                of_states = of_cls.new_zeros(ctx.shape)
+            of_states[:, 0] += of_cls
+        return of_states
 
 
 def _recorded_outputs() -> dict[str, Any]:

@@ -7,14 +7,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from peakd_ds import checkpoint, dist, figures, glue_eval, modeling, ptp
+from peakd_ds import checkpoint, dist, ds_engine, figures, glue_eval, modeling, ptp, teacher_cache
 from peakd_ds.config import STAGES
-from peakd_ds.data import GlobalBatch, MicroBatch
+from peakd_ds.data import GlobalBatch, MicroBatch, Split
 from peakd_ds.export import export_model
 from peakd_ds.kernels import DistillationLoss, distillation_loss
 from peakd_ds.modeling import MatchedStudent
@@ -68,7 +69,7 @@ def _teacher_stage(run: Run, log: RunLog) -> Stage:
 
     def loss(engine: Any, micro: MicroBatch, batch: GlobalBatch, closely: bool) -> tuple[DistillationLoss, None]:
         logits = engine(**micro.inputs).logits[: micro.num_real]
-        return _hard_loss(logits, micro.labels[: micro.num_real], batch), None
+        return _hard_loss(run, engine, logits, micro.labels[: micro.num_real], batch), None
 
     def evaluate(module: nn.Module) -> dict[str, float]:
         return _task_metrics(run, _predict_selection(run, lambda inputs: module(**inputs).logits, run.task.num_labels))
@@ -93,12 +94,12 @@ def _ptp_stage(run: Run, log: RunLog) -> Stage:
     selection_name = run.selection[0]
 
     def loss(engine: Any, micro: MicroBatch, batch: GlobalBatch, closely: bool) -> tuple[DistillationLoss, None]:
-        logits = engine(**micro.inputs).logits[: micro.num_real]
+        logits = engine(**micro.inputs, cls_only=True).logits[: micro.num_real]
         labels = ptp_labels["train"][micro.rows[: micro.num_real]].to(logits.device)
-        return _hard_loss(logits, labels, batch), None
+        return _hard_loss(run, engine, logits, labels, batch), None
 
     def evaluate(module: nn.Module) -> dict[str, float]:
-        logits = _predict_selection(run, lambda inputs: module(**inputs).logits, ptp.NUM_PTP_LABELS)
+        logits = _predict_selection(run, lambda inputs: module(**inputs, cls_only=True).logits, ptp.NUM_PTP_LABELS)
         labels = ptp_labels[selection_name]
         return {
             "loss": nn.functional.cross_entropy(logits, labels).item(),
@@ -106,7 +107,7 @@ def _ptp_stage(run: Run, log: RunLog) -> Stage:
         }
 
     def finish(module: Any) -> None:
-        logits = _predict_selection(run, lambda inputs: module(**inputs).logits, ptp.NUM_PTP_LABELS)
+        logits = _predict_selection(run, lambda inputs: module(**inputs, cls_only=True).logits, ptp.NUM_PTP_LABELS)
         counts = ptp.summarize(ptp_labels["train"][ptp_labels["train"] >= 0])
         log.figure("ptp/label_histogram", figures.label_histogram(ptp.PTP_LABEL_NAMES, list(counts.values())))
         log.figure(
@@ -130,8 +131,9 @@ def _distill_stage(run: Run, log: RunLog) -> Stage:
     """Train the student, its PTP head dropped for a new one, on labels, teacher logits and teacher hidden states."""
     config = run.config
     asks_teacher = config.alpha > 0 or config.beta > 0
-    teacher = run.teacher() if asks_teacher else None
-    teacher_logits = run.teacher_logits(*run.selection[1:]) if run.has_teacher() else None
+    answers = teacher_cache.answers_of(run, log.say)
+    teacher = run.teacher() if asks_teacher and answers is None else None
+    teacher_logits = _teacher_logits(run, answers, *run.selection) if run.has_teacher() else None
     if config.beta > 0 and not run.pairs:
         log.say(f"--layer_map {config.layer_map} matches no layer pair at these depths: the hidden-state loss is 0")
 
@@ -145,8 +147,12 @@ def _distill_stage(run: Run, log: RunLog) -> Stage:
         engine: Any, micro: MicroBatch, batch: GlobalBatch, closely: bool
     ) -> tuple[DistillationLoss, torch.Tensor | None]:
         n = micro.num_real
-        teacher_scores, teacher_hidden = None, []
-        if teacher is not None:
+        teacher_scores: torch.Tensor | None = None
+        teacher_hidden: list[torch.Tensor] = []
+        if answers is not None and asks_teacher:
+            with run.teacher_clock:
+                teacher_scores, teacher_hidden = answers["train"].of(micro.rows[:n])
+        elif teacher is not None:
             with torch.no_grad(), run.teacher_clock:
                 answer = teacher(**micro.inputs, output_hidden_states=bool(run.pairs))
             teacher_scores = answer.logits[:n]
@@ -173,6 +179,8 @@ def _distill_stage(run: Run, log: RunLog) -> Stage:
                 normalize=config.hidden_loss == "cls",
                 num_items=batch.num_items,
                 num_tokens=batch.num_tokens,
+                grad_scale=ds_engine.expected_upstream(engine),
+                backend=config.loss_backend,
             )
 
         distances = None
@@ -205,7 +213,8 @@ def _ptp_labels_of(run: Run, log: RunLog) -> dict[str, torch.Tensor]:
     file = run.folder / "checkpoints" / "ptp" / "labels.safetensors"
     selection_name, split, rows = run.selection
     if not dist.on_main(file.exists):
-        logits = run.teacher_logits(run.train, run.train_rows)
+        answers = teacher_cache.answers_of(run, log.say)
+        logits = _teacher_logits(run, answers, "train", run.train, run.train_rows)
         labels = run.train.labels[run.train_rows]
         published = run.task.ptp_thresholds or ("median", "median")
         wanted = [
@@ -215,7 +224,9 @@ def _ptp_labels_of(run: Run, log: RunLog) -> dict[str, torch.Tensor]:
         t_correct, t_wrong = ptp.resolve_thresholds(logits, labels, *wanted)
         of_train = torch.full((len(run.train),), -1, dtype=torch.int64)
         of_train[torch.from_numpy(run.train_rows)] = ptp.ptp_labels(logits, labels, t_correct, t_wrong)
-        of_selection = ptp.ptp_labels(run.teacher_logits(split, rows), split.labels[rows], t_correct, t_wrong)
+        of_selection = ptp.ptp_labels(
+            _teacher_logits(run, answers, selection_name, split, rows), split.labels[rows], t_correct, t_wrong
+        )
         thresholds = {"t_correct": str(t_correct), "t_wrong": str(t_wrong)}
 
         def write() -> None:
@@ -238,9 +249,30 @@ def _ptp_labels_of(run: Run, log: RunLog) -> dict[str, torch.Tensor]:
     return {"train": stored["train"], selection_name: stored["selection"]}
 
 
-def _hard_loss(logits: torch.Tensor, labels: torch.Tensor, batch: GlobalBatch) -> DistillationLoss:
+def _teacher_logits(
+    run: Run, answers: dict[str, teacher_cache.Answers] | None, name: str, split: Split, rows: np.ndarray
+) -> torch.Tensor:
+    """float32 [N, C] over rows of the split of that name, on the CPU: from the cache or (collective) the teacher."""
+    if answers is None:
+        return run.teacher_logits(split, rows)
+    return answers[name].of(torch.from_numpy(rows))[0].cpu()
+
+
+def _hard_loss(
+    run: Run, engine: Any, logits: torch.Tensor, labels: torch.Tensor, batch: GlobalBatch
+) -> DistillationLoss:
     return distillation_loss(
-        logits, None, labels, [], [], temperature=1.0, alpha=0.0, beta=0.0, num_items=batch.num_items
+        logits,
+        None,
+        labels,
+        [],
+        [],
+        temperature=1.0,
+        alpha=0.0,
+        beta=0.0,
+        num_items=batch.num_items,
+        grad_scale=ds_engine.expected_upstream(engine),
+        backend=run.config.loss_backend,
     )
 
 

@@ -13,9 +13,10 @@ import sys
 from deepspeed import DeepSpeedEngine
 from torch import nn
 
-from peakd_ds import checkpoint, data, dist, ds_engine, report, stages
+from peakd_ds import checkpoint, data, dist, ds_engine, jit_lock, preempt, report, run_lock, slurm_job, stages
 from peakd_ds.checkpoint import TrainState
 from peakd_ds.config import STAGES, RunConfig, UserError, exit_with, parse, to_yaml
+from peakd_ds.kernels import choose_backend
 from peakd_ds.modeling import has_unnamed_labels
 from peakd_ds.run import Run, open_run
 from peakd_ds.run_log import RunLog, StepMeter
@@ -24,21 +25,22 @@ from peakd_ds.stages import Stage
 
 def main(config: RunConfig) -> None:
     """Run the chosen stages and report."""
-    dist.init()
+    dist.init(config.rank_timeout)
     run = open_run(config)
     log = RunLog(run.folder)
     log.say(plan(run))
     if config.dry_run:
         return
-    for name in STAGES:
-        if name not in config.stages:
-            continue
-        reason = stages.skipped_because(name, run)
-        if reason is not None:
-            log.say(f"stage {name} is skipped: {reason}")
-            continue
-        train(stages.build_stage(name, run, log), run, log)
-    report.write(run, log)
+    with run_lock.owned(run.folder):
+        for name in STAGES:
+            if name not in config.stages:
+                continue
+            reason = stages.skipped_because(name, run)
+            if reason is not None:
+                log.say(f"stage {name} is skipped: {reason}")
+                continue
+            train(stages.build_stage(name, run, log), run, log)
+        report.write(run, log)
 
 
 def train(stage: Stage, run: Run, log: RunLog) -> None:
@@ -81,7 +83,9 @@ def train(stage: Stage, run: Run, log: RunLog) -> None:
             meter.end_step(state.step, batch.num_items, batch.num_tokens)
             log.advance()
 
-            is_saved = config.save_steps > 0 and state.step % config.save_steps == 0 and state.batch < len(slots)
+            stop = preempt.stop_agreed()  # a signal asks for it; at an epoch's end, that is saved first
+            is_saved = config.save_steps > 0 and state.step % config.save_steps == 0
+            is_saved = (is_saved or stop is not None) and state.batch < len(slots)
             is_evaluated = config.eval_steps > 0 and state.step % config.eval_steps == 0 and state.batch < len(slots)
             if is_logged or is_saved or is_evaluated:
                 meter.stop_if_not_finite(folder)
@@ -96,6 +100,7 @@ def train(stage: Stage, run: Run, log: RunLog) -> None:
                 evaluate(stage, engine, run, state, log)
             if is_saved:
                 checkpoint.save(folder, engine, state)
+                preempt.leave_if(stop)
             if is_logged or is_evaluated or is_saved:
                 meter.restart_clock()
 
@@ -111,6 +116,7 @@ def train(stage: Stage, run: Run, log: RunLog) -> None:
         else:
             state.epochs_without_better += 1
         checkpoint.save(folder, engine, state)
+        preempt.leave_if(preempt.stop_agreed())
         meter.restart_clock()
 
     engine.destroy()
@@ -167,7 +173,9 @@ def plan(run: Run) -> str:
     config = run.config
     micro, accum = run.micro_and_accum
     pairs = ", ".join(f"{i}:{j}" for i, j in run.pairs) or "none"
-    unnamed = []
+    placement, unnamed = [], []
+    if config.data_placement == "sharded":
+        placement = [f"rows of {data.NUM_SHARDS // dist.num_nodes()} shards on each of {dist.num_nodes()} nodes"]
     if run.teacher_source.is_classifier and not run.task.is_regression and has_unnamed_labels(run.teacher_source):
         unnamed = [f"warning: the teacher does not name its classes; taken for {', '.join(run.task.label_names)}"]
     return "\n".join(
@@ -177,20 +185,33 @@ def plan(run: Run) -> str:
             + ", ".join(f"{name} {len(split):,}" for name, split in run.dev.items()),
             f"batch: global {config.global_batch_size} = micro {micro} x accum {accum} x world {dist.world_size()}, "
             f"from {math.gcd(config.global_batch_size, data.NUM_SHARDS)} of {data.NUM_SHARDS} shards at a time",
+            *placement,
             f"teacher: {run.teacher_source.path}, {run.teacher_source.config.num_hidden_layers} layers of "
             f"{run.teacher_source.config.hidden_size}, ZeRO stage {ds_engine.zero_stage(run.teacher_ds_config)}",
             f"student: {config.num_hidden_layers} stored layers run as {run.student_depth} of "
             f"{run.student_init.config.hidden_size}, ZeRO stage {ds_engine.zero_stage(run.student_ds_config)}, "
             f"layer pairs {pairs}",
+            f"loss: {loss_backend(config)}",
             *unnamed,
+            *(f"warning: {jit_lock.describe(lock)}" for lock in jit_lock.stale_locks()),
         ]
     )
 
 
+def loss_backend(config: RunConfig) -> str:
+    """What computes the losses, and why."""
+    if config.loss_backend != "auto":
+        return f"{config.loss_backend} kernels (--loss_backend)"
+    chosen, reason = choose_backend(dist.device().type)
+    return f"{chosen} kernels, since {reason}"
+
+
 def cli() -> None:
     """Console script, and what launchers start."""
+    preempt.listen()
     try:
-        main(parse(sys.argv[1:]))
+        with slurm_job.noted():
+            main(parse(sys.argv[1:]))
     except (UserError, OSError) as error:  # OSError: a full disk or a folder that is gone, told without a traceback
         exit_with(error)
 

@@ -31,8 +31,8 @@ PROMISED_OPTIONS = """
 --ptp --t_correct --t_wrong --temperature --alpha --beta --layer_map --hidden_loss --teacher_epochs --ptp_epochs
 --distill_epochs --epochs --lr --warmup_ratio --weight_decay --max_grad_norm --dropout --max_seq_length
 --global_batch_size --micro_batch_size --seed --dtype --student_ds_config --teacher_ds_config --save_steps
---eval_steps --log_steps --early_stopping_patience --select_on --dry_run --teacher_mode --export_unrolled
---no_ptp --no_shuffle_qk --no_export_unrolled
+--eval_steps --log_steps --early_stopping_patience --select_on --dry_run --teacher_mode --teacher_cache --loss_backend
+--export_unrolled --no_ptp --no_shuffle_qk --no_export_unrolled
 """
 SPECS = {spec.name: spec for spec in fields(RunConfig)}
 SWITCHES = [name for name, spec in SPECS.items() if spec.type in (bool, bool | None)]
@@ -41,6 +41,7 @@ CHECKED = [name for name, spec in SPECS.items() if spec.metadata["check"]]
 OUTSIDE = {
     ">= 0": ["-1"],
     ">= 1": ["0", "-3"],
+    ">= 5": ["4.9"],
     ">= 8": ["7"],
     "> 0": ["0", "-1e-9"],
     "[0, 1]": ["-0.001", "1.001"],
@@ -423,7 +424,7 @@ def test_neutral_settings_are_those_that_do_not_change_the_result() -> None:
     assert set(SPECS) >= RESULT_NEUTRAL
     changing = "task teacher num_hidden_layers sharing ptp alpha beta lr seed dtype global_batch_size max_seq_length"
     assert not RESULT_NEUTRAL & set(changing.split())
-    neutral = "micro_batch_size student_ds_config teacher_ds_config teacher_mode log_steps save_steps"
+    neutral = "micro_batch_size student_ds_config teacher_ds_config teacher_mode teacher_cache log_steps save_steps"
     assert set(neutral.split()) <= RESULT_NEUTRAL
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from scipy.special import log_softmax
 
 from peakd_ds import kernels
-from peakd_ds.kernels import DistillationLoss, DistillationLossModule, distillation_loss
+from peakd_ds.kernels import DistillationLoss, distillation_loss
 
 INF = math.inf
 PEAKD = {"temperature": 10.0, "alpha": 0.7, "beta": 100.0}

@@ -50,3 +50,27 @@ def test_rte_from_encoder_to_results(demo_folder: Path, few_rows: Path, tmp_path
     records = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     for term in ("hard_loss", "soft_loss", "hidden_loss"):
         assert all(0 < r[term] < 1 for r in records if r["stage"] == "distill" and "loss" in r)
+
+
+@pytest.mark.slow
+def test_fused_and_reference_loss_give_the_same_curve(
+    demo_folder: Path, few_rows: Path, tmp_path: Path, env: dict[str, str]
+) -> None:
+    """50 steps of distillation on RTE in fp32 without dropout, from the same teacher."""
+    words = "--task rte --num_hidden_layers 1 --max_seq_length 32 --no_ptp --dtype fp32 --dropout 0 --log_steps 1"
+    words += " --distill_epochs 10 --teacher_epochs 1 --lr 5e-5 --no_export_unrolled"
+
+    def run(folder: Path, *more: str) -> list[dict[str, float]]:
+        paths = ["--data_dir", str(few_rows), "--run_dir", str(folder), *more]
+        command = [sys.executable, "peakd_ds/train.py", *words.split(), *paths]
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=280)
+        assert done.returncode == 0, done.stderr
+        lines = (folder / "metrics.jsonl").read_text().splitlines()
+        return [record for record in map(json.loads, lines) if "loss" in record]
+
+    run(tmp_path / "teacher", "--teacher", str(demo_folder / "encoder"), "--stages", "teacher")
+    teacher = ["--teacher", str(tmp_path / "teacher" / "teacher"), "--stages", "distill"]
+    fused, reference = (run(tmp_path / name, *teacher, "--loss_backend", name) for name in ("torch", "reference"))
+    assert len(fused) == len(reference) == 50
+    for term in ("loss", "hard_loss", "soft_loss", "hidden_loss"):
+        assert [r[term] for r in fused] == pytest.approx([r[term] for r in reference], rel=1e-5)

@@ -511,3 +511,94 @@ def test_init_refuses_what_does_not_fit(init_layers, settings, message):
     with pytest.raises(ValueError, match=message):
         init_from_encoder(student, make_encoder(**settings), init_layers)
     assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize(("num_layers", "sharing"), [(1, "none"), (2, "sps"), (3, "cycle_rev")])
+def test_the_last_layer_for_cls_alone_changes_nothing(num_layers: int, sharing: str, attention: str) -> None:
+    """Logits, [CLS] of every layer, and gradients, with padding; the last layer's other tokens are not there."""
+    torch.manual_seed(0)
+    config = SPSBertConfig(
+        vocab_size=50,
+        hidden_size=32,
+        num_hidden_layers=num_layers,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=16,
+        sharing=sharing,
+        initializer_range=0.1,
+        attn_implementation=attention,
+    )
+    student = SPSBertForSequenceClassification(config).eval()
+    mask = torch.ones(4, 9, dtype=torch.int64)
+    mask[1, 5:], mask[3, 2:] = 0, 0
+    inputs = {"input_ids": torch.randint(5, 50, (4, 9)), "attention_mask": mask}
+    answers = []
+    for cls_only in (False, True):
+        student.zero_grad()
+        output = student(**inputs, output_hidden_states=True, cls_only=cls_only)
+        seen = [output.logits, *(states[:, 0] for states in output.hidden_states)]
+        sum(((index + 1) * tensor.sin()).sum() for index, tensor in enumerate(seen)).backward()
+        gradients = [parameter.grad.clone() for parameter in student.parameters()]
+        answers.append((seen, gradients, output.hidden_states[-1].shape[1]))
+    (full, full_gradients, num_full), (short, short_gradients, num_short) = answers
+    assert (num_full, num_short) == (9, 1)
+    torch.testing.assert_close(short, full, rtol=1e-6, atol=1e-6)
+    scale = max(gradient.abs().max().item() for gradient in full_gradients)
+    for ours, theirs in zip(short_gradients, full_gradients, strict=True):
+        torch.testing.assert_close(ours / scale, theirs / scale, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("checkpointed", [False, True], ids=["plain", "checkpointed"])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_cls_vectors_have_the_gradients_of_slices(attention: str, checkpointed: bool) -> None:
+    torch.manual_seed(0)
+    config = SPSBertConfig(
+        vocab_size=50,
+        hidden_size=16,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=32,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+        attn_implementation=attention,
+    )
+    student = SPSBertForSequenceClassification(config).train().double()  # fp32 would show the order of sums
+    if checkpointed:
+        student.gradient_checkpointing_enable()
+    inputs = {"input_ids": torch.randint(5, 50, (4, 9)), "attention_mask": torch.ones(4, 9, dtype=torch.int64)}
+    inputs["attention_mask"][1, 5:] = 0
+    layers, answers = [1, 3, 4], []
+    for slices in (True, False):
+        student.zero_grad()
+        if slices:
+            output = student(**inputs, output_hidden_states=True)
+            vectors = [output.hidden_states[layer][:, 0] for layer in layers]
+        else:
+            taken = dict.fromkeys(layers)
+            output = student(**inputs, cls_only=True, cls_vectors=taken)
+            vectors = list(taken.values())
+        seen = [output.logits, *vectors]
+        sum(((index + 1) * tensor.sin()).sum() for index, tensor in enumerate(seen)).backward()
+        answers.append((seen, [parameter.grad.clone() for parameter in student.parameters()]))
+    (sliced, sliced_gradients), (taken_seen, taken_gradients) = answers
+    torch.testing.assert_close(taken_seen, sliced, rtol=1e-12, atol=1e-12)
+    for ours, theirs in zip(taken_gradients, sliced_gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-10)
+
+
+def test_cls_vectors_alone_have_a_gradient() -> None:
+    """Where nothing reads the states above the layer that is looked at."""
+    torch.manual_seed(0)
+    config = SPSBertConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=1, num_attention_heads=2, intermediate_size=32
+    )
+    student = SPSBertForSequenceClassification(config).eval()
+    gradients = []
+    for slices in (True, False):
+        student.zero_grad()
+        inputs, taken = torch.arange(10).reshape(2, 5), {1: None}
+        output = student(inputs, output_hidden_states=slices, cls_vectors=None if slices else taken)
+        (output.hidden_states[1][:, 0] if slices else taken[1]).sin().sum().backward()
+        gradients.append(student.bert.encoder.layer[0].attention.self.query.weight.grad.clone())
+    torch.testing.assert_close(*gradients)

@@ -1,0 +1,144 @@
+"""Look at every node of a Slurm job before training: one task per rank, started by slurm/preflight.sh.
+
+A node that is not fit is named and written to START/bad_nodes.json, and slurm_job.py has the job requeued without it.
+"""
+
+import json
+import os
+import resource
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed
+
+from peakd_ds import dist, liveness, preempt, slurm_job
+from peakd_ds.config import UserError, exit_with, parse
+from peakd_ds.files import write_atomically
+
+MIN_RUN_FOLDER_MIB = 2048
+MIN_SCRATCH_MIB = 1024
+MIN_OPEN_FILES = 1024
+MAX_CLOCK_OFFSET_S = 5.0
+NUM_FLOATS = 8 * 2**20  # of the all-reduce that is timed: 32 MiB
+
+
+def look_at_node(run_dir: Path) -> tuple[dict[str, str], list[str]]:
+    """What this node has, by name, and what is wrong with it."""
+    faults = []
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES") if "SLURM_GPUS_ON_NODE" in os.environ else None
+    asked, seen = len(visible.split(",")) if visible else 0, torch.cuda.device_count()
+    if seen < asked and os.environ.get("DS_ACCELERATOR") != "cpu":
+        faults.append(f"{seen} of {asked} GPUs are seen")
+    facts = {"GPUs": f"{seen} of {asked}", "driver": _driver() if seen else "-"}
+    places = [("run folder", run_dir, MIN_RUN_FOLDER_MIB)]
+    if os.environ.get("PEAKD_SCRATCH"):
+        places.append(("scratch", Path(os.environ["PEAKD_SCRATCH"]), MIN_SCRATCH_MIB))
+    for name, folder, least in places:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            free = shutil.disk_usage(folder).free // 2**20
+            facts[name] = f"{free} MiB free"
+            probe = folder / f".preflight-{os.environ.get('SLURM_JOB_ID', '')}-{os.environ['RANK']}"
+            probe.write_bytes(b"\0" * 4096)
+            probe.unlink()
+            if free < least:
+                faults.append(f"{name} {folder} has {free} MiB free, and {least} are wanted")
+        except OSError as error:
+            faults.append(f"{name} {folder} cannot be written ({error.strerror})")
+    files = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    facts["open files"] = str(files)
+    if files < MIN_OPEN_FILES:
+        faults.append(f"the open-file limit is {files}, and {MIN_OPEN_FILES} are wanted")
+    return facts, faults
+
+
+def check_ranks_per_gpu() -> None:
+    """Raise UserError if a node has GPUs that no rank would use, or ranks without one."""
+    num_gpus, num_ranks = int(os.environ.get("SLURM_GPUS_ON_NODE", "0")), dist.local_world_size()
+    if num_gpus and num_gpus != num_ranks:
+        raise UserError(
+            f"a node has {num_gpus} GPUs and {num_ranks} ranks; each rank takes one GPU: "
+            f"set --ntasks-per-node={num_gpus}"
+        )
+
+
+def _driver() -> str:
+    try:
+        return Path("/proc/driver/nvidia/version").read_text().split("Kernel Module")[1].split()[0]
+    except (OSError, IndexError):
+        return "?"
+
+
+def all_reduce_speed() -> float:
+    """GiB a second that each rank sends in a ring all-reduce over all ranks (collective)."""
+    on_gpu = torch.distributed.get_backend() == "nccl"
+    numbers = torch.ones(NUM_FLOATS, device="cuda" if on_gpu else "cpu")
+    seconds = []
+    for _ in range(3):  # the first opens the connections
+        start = time.perf_counter()
+        torch.distributed.all_reduce(numbers)
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - start)
+    world_size = torch.distributed.get_world_size()
+    return numbers.numel() * 4 * 2 * (world_size - 1) / world_size / min(seconds[1:]) / 2**30
+
+
+def main(argv: list[str]) -> int:
+    """Check, print a line for each node, and return 0 if all are fit.
+
+    Raises:
+        UserError: options are wrong, or the ranks do not fit the nodes' GPUs. LostRank: a rank did not come.
+    """
+    config = parse(argv)
+    store = dist.find_ranks(config.rank_timeout)
+    use_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    if use_gpu:
+        check_ranks_per_gpu()
+        torch.cuda.set_device(dist.local_rank() % torch.cuda.device_count())
+    torch.distributed.init_process_group("nccl" if use_gpu else "gloo", timeout=dist.COLLECTIVE_TIMEOUT)
+    if store is not None:
+        liveness.watch(store, config.rank_timeout)
+    node = os.environ.get("SLURMD_NODENAME", os.uname().nodename)
+    facts, faults = look_at_node(Path(config.run_dir)) if dist.local_rank() == 0 else ({}, [])
+    torch.distributed.barrier()
+    told: list[Any] = [None] * dist.world_size()
+    torch.distributed.all_gather_object(told, (node, time.time(), facts, faults))
+    now = told[0][1]
+    bad_nodes: dict[str, str] = {}
+    lines = []
+    for name, clock, node_facts, node_faults in told:
+        if abs(clock - now) > MAX_CLOCK_OFFSET_S:
+            node_faults.append(f"its clock is {clock - now:+.0f} s off that of {told[0][0]}")
+        if node_faults:
+            bad_nodes[name] = "; ".join(node_faults)
+        if node_facts:
+            facts_told = ", ".join(f"{key} {value}" for key, value in node_facts.items())
+            lines.append(f"preflight {name}: {facts_told}; {bad_nodes.get(name, 'fit')}")
+    speed = f"{all_reduce_speed():.2f} GiB/s a rank" if dist.world_size() > 1 else "one rank"
+    if dist.is_main():
+        print("\n".join([*lines, f"preflight all-reduce of {NUM_FLOATS * 4 // 2**20} MiB: {speed}"]), flush=True)
+        if bad_nodes and os.environ.get(slurm_job.START_DIR):
+            write_atomically(Path(os.environ[slurm_job.START_DIR]) / "bad_nodes.json", json.dumps(bad_nodes))
+    preempt.leave_if(preempt.stop_agreed())
+    torch.distributed.barrier()
+    return 1 if bad_nodes else 0
+
+
+def cli() -> None:
+    """What slurm/preflight.sh starts."""
+    preempt.listen()
+    try:
+        with slurm_job.noted(tells_end=False):
+            status = main(sys.argv[1:])
+    except (UserError, OSError) as error:
+        exit_with(error, "preflight")
+    raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    cli()

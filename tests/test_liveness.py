@@ -1,0 +1,150 @@
+"""Ranks that do not come, fall silent, fail or do not belong are named, and the others leave in time."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+RANK = """
+import sys, time
+from peakd_ds import dist, liveness
+from peakd_ds.config import UserError
+try:
+    store = dist.find_ranks(float(sys.argv[1]))
+except (UserError, liveness.LostRank) as error:
+    raise SystemExit(f"{type(error).__name__}: {error}")
+liveness.watch(store, float(sys.argv[1]))
+print("there", flush=True)
+what = sys.stdin.readline().strip()
+if what == "fail":
+    liveness.tell("ZeroDivisionError: it divides by zero")
+    raise SystemExit(1)
+if what == "leave":
+    time.sleep(0.5 if dist.rank() == 0 else 0)
+    liveness.leave()
+    raise SystemExit(0)
+time.sleep(60)
+"""
+HOST = socket.gethostname()
+
+
+class Ranks:
+    def __init__(self, env: dict[str, str]):
+        self.env, self.processes = env, []
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            self.port = probe.getsockname()[1]
+
+    def start(self, rank: int, timeout_s: float, world_size: int = 2, **more: str) -> subprocess.Popen[str]:
+        ranks = dict(RANK=rank, LOCAL_RANK=rank, WORLD_SIZE=world_size, MASTER_ADDR="127.0.0.1", MASTER_PORT=self.port)
+        env = {
+            **self.env,
+            "TORCH_CPP_LOG_LEVEL": "FATAL",
+            **{name: str(value) for name, value in ranks.items()},
+            **more,
+        }
+        pipes = dict(stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        command = [sys.executable, "-c", RANK, str(timeout_s)]
+        self.processes.append(subprocess.Popen(command, env=env, text=True, **pipes))
+        return self.processes[-1]
+
+
+@pytest.fixture
+def ranks(env: dict[str, str]) -> Iterator[Ranks]:
+    made = Ranks({name: value for name, value in env.items() if not name.startswith("SLURM_")})
+    yield made
+    for process in made.processes:
+        process.kill()
+        process.communicate()
+
+
+def pair(ranks: Ranks, timeout_s: float) -> list[subprocess.Popen[str]]:
+    both = [ranks.start(rank, timeout_s) for rank in (0, 1)]
+    for process in both:
+        assert process.stdout.readline() == "there\n"
+    return both
+
+
+@pytest.mark.parametrize("silent", [0, 1])
+def test_silent_rank(ranks: Ranks, silent: int) -> None:
+    both = pair(ranks, 6)
+    both[silent].send_signal(signal.SIGSTOP)
+    told = both[1 - silent].communicate(timeout=60)[1]
+    both[silent].send_signal(signal.SIGCONT)
+    assert both[1 - silent].returncode == 1
+    which = "rank 0 has been silent for 6 s" if silent == 0 else f"rank 1 on {HOST} has been silent for 6 s"
+    assert f"rank {1 - silent} on {HOST} leaves: {which}" in told
+
+
+@pytest.mark.parametrize("failing", [0, 1])
+def test_failing_rank(ranks: Ranks, failing: int) -> None:
+    both = pair(ranks, 60)
+    both[failing].stdin.write("fail\n")
+    both[failing].stdin.flush()
+    told = both[1 - failing].communicate(timeout=30)[1]
+    assert both[1 - failing].returncode == 1
+    assert f"rank {failing} on {HOST} failed: ZeroDivisionError" in told or "rank 0 is gone" in told
+
+
+def test_ranks_leave_in_peace(ranks: Ranks) -> None:
+    both = pair(ranks, 60)
+    for process in both:
+        process.stdin.write("leave\n")
+        process.stdin.flush()
+    for process in both:
+        assert process.communicate(timeout=30)[1] == "" and process.returncode == 0
+
+
+def test_rank_that_does_not_come(ranks: Ranks) -> None:
+    first, last = ranks.start(0, 6, world_size=3), ranks.start(2, 6, world_size=3)
+    for process in (first, last):
+        told = process.communicate(timeout=60)[1]
+        assert f"LostRank: rank 1 of 3 did not come within 6 s of rank 0 on {HOST}" in told
+
+
+def test_rank_0_does_not_come(ranks: Ranks) -> None:
+    told = ranks.start(1, 5).communicate(timeout=60)[1]
+    assert f"LostRank: rank 0 at 127.0.0.1:{ranks.port} does not answer rank 1 on {HOST}" in told
+
+
+def test_rank_of_an_earlier_start(ranks: Ranks) -> None:
+    job = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "1"}
+    both = [ranks.start(0, 20, SLURM_RESTART_COUNT="1", **job), ranks.start(1, 20, **job)]
+    for process in both:
+        assert f"UserError: rank 1 on {HOST} is of job 7 start 0, rank 0 of job 7 start 1" in process.communicate()[1]
+
+
+def test_ranks_on_fewer_hosts_than_slurm_has_given(ranks: Ranks) -> None:
+    job = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2"}
+    for process in [ranks.start(rank, 20, **job) for rank in (0, 1)]:
+        assert f"UserError: 2 ranks are all on {HOST}, but Slurm has given 2 nodes" in process.communicate()[1]
+
+
+def test_one_rank_in_a_job_of_two_nodes(ranks: Ranks) -> None:
+    told = ranks.start(0, 20, world_size=1, SLURM_JOB_ID="7", SLURM_NNODES="2").communicate()[1]
+    assert "UserError: Slurm has given 2 nodes, but this run has one rank" in told
+
+
+def test_stale_build_lock_is_not_waited_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from torch.utils.file_baton import FileBaton
+
+    from peakd_ds import jit_lock
+    from peakd_ds.config import UserError
+
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    monkeypatch.setattr(FileBaton, "wait", FileBaton.wait)
+    lock = tmp_path / "cpu_adam" / "lock"
+    lock.parent.mkdir()
+    lock.touch()
+    assert jit_lock.stale_locks() == []
+    os.utime(lock, (0, time.time() - 3600))
+    assert jit_lock.stale_locks() == [lock]
+    jit_lock.never_wait_on_stale()
+    with pytest.raises(UserError, match=f"{lock} is 60 minutes old"):
+        FileBaton(str(lock)).wait()

@@ -1,0 +1,50 @@
+"""What preflight finds wrong with a node; the cluster tests run it on several."""
+
+import os
+import resource
+from pathlib import Path
+
+import pytest
+
+from peakd_ds import preflight
+from peakd_ds.config import UserError
+
+
+@pytest.fixture(autouse=True)
+def _one_rank_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith(("SLURM_", "PEAKD_", "CUDA_"))]:
+        monkeypatch.delenv(name)
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1")
+    monkeypatch.setenv("DS_ACCELERATOR", "")
+    monkeypatch.setattr(preflight.torch.cuda, "device_count", lambda: 0)
+
+
+def test_fit_node(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "MIN_RUN_FOLDER_MIB", 1)
+    facts, faults = preflight.look_at_node(tmp_path)
+    assert faults == [] and list(facts) == ["GPUs", "driver", "run folder", "open files"]
+    assert not any(tmp_path.iterdir())
+
+
+def test_faults_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "2")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("PEAKD_SCRATCH", str(tmp_path / "file" / "nowhere"))
+    monkeypatch.setattr(preflight, "MIN_RUN_FOLDER_MIB", 2**60)
+    monkeypatch.setattr(preflight, "MIN_OPEN_FILES", resource.getrlimit(resource.RLIMIT_NOFILE)[0] + 1)
+    _, faults = preflight.look_at_node(tmp_path)
+    assert faults[0] == "0 of 2 GPUs are seen"
+    assert "MiB free, and" in faults[1] and "nowhere cannot be written" in faults[2] and "open-file limit" in faults[3]
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    assert "0 of 2 GPUs are seen" not in preflight.look_at_node(tmp_path)[1]
+
+
+def test_every_gpu_has_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
+    preflight.check_ranks_per_gpu()
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")
+    with pytest.raises(UserError, match="4 GPUs and 1 ranks; each rank takes one GPU: set --ntasks-per-node=4"):
+        preflight.check_ranks_per_gpu()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "4")
+    preflight.check_ranks_per_gpu()

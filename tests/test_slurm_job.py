@@ -1,0 +1,160 @@
+"""What becomes of a job: from the ranks' notes, srun's words and Slurm's state to done, requeue or fail."""
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from peakd_ds import dist, preempt, slurm_job
+from peakd_ds.config import UserError
+from peakd_ds.slurm_job import cause_of, decide
+
+RUNNING = {"JobState": "RUNNING", "Requeue": "1", "NumNodes": "2", "PreemptTime": "None"}
+ENDING = RUNNING | {"JobState": "COMPLETING", "Reason": "None"}  # as after scancel
+KILLED = "srun: error: node2: task 1: Killed\nsrun: launch/slurm: _step_signal: Terminating StepId=7.0\n"
+
+
+def told(how: str, rank: int = 0, cause: str = "", at: float = 0.0, **more: Any) -> dict[str, Any]:
+    return {"how": how, "rank": rank, "host": f"node{rank + 1}", "cause": cause, "at": at, **more}
+
+
+@pytest.mark.parametrize(
+    ("notes", "job", "action"),
+    [
+        ([told("finished", 0), told("finished", 1)], RUNNING, "done"),
+        ([told("finished", 0), told("lost", 1)], RUNNING, "requeue"),
+        ([told("stopped", signal="SIGUSR1")], RUNNING, "requeue"),
+        ([told("stopped", signal="SIGUSR1")], ENDING, "fail"),
+        ([told("stopped", signal="SIGUSR1")], RUNNING | {"Requeue": "0"}, "fail"),
+        ([told("stopped", signal="SIGTERM")], RUNNING, "requeue"),  # RUNNING still, after a wait: a stray signal
+        ([told("stopped", signal="SIGTERM")], ENDING, "fail"),
+        ([told("stopped", signal="SIGTERM")], ENDING | {"Reason": "TimeLimit"}, "requeue"),
+        ([told("stopped", signal="SIGTERM")], RUNNING | {"PreemptTime": "2026-11-24T12:00:00"}, "requeue"),
+        ([told("refused", cause="--lr -1 is wrong")], RUNNING, "fail"),
+        ([told("lost")], RUNNING, "requeue"),
+        ([], RUNNING, "requeue"),
+        ([], ENDING, "fail"),
+        ([], {}, "requeue"),
+    ],
+)
+def test_verdict(notes: list[dict[str, Any]], job: dict[str, str], action: str) -> None:
+    assert decide(notes, {}, job, "cause", num_idle_starts=1).action == action
+
+
+def test_second_start_in_a_row_without_progress_is_the_last() -> None:
+    for notes in ([], [told("failed")], [told("stopped", signal="SIGUSR1")]):
+        assert decide(notes, {}, RUNNING, "rank 1 on node2: Killed", 1).action == "requeue"
+        verdict = decide(notes, {}, RUNNING, "rank 1 on node2: Killed", 2)
+        assert verdict.action == "fail" and "saved nothing new" in verdict.reason
+
+
+def test_bad_nodes_are_left_out_unless_all_are_bad() -> None:
+    verdict = decide([], {"node2": "no GPU"}, RUNNING, "", 2)
+    assert (verdict.action, verdict.exclude) == ("requeue", ["node2"]) and "node2 (no GPU)" in verdict.reason
+    assert decide([], {"node1": "full", "node2": "full"}, RUNNING, "", 1).action == "fail"
+    assert decide([], {"node2": "no GPU"}, RUNNING, "", 2, {"node1"}).action == "requeue"
+    assert decide([], {"node2": "no GPU"}, RUNNING, "", 2, {"node1", "node2"}).action == "fail", "no end otherwise"
+
+
+def test_the_cause_is_the_killed_rank_and_not_those_that_lost_it() -> None:
+    lost = told("lost", 0, "RuntimeError: Connection closed by peer")
+    assert cause_of([lost], KILLED) == "rank 1 on node2: Killed"
+    assert cause_of([lost, told("failed", 1, "ValueError: x")], KILLED) == "rank 1 on node2: ValueError: x"
+    assert cause_of([lost], "srun: error: node1: task 0: Exited with exit code 1\n").startswith("rank 0 on node1: Runt")
+    assert cause_of([], "srun: error: Node failure on node2\n" + KILLED) == "node node2 failed"
+    several = "srun: error: node2: tasks 2-3: Killed\nsrun: error: node1: task 0: Terminated\n"
+    assert cause_of([], several) == "rank 2-3 on node2: Killed"
+
+
+def test_the_cause_is_the_host_that_nobody_hears_of() -> None:
+    lost = told("lost", 0, "RuntimeError: Connection reset by peer", world_size=2)
+    assert cause_of([lost], "", ["node1", "node2"]).startswith("rank 1 on node2 is gone without a word, and rank 0 on")
+    assert cause_of([lost, told("lost", 1, at=1.0)], "", ["node1", "node2"]).startswith("rank 0 on node1: RuntimeError")
+
+
+def test_idle_starts_are_counted_from_the_newest_back(tmp_path: Path) -> None:
+    def end(restart: int, **facts: Any) -> None:
+        (tmp_path / f"7-{restart}").mkdir()
+        if facts:
+            (tmp_path / f"7-{restart}" / "end.json").write_text(json.dumps(facts))
+
+    end(0, is_idle=True)
+    end(1, is_idle=False)
+    end(9, is_idle=True)
+    end(10)  # cut off with its host
+    end(11, is_idle=True)
+    assert slurm_job._num_idle_starts(tmp_path, "7") == 2
+    (tmp_path / "7-9" / "bad_nodes.json").write_text("{}")
+    assert slurm_job._num_idle_starts(tmp_path, "7") == 1
+
+
+def test_position_tells_progress(tmp_path: Path) -> None:
+    assert slurm_job.position(tmp_path) == []
+    for stage, name, text in (("teacher", "FINISHED.json", "{}"), ("ptp", "latest", "step-00000004")):
+        (tmp_path / "checkpoints" / stage).mkdir(parents=True)
+        (tmp_path / "checkpoints" / stage / name).write_text(text)
+    assert slurm_job.position(tmp_path) == ["teacher finished", "ptp step-00000004"]
+
+
+@pytest.fixture
+def start_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(dist, "leave", lambda: None)  # the process group belongs to other tests too
+    monkeypatch.setenv(slurm_job.START_DIR, str(tmp_path))
+    monkeypatch.setenv("RANK", "3")
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    ("error", "how", "code"),
+    [
+        (preempt.Stopped(preempt.signal.SIGUSR1), "stopped", 138),
+        (preempt.Stopped(preempt.signal.SIGTERM), "stopped", 143),
+        (UserError("--lr"), "refused", None),
+        (RuntimeError("[gloo] Connection closed by peer [10.77.0.12]:5531"), "lost", None),
+        (ZeroDivisionError("division"), "failed", None),
+    ],
+)
+def test_rank_notes_how_it_ended(start_dir: Path, error: BaseException, how: str, code: int | None) -> None:
+    with pytest.raises(SystemExit if code else type(error)) as caught, slurm_job.noted():
+        raise error
+    assert code is None or caught.value.code == code
+    note = json.loads((start_dir / "rank-00003.json").read_text())
+    assert (note["how"], note["rank"]) == (how, 3) and str(error) in note["cause"]
+    slurm_job.note("lost", "later")
+    assert json.loads((start_dir / "rank-00003.json").read_text()) == note, "the first note stands"
+
+
+def test_nothing_is_noted_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(slurm_job.START_DIR, raising=False)
+    monkeypatch.chdir(tmp_path)
+    slurm_job.note("finished")
+    assert not any(tmp_path.iterdir())
+
+
+def test_open_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.setenv("SLURM_JOB_NODELIST", "node[1-2]")
+    words = ["--task", "rte", "--teacher", "somewhere"]
+    with pytest.raises(UserError, match="--run_dir is missing"):
+        slurm_job.open_start(words)
+    monkeypatch.setenv("RUN_DIR", str(tmp_path / "run"))
+    folder = slurm_job.open_start(words)
+    assert folder == tmp_path / "run" / "logs" / "7-0"
+    facts = json.loads((folder / "start.json").read_text())
+    assert facts["nodes"] == "node[1-2]" and facts["words"] == words and facts["position"] == []
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        slurm_job.open_start([*words, "--run_dir", str(tmp_path / "file" / "run")])
+
+
+def test_nodes_of_a_step_and_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    assert slurm_job.num_nodes_of_this_start() == 1
+    monkeypatch.setenv("SLURM_NNODES", "4")
+    assert slurm_job.num_nodes_of_this_start() == 4
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    monkeypatch.setenv("SLURM_STEP_NUM_NODES", "1")
+    assert slurm_job.num_nodes_of_this_start() == 1

@@ -1,0 +1,111 @@
+"""The shell scripts: lint, and the mistakes that they meet before any job runs. No cluster is needed."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+SCRIPTS = sorted([*ROOT.glob("slurm/*.sh"), *ROOT.glob("tests/cluster/*.sh"), ROOT / ".ci" / "run"])
+BIN = Path(sys.executable).parent
+
+
+def run(script: str, *words: str, cwd: Path = ROOT, **environment: str) -> tuple[int, str]:
+    env = {"PATH": f"{BIN}:/usr/bin:/bin", **environment}
+    done = subprocess.run(["bash", str(ROOT / script), *words], cwd=cwd, env=env, capture_output=True, text=True)
+    return done.returncode, done.stdout + done.stderr
+
+
+def test_scripts_pass_shellcheck() -> None:
+    assert len(SCRIPTS) >= 6
+    done = subprocess.run([BIN / "shellcheck", "-x", *SCRIPTS], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+@pytest.mark.parametrize("script", [path.name for path in SCRIPTS if path.parent.name == "slurm"])
+def test_scripts_state_no_policy(script: str) -> None:
+    """No evaluation of strings, no dump of the environment."""
+    text = re.sub(r"^\s*#.*", "", (ROOT / "slurm" / script).read_text(), flags=re.MULTILINE)
+    assert not re.search(r"\beval\b|\bprintenv\b|^\s*(env|set|declare -p|export -p)\s*($|\|)", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("script", ["slurm/distill.sh", "slurm/preflight.sh"])
+def test_outside_a_job(script: str) -> None:
+    assert run(script) == (2, f"{Path(script).name}: error: not in a Slurm job; submit it: sbatch {script}\n")
+
+
+@pytest.mark.parametrize("script", ["slurm/distill.sh", "slurm/preflight.sh", "slurm/tensorboard.sh"])
+def test_outside_the_repository(script: str, tmp_path: Path) -> None:
+    code, told = run(script, cwd=tmp_path)
+    assert code == 2 and "error: not in the repository's root" in told
+
+
+def test_srun_absent(tmp_path: Path) -> None:
+    for name in ("bash", "basename", "hostname", "sed", "grep"):
+        (tmp_path / name).symlink_to(f"/usr/bin/{name}")
+    code, told = run("slurm/distill.sh", SLURM_JOB_ID="7", PATH=str(tmp_path))
+    assert code == 2 and "distill.sh: error: no srun on " in told and "must be on PATH" in told
+
+
+@pytest.fixture
+def slurm_job(tmp_path: Path) -> dict[str, str]:
+    """As in a job, with a stand-in for srun."""
+    (tmp_path / "srun").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "srun").chmod(0o755)
+    return {"SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "node1", "PATH": f"{tmp_path}:{BIN}:/usr/bin:/bin"}
+
+
+def test_site_file_missing(slurm_job: dict[str, str]) -> None:
+    code, told = run("slurm/distill.sh", **slurm_job, PEAKD_SITE="nowhere.sh")
+    assert code == 2 and "PEAKD_SITE nowhere.sh is no file; make one from slurm/site.example.sh" in told
+
+
+@pytest.mark.parametrize("line", ["PEAKD_SCRACH=/scratch", "export PEAKD_SCRACH=/scratch", "  PEAKD_SCRACH="])
+def test_site_file_with_an_unknown_key(slurm_job: dict[str, str], tmp_path: Path, line: str) -> None:
+    site = tmp_path / "site.sh"
+    site.write_text(f"# ours\nPEAKD_PREFLIGHT=no\n{line}\n")
+    code, told = run("slurm/distill.sh", **slurm_job, PEAKD_SITE=str(site))
+    assert code == 2 and f"{site}: unknown key PEAKD_SCRACH; slurm/site.example.sh has them all" in told
+
+
+def test_site_file_that_sets_every_key(slurm_job: dict[str, str], tmp_path: Path) -> None:
+    """Every line of the example, made active: known keys all, and the run comes as far as its own mistake."""
+    text = (ROOT / "slurm" / "site.example.sh").read_text()
+    lines = re.findall(r"^#([A-Z_]+=.*)", text, flags=re.MULTILINE)
+    assert len(lines) >= 8
+    usable = [line for line in lines if not line.startswith(("PEAKD_MODULES", "PEAKD_CONTAINER", "PEAKD_VENV"))]
+    site = tmp_path / "site.sh"
+    site.write_text("\n".join(["set -u", *usable, f"PEAKD_VENV={BIN.parent}", "PEAKD_CONTAINER=nice"]) + "\n")
+    code, told = run("slurm/distill.sh", "--task", "rte", **slurm_job, PEAKD_SITE=str(site), USER="someone")
+    assert code == 2 and told.startswith("distill.sh: error: --teacher is missing"), told
+
+
+def test_python_absent(slurm_job: dict[str, str]) -> None:
+    code, told = run("slurm/distill.sh", **slurm_job, PEAKD_VENV="nowhere")
+    assert code == 2 and "no nowhere/bin/python; run make venv, or set PEAKD_VENV" in told
+
+
+def test_run_folder_unset_or_unwritable(slurm_job: dict[str, str], tmp_path: Path) -> None:
+    words, env = ("--task", "rte", "--teacher", "somewhere"), {**slurm_job, "PEAKD_VENV": str(BIN.parent)}
+    code, told = run("slurm/distill.sh", *words, **env)
+    assert code == 2 and told.startswith("distill.sh: error: --run_dir is missing")
+    (tmp_path / "file").touch()
+    code, told = run("slurm/distill.sh", *words, **env, RUN_DIR=str(tmp_path / "file" / "run"))
+    assert code == 2 and "cannot be written on" in told and told.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ((), "'' is no run folder; usage: slurm/tensorboard.sh RUN"),
+        (("nowhere",), "'nowhere' is no run folder"),
+        (("tests", "--prot=1"), "unknown option --prot=1"),
+        (("tests", "--port=x"), "--port=x is not a number"),
+        (("tests", "--node=node1"), "--node=node1 needs --job=JOBID"),
+    ],
+)
+def test_tensorboard_script_mistakes(words: tuple[str, ...], message: str) -> None:
+    code, told = run("slurm/tensorboard.sh", *words, PEAKD_VENV=str(BIN.parent))
+    assert code == 2 and f"tensorboard.sh: error: {message}" in told

@@ -1,0 +1,295 @@
+"""The teacher's answers in files: equal to asking it, whole or refused, and built by one start at a time."""
+
+import errno
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import save_encoder
+
+from peakd_ds import dist, stages, teacher_cache, train
+from peakd_ds.config import UserError, parse
+from peakd_ds.modeling import task_head
+from peakd_ds.run import Run, open_run
+from peakd_ds.tasks import get_task
+
+WORDS = "--task rte --num_hidden_layers 2 --layer_map 1:1,2:2,3:3 --global_batch_size 16 --log_steps 1 --lr 1e-3"
+
+
+@pytest.fixture
+def argv(tiny_data: Path, tiny_teacher, tmp_path: Path) -> list[str]:
+    """A run with a cache that lies outside its folder; dropout off."""
+    words = [*WORDS.split(), "--epochs", "2", "--dropout", "0", "--teacher_cache", str(tmp_path / "cache")]
+    return [*words, "--dtype", "fp32", "--teacher", str(tiny_teacher("rte")), "--data_dir", str(tiny_data)]
+
+
+def opened(argv: list[str], run_dir: Path, *more: str) -> Run:
+    return open_run(parse([*argv, "--run_dir", str(run_dir), "--teacher_mode", "cached", *more]))
+
+
+def answers_of(run: Run) -> teacher_cache.Answers:
+    said: list[str] = []
+    answers = teacher_cache.answers_of(run, said.append)
+    assert answers is not None
+    return answers["train"]
+
+
+def no_engine() -> None:
+    raise AssertionError("the teacher's engine was started")
+
+
+def run_all(argv: list[str]) -> None:
+    train.main(parse(argv))
+
+
+def losses(folder: Path) -> list[tuple]:
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [tuple(r[k] for k in ("loss", "hard_loss", "soft_loss", "hidden_loss")) for r in records if "loss" in r]
+
+
+# Rows are padded to other lengths in the cache's build than in training, so sums run over blocks of other sizes: the
+# last bits of fp32 differ, and of bf16 one rounding step (2^-8 of a value) per layer.
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-6), ("bf16", 2**-5)])
+def test_answers_are_the_teacher_s(
+    argv: list[str], tmp_path: Path, single_rank: None, dtype: str, tolerance: float
+) -> None:
+    run = opened(argv, tmp_path / "run", "--dtype", dtype)
+    micro = run.train.micro_batch(torch.randperm(90, generator=torch.Generator().manual_seed(1))[:16].numpy())
+    logits, hidden = answers_of(run).of(micro.rows)
+    with torch.no_grad():
+        online = run.teacher()(**micro.inputs, output_hidden_states=True)
+    assert logits.dtype == torch.float32 and {h.dtype for h in hidden} == {online.logits.dtype}
+    torch.testing.assert_close(logits, online.logits.float(), rtol=tolerance, atol=tolerance)
+    for layer, states in zip((1, 2, 3), hidden, strict=True):
+        torch.testing.assert_close(states, online.hidden_states[layer][:, 0], rtol=tolerance, atol=tolerance)
+
+
+def test_a_cached_run_has_the_losses_of_an_online_run(argv: list[str], two_ranks, tmp_path: Path) -> None:
+    two_ranks.run(run_all, [*argv, "--run_dir", str(tmp_path / "online")])
+    two_ranks.run(run_all, [*argv, "--run_dir", str(tmp_path / "cached"), "--teacher_mode", "cached"])
+    assert len(losses(tmp_path / "online")) > 10
+    for ours, theirs in zip(losses(tmp_path / "online"), losses(tmp_path / "cached"), strict=True):
+        # soft is T^2 = 100 times a difference of logarithms near 0, so rounding (1e-7) shows as 1e-5
+        assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.parametrize("select_on", ["holdout", "dev"])
+def test_later_runs_never_start_the_teacher(
+    argv: list[str], tmp_path: Path, single_rank: None, monkeypatch: pytest.MonkeyPatch, select_on: str
+) -> None:
+    """Neither for PTP labels nor for a distilled batch, with other seeds, fewer layers and another micro-batch."""
+    answers_of(opened(argv, tmp_path / "first", "--select_on", select_on))
+    words = ["--select_on", select_on, "--seed", "7", "--layer_map", "1:3", "--micro_batch_size", "4"]
+    run = opened(argv, tmp_path / "second", *words)
+    monkeypatch.setattr(run, "teacher", no_engine)
+    from peakd_ds.run_log import RunLog
+
+    labels = stages._ptp_labels_of(run, RunLog(run.folder))
+    assert (labels["train"] >= 0).sum() == len(run.train_rows)
+    _, hidden = answers_of(run).of(torch.tensor([5]))
+    stored = teacher_cache.answers_of(opened(argv, tmp_path / "third", "--select_on", select_on), print)
+    assert len(hidden) == 1 and torch.equal(hidden[0], stored["train"].of(torch.tensor([5]))[1][2])
+
+
+def build_and_read(argv: list[str], run_dir: str) -> list[float]:
+    run = opened(argv, Path(run_dir))
+    return answers_of(run).of(torch.arange(90))[0].flatten().tolist()
+
+
+def test_ranks_build_it_together(argv: list[str], two_ranks, tmp_path: Path, single_rank: None) -> None:
+    """At ZeRO stage 3 too, where each pass is a collective, and one rank reads what two have built."""
+    words = [*argv, "--teacher_ds_config", "teacher_zero3"]
+    first, second = two_ranks.run(build_and_read, words, str(tmp_path / "two"))
+    assert first == second == build_and_read(argv, str(tmp_path / "one"))
+
+
+def test_parts_are_mapped_not_read(argv: list[str], tmp_path: Path, single_rank: None) -> None:
+    answers = answers_of(opened(argv, tmp_path / "run"))
+    assert answers.parts
+    assert f"{tmp_path / 'cache' / 'train' / 'part-00.safetensors'}" in Path("/proc/self/maps").read_text()
+
+
+def test_a_build_that_is_cut_off_goes_on(
+    argv: list[str], tmp_path: Path, single_rank: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a full disk: the message says what to do, what is whole stays, and no half file is left."""
+    folder, write = tmp_path / "cache" / "train", Path.write_bytes
+
+    def full_disk(self: Path, content: bytes) -> int:
+        if "part-05" in self.name:
+            write(self, content[:10])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(self, content)
+
+    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    with pytest.raises(UserError, match=r"No space left on device.*free space or set --teacher_cache"):
+        answers_of(opened(argv, tmp_path / "run"))
+    monkeypatch.setattr(Path, "write_bytes", write)
+    kept = {file.name: file.stat().st_mtime_ns for file in folder.glob("part-*.safetensors")}
+    assert len(kept) == 5 and not list(folder.glob(".*")) and not (folder / "lock.json").exists()
+    answers_of(opened(argv, tmp_path / "run"))
+    assert kept.items() <= {file.name: file.stat().st_mtime_ns for file in folder.glob("part-*.safetensors")}.items()
+    assert len(list(folder.glob("part-*.safetensors"))) == 64
+
+
+def test_no_build_on_a_disk_that_is_too_small(
+    argv: list[str], tmp_path: Path, single_rank: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(teacher_cache, "_free_bytes", lambda folder: 2**20)
+    run, said = opened(argv, tmp_path / "run"), []
+    with pytest.raises(UserError, match=r"needs 0\.\d MiB.* has 1\.0 MiB free; free some"):
+        teacher_cache.answers_of(run, said.append)
+    assert any("90 rows" in line for line in said), "its size is said before"
+    assert not list((tmp_path / "cache").rglob("part-*"))
+
+
+# -- Wrong caches ------------------------------------------------------------------------------------------------------
+
+
+def _truncate(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-7])
+
+
+def _flip(file: Path) -> None:
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def _lose_a_row(file: Path) -> None:
+    from safetensors import safe_open
+    from safetensors.torch import save_file
+
+    with safe_open(file, framework="pt") as part:
+        tensors = {name: part.get_tensor(name)[:-1].clone() for name in ("rows", "logits", "cls")}
+        metadata = part.metadata()
+    save_file(tensors, file, metadata=metadata)
+    file.with_suffix(".sha256").write_text(f"{teacher_cache._sha256(file)}  {file.name}\n")
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"), [(_truncate, "checksum"), (_flip, "checksum"), (_lose_a_row, "has no row 4")]
+)
+def test_a_damaged_part_is_refused_and_built_again(
+    argv: list[str], tmp_path: Path, single_rank: None, damage: Callable[[Path], None], message: str
+) -> None:
+    whole = build_and_read(argv, str(tmp_path / "run"))
+    file = tmp_path / "cache" / "train" / "part-03.safetensors"
+    damage(file)
+    with pytest.raises(UserError, match=f"{file.name} .*{message}.*; delete .*builds this part again"):
+        answers_of(opened(argv, tmp_path / "run"))
+    file.unlink()
+    assert build_and_read(argv, str(tmp_path / "run")) == whole
+
+
+def test_a_row_that_is_not_there(argv: list[str], tmp_path: Path, single_rank: None) -> None:
+    with pytest.raises(UserError, match="has rows 0 to 89, not 90 to 90; take another --teacher_cache"):
+        answers_of(opened(argv, tmp_path / "run")).of(torch.tensor([90]))
+
+
+@pytest.mark.parametrize(
+    ("change", "difference"),
+    [
+        ("teacher", "teacher [0-9a-f]{12} there, [0-9a-f]{12} here"),
+        ("--task sst2", "task rte there, sst2 here"),
+        ("--max_seq_length 64", "max_seq_length 128 there, 64 here"),
+        ("--dtype bf16", "dtype fp32 there, bf16 here"),
+        ("--layer_map 1:4", r"layers \[1, 2, 3\] there, \[4\] here"),
+        ("format", "format 0 there, 1 here"),
+    ],
+)
+def test_another_cache_is_refused(
+    argv: list[str], tiny_teacher, tmp_path: Path, single_rank: None, change: str, difference: str
+) -> None:
+    answers_of(opened(argv, tmp_path / "run"))
+    manifest = tmp_path / "cache" / "train" / "manifest.json"
+    more = change.split() if change.startswith("--") else []
+    if change == "teacher":
+        head = task_head(get_task("rte"))
+        more = ["--teacher", str(save_encoder(tmp_path / "other", head=head, initializer_range=0.2))]
+    elif "sst2" in change:
+        more += ["--teacher", str(tiny_teacher("sst2"))]
+    elif change == "format":
+        manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 0'))
+    before = {file: file.read_bytes() for file in manifest.parent.iterdir()}
+    with pytest.raises(UserError, match=f"{difference}.*nothing was changed there: take another --teacher_cache"):
+        answers_of(opened(argv, tmp_path / "other_run", *more))
+    assert before == {file: file.read_bytes() for file in manifest.parent.iterdir()}
+
+
+def test_all_tokens_cannot_be_cached(argv: list[str], tmp_path: Path, single_rank: None) -> None:
+    words = [*argv, "--run_dir", str(tmp_path / "run"), "--hidden_loss", "tokens", "--teacher_mode"]
+    with pytest.raises(UserError, match="--hidden_loss tokens compares every token; set --teacher_mode online"):
+        parse([*words, "cached"])
+    said: list[str] = []
+    assert teacher_cache.answers_of(open_run(parse([*words, "auto"])), said.append) is None
+    assert "auto: online, since --hidden_loss tokens" in said[0]
+
+
+@pytest.mark.parametrize(("free", "choice"), [(2**40, "cached, since .* fit in"), (2**20, "online, since .* do not")])
+def test_auto_says_why(
+    argv: list[str], tmp_path: Path, single_rank: None, monkeypatch: pytest.MonkeyPatch, free: int, choice: str
+) -> None:
+    monkeypatch.setattr(teacher_cache, "_free_bytes", lambda folder: free)
+    said: list[str] = []
+    run = open_run(parse([*argv, "--run_dir", str(tmp_path / "run"), "--teacher_mode", "auto"]))
+    answers = teacher_cache.answers_of(run, said.append)
+    assert (answers is not None) == choice.startswith("cached")
+    import re
+
+    assert re.search(choice, said[0])
+
+
+# -- One builder at a time ---------------------------------------------------------------------------------------------
+
+
+def lock_of(folder: Path, pid: int, host: str = socket.gethostname()) -> Path:
+    folder.mkdir(parents=True)
+    owner = {"host": host, "pid": pid, "began": teacher_cache._process_start(pid), "token": "other"}
+    (folder / "lock.json").write_text(json.dumps(owner))
+    return folder / "lock.json"
+
+
+def test_a_second_start_waits_for_the_first(
+    argv: list[str], tmp_path: Path, single_rank: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It then reads what the first has built, without a teacher of its own."""
+    answers_of(opened(argv, tmp_path / "first"))
+    built, cache = tmp_path / "built", tmp_path / "cache" / "train"
+    cache.rename(built)
+    lock = lock_of(cache, os.getpid())
+
+    def first_ends(seconds: float) -> None:
+        shutil.copytree(built, cache, dirs_exist_ok=True)
+        lock.unlink()
+
+    run, said = opened(argv, tmp_path / "second"), []
+    monkeypatch.setattr(teacher_cache.time, "sleep", first_ends)
+    monkeypatch.setattr(run, "teacher", no_engine)
+    assert teacher_cache.answers_of(run, said.append) is not None
+    assert any(f"is being built by process {os.getpid()} on {socket.gethostname()}; waiting" in line for line in said)
+    assert not lock.exists()
+
+
+def test_a_dead_builder_s_lock_is_taken(argv: list[str], tmp_path: Path, single_rank: None, monkeypatch) -> None:
+    dead = subprocess.Popen([sys.executable, "-c", ""])
+    dead.wait()
+    lock = lock_of(tmp_path / "cache" / "train", dead.pid)
+    monkeypatch.setattr(teacher_cache, "POLL_S", 0.0)
+    answers_of(opened(argv, tmp_path / "run"))
+    assert not lock.exists() and not list(lock.parent.glob(".*"))
+
+
+def test_another_host_s_silent_lock_is_told(argv: list[str], tmp_path: Path, single_rank: None) -> None:
+    lock = lock_of(tmp_path / "cache" / "train", 1, host="elsewhere")
+    os.utime(lock, (0, 0))
+    with pytest.raises(UserError, match=r"process 1 on elsewhere has built nothing for .* minutes; delete the file"):
+        answers_of(opened(argv, tmp_path / "run"))
+    assert lock.exists() and dist.is_main()
