@@ -2,8 +2,9 @@
 
 The rule for batches (world-size invariance): the training rows form 64 canonical shards, contiguous blocks of the row
 order. Each epoch each shard is shuffled from (seed, epoch, shard). A global batch takes the same number of rows from
-equally spaced shards, and a rank takes a block of the batch. So which rows form global batch k depends on the seed
-and k alone, and a node's rows come from its own block of shards wherever the number of nodes divides 64.
+equally spaced shards. So which rows form global batch k depends on the seed and k alone, and a node's rows come from
+its own block of shards wherever the number of nodes divides 64. Which of the ranks that hold a row computes it depends
+on its length: they get like numbers of rows and of tokens.
 """
 
 import contextlib
@@ -27,6 +28,7 @@ from transformers import PreTrainedTokenizerBase
 
 from peakd_ds import dist
 from peakd_ds.config import UserError
+from peakd_ds.packing import pack
 from peakd_ds.tasks import Task
 
 NUM_SHARDS = 64
@@ -43,8 +45,8 @@ class MicroBatch:
     A rank that has no row left still gets one, `num_real` = 0, because engines talk to each other in every pass.
     """
 
-    inputs: dict[str, torch.Tensor]
-    """input_ids, attention_mask, token_type_ids: int64 [B, S], padded to the longest row."""
+    inputs: dict[str, Any]
+    """Packed rows: input_ids, token_type_ids, position_ids, int64 [1, T], and where rows lie (packing.py)."""
     labels: torch.Tensor
     """int64 [B], or float32 [B] for regression."""
     rows: torch.Tensor
@@ -80,7 +82,6 @@ class Split:
     """Token counts, int64 [N]."""
     labels: torch.Tensor
     """int64 [N], or float32 [N] for regression."""
-    tokenizer: PreTrainedTokenizerBase
     node_of: np.ndarray
     """The node that holds a row's tokens, int64 [N]; ON_ALL_NODES where each does."""
 
@@ -88,20 +89,14 @@ class Split:
         return len(self.lengths)
 
     def micro_batch(self, rows: np.ndarray) -> MicroBatch:
-        """The given rows, padded and on this rank's device; for no rows, the first row here with num_real = 0."""
+        """The given rows, packed and on this rank's device; for no rows, the first row here with num_real = 0."""
         num_real = len(rows)
         if not num_real:
             rows = np.flatnonzero(np.isin(self.node_of, (ON_ALL_NODES, dist.node_rank())))[:1]
         columns = self.rows[rows]
-        features = [
-            dict(input_ids=ids, token_type_ids=types)
-            for ids, types in zip(columns["input_ids"], columns["token_type_ids"], strict=True)
-        ]
-        device = dist.device()
-        padded = self.tokenizer.pad(features, return_tensors="pt", return_attention_mask=True)
         return MicroBatch(
-            inputs={name: tensor.to(device, non_blocking=True) for name, tensor in padded.items()},
-            labels=self.labels[rows].to(device),
+            inputs=pack(columns["input_ids"], columns["token_type_ids"], dist.device()),
+            labels=self.labels[rows].to(dist.device(), non_blocking=True),
             rows=torch.from_numpy(rows),
             num_real=num_real,
         )
@@ -165,7 +160,7 @@ def tokenize(
 
     with _quiet_progress_bars():
         if cache is None:
-            return _whole_split(task, encode_all(), tokenizer)
+            return _whole_split(task, encode_all())
         state = json.dumps(
             [
                 tokenizer_digest(tokenizer),
@@ -178,7 +173,7 @@ def tokenize(
         )
         folder = cache / socket.gethostname() / hashlib.sha256(state.encode()).hexdigest()[:16]
         dist.agree(lambda: encode_on_disk(folder))
-        return _whole_split(task, datasets.load_from_disk(str(folder)), tokenizer)
+        return _whole_split(task, datasets.load_from_disk(str(folder)))
 
 
 def encoder_of(
@@ -264,17 +259,31 @@ def global_batches(
         rows: int64 [N], the rows of `split` that are trained on.
         slots: `epoch_slots` over them.
     """
+    is_everywhere = (split.node_of[rows] == ON_ALL_NODES).all()
+    num_pools = 1 if is_everywhere else dist.num_nodes()  # ranks of a pool hold the same rows
+    pool, number = divmod(dist.rank(), dist.world_size() // num_pools)
     for batch in slots[first:]:
         present = rows[batch[batch >= 0]]
-        mine = batch.reshape(dist.world_size(), -1)[dist.rank()]
-        mine = rows[mine[mine >= 0]]
-        mine = mine[np.argsort(split.lengths[mine], kind="stable")]  # like lengths share a micro-batch: less padding
-        parts = np.array_split(mine, num_accum_steps)
+        of_pool = batch.reshape(num_pools, -1)[pool]
+        of_pool = rows[of_pool[of_pool >= 0]]
+        by_length = of_pool[np.argsort(-split.lengths[of_pool], kind="stable")]  # so attention pads less
+        parts = np.array_split(_deal(by_length, dist.world_size() // num_pools)[number], num_accum_steps)
         yield GlobalBatch(
             micro_batches=(split.micro_batch(part) for part in parts),
             num_items=len(present),
             num_tokens=int(split.lengths[present].sum()),
         )
+
+
+def _deal(by_length: np.ndarray, num_ranks: int) -> list[np.ndarray]:
+    """Rows dealt to and fro (0, 1, 2, 2, 1, 0, 0, ...), the longest first.
+
+    The ranks' numbers of tokens then differ by no more than the longest row.
+    """
+    order = np.arange(len(by_length))
+    turn, place = np.divmod(order, num_ranks)
+    rank_of = np.where(turn % 2 == 0, place, num_ranks - 1 - place)
+    return [by_length[rank_of == rank] for rank in range(num_ranks)]
 
 
 def eval_batches(split: Split, rows: np.ndarray, micro_batch_size: int) -> Iterator[MicroBatch]:
@@ -295,12 +304,11 @@ def eval_batches(split: Split, rows: np.ndarray, micro_batch_size: int) -> Itera
         yield split.micro_batch(part)
 
 
-def _whole_split(task: Task, rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> Split:
+def _whole_split(task: Task, rows: datasets.Dataset) -> Split:
     return Split(
         rows.with_format("numpy"),
         _column(rows, "length"),
         torch.from_numpy(_column(rows, "label").astype(label_dtype(task))),
-        tokenizer,
         np.full(len(rows), ON_ALL_NODES),
     )
 

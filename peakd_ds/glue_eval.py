@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +20,11 @@ from transformers import AutoModelForSequenceClassification
 from peakd_ds import data, dist, modeling
 from peakd_ds.config import UserError, exit_with
 from peakd_ds.data import Split
+from peakd_ds.packing import padded
 from peakd_ds.tasks import Task, compute_metrics, get_task
 
-Forward = Callable[[dict[str, torch.Tensor]], torch.Tensor]
-"""Inputs of a micro-batch -> logits [B, C]."""
+Forward = Callable[[dict[str, Any]], torch.Tensor]
+"""Packed inputs of a micro-batch -> logits [B, C]."""
 
 
 @torch.no_grad()
@@ -137,8 +139,8 @@ def main(argv: Sequence[str]) -> None:
     def split_of(name: str) -> Split:
         return data.tokenize(task, splits[name], tokenizer, args.max_seq_length, None)
 
-    def forward(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        return model(**inputs).logits
+    def forward(inputs: dict[str, Any]) -> torch.Tensor:
+        return model(**padded(inputs)).logits  # as any user of the saved model runs it
 
     dev = {name: split_of(name) for name in task.eval_splits}
     metrics, _, speed = evaluate(forward, task, dev, args.micro_batch_size)

@@ -16,14 +16,13 @@ from transformers import (
     AutoConfig,
     AutoTokenizer,
     BertConfig,
-    BertForSequenceClassification,
     BertModel,
     PreTrainedTokenizerBase,
 )
 
 from peakd_ds.config import RunConfig, UserError
 from peakd_ds.ptp import NUM_PTP_LABELS
-from peakd_ds.sps import SPSBertConfig, SPSBertForSequenceClassification, init_from_encoder
+from peakd_ds.sps import SPSBertConfig, SPSBertForSequenceClassification, Take, init_from_encoder
 from peakd_ds.tasks import Task
 
 NEW_WITH_A_TASK = ("classifier.", "bert.pooler.", "pooler.")
@@ -188,11 +187,20 @@ def _label_names(teacher: Pretrained) -> tuple[str, ...]:
 # -- Building ----------------------------------------------------------------------------------------------------------
 
 
-def build_teacher(config: RunConfig, task: Task, encoder: Pretrained) -> BertForSequenceClassification:
-    """The teacher with a head for the task, in fp32; a new head where the checkpoint has none."""
-    settings = task_head(task) | _dropout_settings(config.dropout)
+def build_teacher(config: RunConfig, task: Task, encoder: Pretrained) -> SPSBertForSequenceClassification:
+    """The teacher with a head for the task, in fp32; a new head where the checkpoint has none.
+
+    It shares no layers: it is of the student's class for the sake of packed rows.
+    """
     optional = () if encoder.is_classifier else NEW_WITH_A_TASK
-    return load_pretrained(BertForSequenceClassification, encoder.path, encoder.option, optional, **settings)
+    settings = teacher_config(config, task, encoder.config)
+    return load_pretrained(SPSBertForSequenceClassification, encoder.path, encoder.option, optional, config=settings)
+
+
+def teacher_config(config: RunConfig, task: Task, encoder: BertConfig) -> SPSBertConfig:
+    """The teacher's sizes: all of `encoder`'s layers, none shared, and a head for the task."""
+    settings = _inherited(encoder) | task_head(task) | _dropout_settings(config.dropout)
+    return SPSBertConfig(num_hidden_layers=encoder.num_hidden_layers, sharing="none", **settings)
 
 
 def build_student(
@@ -207,28 +215,15 @@ def build_student(
 
 def student_config(config: RunConfig, encoder: BertConfig, head: dict[str, Any]) -> SPSBertConfig:
     """The student's sizes: those of `encoder`, with n stored layers and the `head` settings."""
-    inherited = encoder.to_dict()
-    for name in (
-        "model_type",
-        "architectures",
-        "num_hidden_layers",
-        "id2label",
-        "label2id",
-        "dtype",
-        "transformers_version",
-        "_name_or_path",
-        "problem_type",
-    ):
-        inherited.pop(name, None)
-    settings = inherited | head | _dropout_settings(config.dropout)
+    settings = _inherited(encoder) | head | _dropout_settings(config.dropout)
     return SPSBertConfig(
         num_hidden_layers=config.num_hidden_layers, sharing=config.sharing, shuffle_qk=config.swaps_qk, **settings
     )
 
 
-def load_classifier(folder: Path) -> BertForSequenceClassification:
-    """A teacher that this run has trained."""
-    return load_pretrained(BertForSequenceClassification, str(folder), "run_dir")
+def load_teacher(config: RunConfig, task: Task, source: Pretrained, folder: Path) -> SPSBertForSequenceClassification:
+    """The trained teacher: the classifier that was given, or the one that this run has saved in `folder`."""
+    return build_teacher(config, task, source if source.is_classifier else find_encoder(str(folder), "run_dir"))
 
 
 def load_student_body(student: SPSBertForSequenceClassification, folder: Path) -> None:
@@ -251,6 +246,12 @@ def task_head(task: Task) -> dict[str, Any]:
 def ptp_head() -> dict[str, Any]:
     """Config entries of the four-class head of PTP."""
     return {"num_labels": NUM_PTP_LABELS, "problem_type": "single_label_classification"}
+
+
+def _inherited(config: BertConfig) -> dict[str, Any]:
+    """What a model of our class takes over from a plain BERT's configuration: sizes, vocabulary, activation."""
+    own = "model_type architectures num_hidden_layers id2label label2id dtype transformers_version _name_or_path"
+    return {name: value for name, value in config.to_dict().items() if name not in (*own.split(), "problem_type")}
 
 
 def _dropout_settings(dropout: float | None) -> dict[str, Any]:
@@ -345,25 +346,39 @@ class MatchedStudent(nn.Module):
         width = student.config.hidden_size
         self.projections = nn.ModuleList(nn.Linear(width, teacher_hidden) for _ in pairs if width != teacher_hidden)
 
-    def forward(self, **inputs: torch.Tensor) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Logits [B, C] and, for each pair, hidden states [B, Ht] (cls) or [B, S, Ht] (tokens)."""
-        layers = [i for i, _ in self.pairs]
-        if self.hidden_loss == "cls":
-            cls_vectors: dict[int, Any] = dict.fromkeys(layers)
-            output = self.student(**inputs, cls_only=True, cls_vectors=cls_vectors)
-            hidden = [cls_vectors[layer] for layer in layers]
-        else:
-            output = self.student(**inputs, output_hidden_states=bool(layers), cls_only=not layers)
-            hidden = select_hidden(output.hidden_states, layers, self.hidden_loss)
+    def forward(self, **inputs: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Logits [B, C] and, for each pair, hidden states [B, Ht] (cls) or [1, T, Ht] (tokens), of packed inputs."""
+        logits, hidden = ask(self.student, inputs, [i for i, _ in self.pairs], self.hidden_loss)
         if len(self.projections):
             hidden = [project(states) for project, states in zip(self.projections, hidden, strict=True)]
-        return output.logits, hidden
+        return logits, hidden
 
 
-def select_hidden(hidden_states: Any, layers: Sequence[int], hidden_loss: str) -> list[torch.Tensor]:
-    """Outputs of the given 1-based layers: [CLS] vectors [B, H] for `cls`, all tokens [B, S, H] for `tokens`."""
-    chosen = [hidden_states[layer] for layer in layers]
-    return [states[:, 0] for states in chosen] if hidden_loss == "cls" else chosen
+class Teacher(nn.Module):
+    """The frozen teacher, asked for no more than is read."""
+
+    def __init__(self, model: SPSBertForSequenceClassification):
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, layers: Sequence[int] = (), hidden_loss: str = "cls", logits: bool = True, **inputs: Any
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Logits [B, C], meaningless unless asked for, and states of `layers`, [B, H] (cls) or [1, T, H] (tokens)."""
+        return ask(self.model, inputs, layers, hidden_loss, logits)
+
+
+def ask(
+    model: SPSBertForSequenceClassification,
+    inputs: dict[str, Any],
+    layers: Sequence[int],
+    hidden_loss: str,
+    logits: bool = True,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Logits and states of the given effective layers, from 1, of packed inputs."""
+    take = Take(tuple(layers), hidden_loss == "tokens", logits)
+    output = model(**inputs, take=take)
+    return output.logits, [take.states[layer] for layer in layers]
 
 
 def _first_line(error: Exception) -> str:

@@ -39,13 +39,13 @@ def _judge_teacher(run: Run) -> tuple[dict[str, Any] | None, dict[str, torch.Ten
         return None, {}
     engine = run.teacher()
     metrics, logits, speed = glue_eval.evaluate(
-        lambda inputs: engine(**inputs).logits, run.task, run.dev, run.micro_and_accum[0]
+        lambda inputs: engine(**inputs)[0], run.task, run.dev, run.micro_and_accum[0]
     )
     num_params = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters())
     return {
         "metrics": metrics,
         "params": num_params,
-        "effective_layers": engine.module.config.num_hidden_layers,
+        "effective_layers": engine.module.model.config.num_hidden_layers,
         "samples_per_s": round(speed, 1),
     }, logits
 

@@ -78,9 +78,8 @@ class Run:
         if self._teacher is None:
 
             def load() -> Any:
-                if self.teacher_source.is_classifier:
-                    return modeling.build_teacher(self.config, self.task, self.teacher_source)
-                return modeling.load_classifier(self.folder / "teacher")
+                folder = self.folder / "teacher"
+                return modeling.Teacher(modeling.load_teacher(self.config, self.task, self.teacher_source, folder))
 
             self._teacher = ds_engine.teacher_engine(dist.agree(load), self.teacher_ds_config)
         return self._teacher
@@ -95,7 +94,7 @@ class Run:
         """float32 [N, C] of the frozen teacher over the given rows (collective)."""
         teacher = self.teacher()
         logits, _ = glue_eval.predict(
-            lambda inputs: teacher(**inputs).logits,
+            lambda inputs: teacher(**inputs)[0],
             split,
             rows,
             self.micro_and_accum[0],
@@ -171,7 +170,7 @@ def open_run(config: RunConfig) -> Run:
         fingerprints,
         shards,
     ) = dist.agree(look)
-    train = None if shards is None else shard.load(config, shards, tokenizer)
+    train = None if shards is None else shard.load(config, shards)
     cache = None if config.dry_run else Path(config.run_dir) / "cache"
     if not config.dry_run:
         dist.on_main(lambda: _create_run_folder(config, fingerprints))

@@ -146,7 +146,7 @@ def find(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, data
     return manifest
 
 
-def load(config: RunConfig, manifest: Manifest, tokenizer: PreTrainedTokenizerBase) -> Split:
+def load(config: RunConfig, manifest: Manifest) -> Split:
     """The train split (collective), with the tokens of this node's shards and of the held out rows.
 
     One rank of each node copies its files to scratch and verifies them; a dry run verifies them where they are.
@@ -169,7 +169,7 @@ def load(config: RunConfig, manifest: Manifest, tokenizer: PreTrainedTokenizerBa
             for name in shards_of_node(other, num_nodes):
                 node_of[rows[name]] = other
         held_here = ShardedRows((folder / name for name in names), lengths)
-        return Split(held_here, lengths, index["labels"], tokenizer, node_of)
+        return Split(held_here, lengths, index["labels"], node_of)
 
     return dist.agree(open_files)
 

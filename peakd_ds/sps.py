@@ -11,6 +11,7 @@ Orders without the exchange are those of Takase & Kiyono (arXiv 2104.06022).
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,15 +20,18 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, BertCon
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert.modeling_bert import (
+    BertAttention,
     BertEncoder,
     BertForSequenceClassification,
     BertLayer,
     BertModel,
     BertSelfAttention,
-    BertSelfOutput,
     eager_attention_forward,
 )
 from transformers.utils.output_capturing import OutputRecorder
+
+from peakd_ds.attention import Dropout, attend
+from peakd_ds.packing import Packing
 
 SHARINGS = ("none", "sps", "cycle", "cycle_rev", "sequence")
 """Values of ``sharing``; :func:`execution_order` says what each means."""
@@ -141,55 +145,115 @@ class SPSBertSelfAttention(BertSelfAttention):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         past_key_values: None = None,
+        asking: torch.Tensor | None = None,
         swap_qk: bool = False,
-        cls_only: bool = False,
+        packing: Packing | None = None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attend like ``BertSelfAttention``, with query and key exchanged if ``swap_qk``.
 
         Args:
-            hidden_states: [batch, tokens, hidden].
+            hidden_states: [batch, tokens, hidden]; [1, T, hidden] of packed rows.
             attention_mask: The padding mask in the form of the attention implementation, or None.
             past_key_values: Always None; the caller passes it.
+            asking: The states that attend, all of ``hidden_states`` if None; [1, B, hidden], the first token of each
+                packed row, where nothing reads the others.
             swap_qk: Use ``key`` for the queries and ``query`` for the keys, weights and biases.
-            cls_only: Attend from the first token alone, to all; the results then have 1 token.
+            packing: Where packed rows lie.
 
         Returns:
-            Attention output [batch, tokens, hidden], and the weights [batch, heads, tokens, tokens] where the
-            implementation gives them (eager does).
+            Attention output in the shape of ``asking``, and the weights [batch, heads, tokens, tokens] where the
+            implementation gives them (eager does, for rows that are not packed).
         """
-        asking = hidden_states[:, :1] if cls_only else hidden_states
-        if cls_only and attention_mask is not None:
-            attention_mask = attention_mask[:, :, :1]  # [batch, 1, tokens, tokens]
+        asking = hidden_states if asking is None else asking
         # Both runs call the same modules in the same order and only use the results differently: no module is
         # written to (threads, recomputed activations), and the hooks that gather ZeRO-3 parameters fire.
         inputs = (hidden_states, asking) if swap_qk else (asking, hidden_states)
-        query, key, value = (
-            project(states).unflatten(-1, (-1, self.attention_head_size)).transpose(1, 2)
-            for project, states in zip((self.query, self.key, self.value), (*inputs, hidden_states), strict=True)
-        )
+        query, key, value = self.query(inputs[0]), self.key(inputs[1]), self.value(hidden_states)
         if swap_qk:
             query, key = key, query
+        dropout_p = self.dropout.p if self.training else 0.0
+        if packing is not None:
+            attended = attend(
+                query[0], key[0], value[0], packing, self.num_attention_heads, float(self.scaling), dropout_p
+            )
+            return attended[None], None
         implementation = self.config._attn_implementation
-        attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
-        output, weights = attend(
+        interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)
+        output, weights = interface(
             self,
-            query,
-            key,
-            value,
+            *(states.unflatten(-1, (-1, self.attention_head_size)).transpose(1, 2) for states in (query, key, value)),
             attention_mask,
-            dropout=self.dropout.p if self.training else 0.0,
+            dropout=dropout_p,
             scaling=self.scaling,
             **kwargs,
         )
         return output.reshape(*asking.shape[:-1], -1).contiguous(), weights
 
 
-class SPSBertSelfOutput(BertSelfOutput):
-    """The residual connection around attention, over those first tokens that attention was asked for."""
+class SPSBertAttention(BertAttention):
+    """Attention and the residual connection around it, over the states that attend."""
 
-    def forward(self, hidden_states: torch.Tensor, input_tensor: torch.Tensor) -> torch.Tensor:
-        return super().forward(hidden_states, input_tensor[:, : hidden_states.shape[1]])
+    def forward(  # type: ignore[override]  # no decoder
+        self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        attended, weights = self.self(hidden_states, attention_mask, **kwargs)
+        asking = kwargs.get("asking")
+        return self.output(attended, hidden_states if asking is None else asking), weights
+
+
+@dataclass
+class Take:
+    """What a packed forward pass leaves besides its output: states of some layers, of first tokens or of all."""
+
+    layers: tuple[int, ...] = ()
+    """Effective layers, from 1."""
+    all_tokens: bool = False
+    logits: bool = True
+    """Whether the output is read too; else the pass ends after the last of `layers`, and its logits mean nothing."""
+    states: dict[int, torch.Tensor] = field(default_factory=dict)
+    """What was taken: [B, hidden], or [1, T, hidden] with `all_tokens`."""
+
+    def from_layer(self, number: int, hidden_states: torch.Tensor, packing: Packing | None) -> torch.Tensor:
+        """Keep what is wanted of a layer's [1, T, hidden], or (without `packing`) [1, B, hidden] of first tokens.
+
+        Returns:
+            The states for the next layer.
+        """
+        if self.all_tokens:
+            self.states[number] = hidden_states
+        elif packing is None:
+            self.states[number] = hidden_states[0]
+        else:
+            hidden_states, self.states[number] = _TakeFirst.apply(hidden_states, packing.starts)
+        return hidden_states
+
+
+class _TakeFirst(torch.autograd.Function):
+    """States [1, T, hidden] as they are, and a copy of their first tokens, at starts [B].
+
+    Indexing would give back a gradient of the whole shape, zero but for these tokens, that autograd fills and then adds
+    to the states' own. Here the tokens' gradient is added in place, which is safe because the states' gradient is a sum
+    that autograd has made for this node: every layer reads its input more than once (attention, residual).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, states: torch.Tensor, starts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.set_materialize_grads(False)
+        ctx.shape = states.shape
+        ctx.save_for_backward(starts)
+        return states.view_as(states), states[0].index_select(0, starts)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(
+        ctx: Any, of_states: torch.Tensor | None, of_first: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, None]:
+        if of_first is not None:
+            if of_states is None:  # nothing above reads the states
+                of_states = of_first.new_zeros(ctx.shape)
+            of_states[0].index_add_(0, ctx.saved_tensors[0], of_first)
+        return of_states, None
 
 
 class SPSBertEncoder(BertEncoder):
@@ -199,58 +263,39 @@ class SPSBertEncoder(BertEncoder):
         super().__init__(config)
         self.order = execution_order(config.num_hidden_layers, config.sharing, config.shuffle_qk)
         for index in range(config.num_hidden_layers):
+            self.set_submodule(f"layer.{index}.attention", SPSBertAttention(config, layer_idx=index))
             self.set_submodule(f"layer.{index}.attention.self", SPSBertSelfAttention(config, layer_idx=index))
-            self.set_submodule(f"layer.{index}.attention.output", SPSBertSelfOutput(config))
 
     def forward(  # type: ignore[override]  # the parent's decoder arguments pass through kwargs
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        cls_only: bool = False,
-        cls_vectors: dict[int, Any] | None = None,
+        packing: Packing | None = None,
+        take: Take | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """Run [batch, tokens, hidden] through every effective layer; ``use_cache`` has no effect.
 
-        With ``cls_only`` the last layer computes only the first token, all that a classifier reads: [batch, 1, hidden].
-        Attention implementations with masks of their own compute the whole layer all the same.
-
-        ``cls_vectors`` receives the first token [batch, hidden] of each effective layer (from 1) that is among its
-        keys. Its gradient joins the layer's own, which slicing a hidden state would make a second one for.
+        Of packed rows, [1, T, hidden], the first tokens come back, [B, 1, hidden], all that a classifier reads; and
+        unless ``take`` wants every token of the last layer, it computes no others.
         """
-        cls_only = cls_only and self.config._attn_implementation in ("sdpa", "eager")
-        for number, (index, swapped) in enumerate(self.order, start=1):
+        depth = len(self.order) if take is None or take.logits else max(take.layers, default=0)
+        for number, (index, swapped) in enumerate(self.order[:depth], start=1):
             # BertLayer and BertAttention hand keyword arguments on, so they reach SPSBertSelfAttention.
-            more = {"swap_qk": swapped, "cls_only": cls_only and number == len(self.order)}
+            more: dict[str, Any] = {"swap_qk": swapped}
+            if packing is not None:
+                more["packing"] = packing
+                if number == depth and not (take is not None and take.all_tokens and number in take.layers):
+                    more["asking"] = hidden_states.index_select(1, packing.starts)
             hidden_states = self.layer[index](hidden_states, attention_mask, **more, **kwargs)
-            if cls_vectors is not None and number in cls_vectors:
-                hidden_states, cls_vectors[number] = _TakeCls.apply(hidden_states)
+            if take is not None and number in take.layers:
+                hidden_states = take.from_layer(number, hidden_states, None if "asking" in more else packing)
+        if packing is not None:
+            is_short = hidden_states.shape[1] == packing.num_rows
+            first = hidden_states if is_short else hidden_states.index_select(1, packing.starts)
+            hidden_states = first.transpose(0, 1)
         return BaseModelOutputWithPastAndCrossAttentions(last_hidden_state=hidden_states)
-
-
-class _TakeCls(torch.autograd.Function):
-    """States [batch, tokens, hidden] as they are, and a copy of their first token.
-
-    Slicing would give back a gradient of the whole shape, zero but for one token, that autograd fills and then adds to
-    the states' own. Here the token's gradient is added in place, which is safe because the states' gradient is a sum
-    that autograd has made for this node: every layer reads its input more than once (attention, residual).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.set_materialize_grads(False)
-        ctx.shape = states.shape
-        return states.view_as(states), states[:, 0].clone()
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, of_states: torch.Tensor | None, of_cls: torch.Tensor | None) -> torch.Tensor | None:
-        if of_cls is not None:
-            if of_states is None:  # nothing above reads the states
-                of_states = of_cls.new_zeros(ctx.shape)
-            of_states[:, 0] += of_cls
-        return of_states
 
 
 def _recorded_outputs() -> dict[str, Any]:
@@ -278,7 +323,8 @@ class SPSBertForSequenceClassification(BertForSequenceClassification):
     """``BertForSequenceClassification`` whose encoder runs its stored layers in the order of SPS.
 
     Parameter names are those of ``BertForSequenceClassification`` with n layers, and so is ``forward``; with
-    ``output_hidden_states`` it returns ``num_effective_layers + 1`` states, the embeddings first.
+    ``output_hidden_states`` it returns ``num_effective_layers + 1`` states, the embeddings first. It also takes packed
+    rows, as :func:`peakd_ds.packing.pack` makes them, and then a :class:`Take` in place of ``output_hidden_states``.
 
     Under DeepSpeed ZeRO, gradient checkpointing must be non-reentrant (transformers' default): the reentrant kind
     runs a backward per layer, so ZeRO meets the gradient of a shared parameter twice and stops.
@@ -289,6 +335,9 @@ class SPSBertForSequenceClassification(BertForSequenceClassification):
     def __init__(self, config: SPSBertConfig) -> None:
         super().__init__(config)
         self.bert = SPSBertModel(config)
+        for name, module in list(self.named_modules()):
+            if type(module) is torch.nn.Dropout:
+                self.set_submodule(name, Dropout(module.p))
         self.post_init()
 
 

@@ -16,7 +16,7 @@ from torch import nn
 from peakd_ds import checkpoint, dist, ds_engine, figures, glue_eval, modeling, ptp, teacher_cache
 from peakd_ds.config import STAGES
 from peakd_ds.data import GlobalBatch, MicroBatch, Split
-from peakd_ds.export import export_model
+from peakd_ds.export import export_model, unroll
 from peakd_ds.kernels import DistillationLoss, distillation_loss
 from peakd_ds.modeling import MatchedStudent
 from peakd_ds.run import Run
@@ -75,7 +75,7 @@ def _teacher_stage(run: Run, log: RunLog) -> Stage:
         return _task_metrics(run, _predict_selection(run, lambda inputs: module(**inputs).logits, run.task.num_labels))
 
     def finish(module: Any) -> None:
-        dist.on_main(lambda: export_model(module, run.tokenizer, run.folder / "teacher", ""))
+        dist.on_main(lambda: export_model(unroll(module), run.tokenizer, run.folder / "teacher", ""))
 
     return Stage(
         "teacher",
@@ -94,12 +94,12 @@ def _ptp_stage(run: Run, log: RunLog) -> Stage:
     selection_name = run.selection[0]
 
     def loss(engine: Any, micro: MicroBatch, batch: GlobalBatch, closely: bool) -> tuple[DistillationLoss, None]:
-        logits = engine(**micro.inputs, cls_only=True).logits[: micro.num_real]
+        logits = engine(**micro.inputs).logits[: micro.num_real]
         labels = ptp_labels["train"][micro.rows[: micro.num_real]].to(logits.device)
         return _hard_loss(run, engine, logits, labels, batch), None
 
     def evaluate(module: nn.Module) -> dict[str, float]:
-        logits = _predict_selection(run, lambda inputs: module(**inputs, cls_only=True).logits, ptp.NUM_PTP_LABELS)
+        logits = _predict_selection(run, lambda inputs: module(**inputs).logits, ptp.NUM_PTP_LABELS)
         labels = ptp_labels[selection_name]
         return {
             "loss": nn.functional.cross_entropy(logits, labels).item(),
@@ -107,7 +107,7 @@ def _ptp_stage(run: Run, log: RunLog) -> Stage:
         }
 
     def finish(module: Any) -> None:
-        logits = _predict_selection(run, lambda inputs: module(**inputs, cls_only=True).logits, ptp.NUM_PTP_LABELS)
+        logits = _predict_selection(run, lambda inputs: module(**inputs).logits, ptp.NUM_PTP_LABELS)
         counts = ptp.summarize(ptp_labels["train"][ptp_labels["train"] >= 0])
         log.figure("ptp/label_histogram", figures.label_histogram(ptp.PTP_LABEL_NAMES, list(counts.values())))
         log.figure(
@@ -154,14 +154,9 @@ def _distill_stage(run: Run, log: RunLog) -> Stage:
                 teacher_scores, teacher_hidden = answers["train"].of(micro.rows[:n])
         elif teacher is not None:
             with torch.no_grad(), run.teacher_clock:
-                answer = teacher(**micro.inputs, output_hidden_states=bool(run.pairs))
-            teacher_scores = answer.logits[:n]
-            teacher_hidden = [
-                states[:n]
-                for states in modeling.select_hidden(
-                    answer.hidden_states, [j for _, j in run.pairs], config.hidden_loss
-                )
-            ]
+                layers = [j for _, j in run.pairs]
+                teacher_scores, teacher_hidden = teacher(layers, config.hidden_loss, config.alpha > 0, **micro.inputs)
+            teacher_scores, teacher_hidden = teacher_scores[:n], [states[:n] for states in teacher_hidden]
         logits, hidden = engine(**micro.inputs)
         hidden = [states[:n] for states in hidden]
 
@@ -175,7 +170,6 @@ def _distill_stage(run: Run, log: RunLog) -> Stage:
                 temperature=config.temperature,
                 alpha=config.alpha,
                 beta=config.beta,
-                attention_mask=micro.inputs["attention_mask"][:n],
                 normalize=config.hidden_loss == "cls",
                 num_items=batch.num_items,
                 num_tokens=batch.num_tokens,

@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from peakd_ds import dist, modeling
+from peakd_ds import dist
 from peakd_ds.config import UserError
 from peakd_ds.data import NUM_SHARDS, Split
 from peakd_ds.files import hidden_sibling, write_atomically
@@ -293,11 +293,10 @@ def _ask(
     by_length = rows[np.argsort(-split.lengths[rows], kind="stable")]
     for chunk in np.array_split(by_length, num_passes):
         micro = split.micro_batch(chunk)
-        answer = teacher(**micro.inputs, output_hidden_states=bool(layers))
-        hidden = modeling.select_hidden(answer.hidden_states, layers, "cls")
+        answer, hidden = teacher(layers, **micro.inputs)
         if len(chunk):
             places = torch.from_numpy(chunk - first)
-            logits[places] = answer.logits.float().cpu()
+            logits[places] = answer.float().cpu()
             for column, states in enumerate(hidden):
                 cls[places, column] = states.to("cpu", dtype)
     return {"rows": torch.from_numpy(rows), "logits": logits, "cls": cls}

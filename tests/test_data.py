@@ -1,5 +1,6 @@
 """Which rows form which batch on which rank, what is fed to a model, and what is read from disk."""
 
+import dataclasses
 import shutil
 from math import gcd
 from pathlib import Path
@@ -17,6 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from peakd_ds import data, dist
 from peakd_ds.config import UserError
 from peakd_ds.data import NUM_SHARDS, Split, epoch_slots, eval_batches, global_batches, split_holdout
+from peakd_ds.packing import padded
 from peakd_ds.tasks import get_task
 
 SIZES = [(n, b) for n in (1, 3, 10, 63, 64, 65, 90, 1000, 2490) for b in (1, 7, 16, 32, 48, 64, 96, 128)]
@@ -137,19 +139,36 @@ def test_ranks_unite_to_the_same_batches(
             for micro in micro_batches:
                 assert micro.num_real <= -(-batch_size // (world_size * num_accum_steps))
                 seen += micro.rows[: micro.num_real].tolist()
-                num_tokens += int(micro.inputs["attention_mask"][: micro.num_real].sum())
+                num_tokens += micro.inputs["input_ids"].numel() if micro.num_real else 0
         assert sorted(seen) == sorted(expected)
         assert num_tokens == rte.lengths[expected].sum()
 
 
-def test_a_rank_s_rows_are_its_part_of_the_slots(rte: Split, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 7])
+def test_ranks_get_like_numbers_of_rows_and_tokens(num_ranks: int) -> None:
+    rng = np.random.default_rng(0)
+    for num_rows in (0, 1, 5, 32, 97):
+        lengths = np.sort(np.minimum(8 + rng.exponential(30, num_rows), 128).astype(int))[::-1]
+        parts = data._deal(np.arange(num_rows), num_ranks)
+        assert sorted(np.concatenate(parts).tolist()) == list(range(num_rows))
+        assert np.ptp([len(part) for part in parts]) <= 1
+        assert np.ptp([lengths[part].sum() for part in parts]) <= lengths.max(initial=0)
+
+
+def test_of_sharded_rows_a_node_s_ranks_get_those_of_its_part_of_the_slots(
+    rte: Split, monkeypatch: pytest.MonkeyPatch
+) -> None:
     rows = np.arange(len(rte))
     slots = epoch_slots(len(rows), 32, SEED, 0)
-    for rank in range(4):
-        as_rank(monkeypatch, rank, 4)
-        for slot, batch in zip(slots, global_batches(rte, rows, slots, 2), strict=True):
-            mine = {int(row) for micro in batch.micro_batches for row in micro.rows[: micro.num_real]}
-            assert mine == {row for row in slot[rank * 8 : (rank + 1) * 8] if row >= 0}
+    split = dataclasses.replace(rte, node_of=np.repeat([0, 1], len(rte) // 2))
+    monkeypatch.setattr(dist, "num_nodes", lambda: 2)
+    for node in range(2):
+        seen: list[set[int]] = [set() for _ in slots]
+        for rank in (2 * node, 2 * node + 1):
+            as_rank(monkeypatch, rank, 4)
+            for number, batch in enumerate(global_batches(split, rows, slots, 2)):
+                seen[number] |= {int(row) for micro in batch.micro_batches for row in micro.rows[: micro.num_real]}
+        assert seen == [{row for row in slot[node * 16 : node * 16 + 16] if row >= 0} for slot in slots]
 
 
 def test_batches_from_the_middle_of_an_epoch(rte: Split) -> None:
@@ -164,31 +183,34 @@ def test_batches_from_the_middle_of_an_epoch(rte: Split) -> None:
 # -- Micro-batches and tokens ------------------------------------------------------------------------------------------
 
 
-def test_micro_batch_is_what_the_tokenizer_makes(tiny_data: Path, rte: Split) -> None:
+def test_micro_batch_is_what_the_tokenizer_makes(
+    tiny_data: Path, rte: Split, tokenizer: PreTrainedTokenizerBase
+) -> None:
     rows = datasets.Dataset(pyarrow.parquet.read_table(next((tiny_data / "rte").glob("train-*"))))[:]
     chosen = [4, 0, 31]
     micro = rte.micro_batch(np.array(chosen))
     texts = [[rows[name][i] for i in chosen] for name in ("sentence1", "sentence2")]
-    expected = rte.tokenizer(*texts, padding=True, return_tensors="pt")
-    assert micro.inputs.keys() == expected.keys() == {"input_ids", "attention_mask", "token_type_ids"}
-    for name, tensor in micro.inputs.items():
+    expected = tokenizer(*texts, padding=True, return_tensors="pt")
+    inputs = padded(micro.inputs)
+    assert inputs.keys() == expected.keys() == {"input_ids", "attention_mask", "token_type_ids"}
+    for name, tensor in inputs.items():
         assert torch.equal(tensor, expected[name]), name
         assert tensor.dtype == torch.int64
     assert micro.labels.tolist() == [rows["label"][i] for i in chosen]
     assert (micro.rows.tolist(), micro.num_real) == (chosen, 3)
 
 
-def test_token_types_tell_the_sentences_apart(rte: Split) -> None:
+def test_token_types_tell_the_sentences_apart(rte: Split, tokenizer: PreTrainedTokenizerBase) -> None:
     inputs = rte.micro_batch(np.array([0])).inputs
     assert set(inputs["token_type_ids"][0].tolist()) == {0, 1}
     second = inputs["input_ids"][0][inputs["token_type_ids"][0] == 1]
-    assert rte.tokenizer.decode(second).endswith("[SEP]") and "[CLS]" not in rte.tokenizer.decode(second)
+    assert tokenizer.decode(second).endswith("[SEP]") and "[CLS]" not in tokenizer.decode(second)
 
 
 def test_a_rank_without_rows_gets_a_batch_that_does_not_count(rte: Split) -> None:
     micro = rte.micro_batch(np.array([], np.int64))
     assert micro.num_real == 0
-    assert micro.inputs["input_ids"].shape[0] == 1
+    assert micro.inputs["packing"].num_rows == 1
     assert micro.labels[: micro.num_real].numel() == 0
 
 
@@ -203,7 +225,7 @@ def test_longer_inputs_are_cut(tiny_data: Path, tokenizer: PreTrainedTokenizerBa
     task = get_task("rte")
     split = data.tokenize(task, data.load_splits(task, str(tiny_data))["train"], tokenizer, 8)
     assert split.lengths.max() == 8
-    inputs = split.micro_batch(np.arange(len(split))).inputs
+    inputs = padded(split.micro_batch(np.arange(len(split))).inputs)
     assert inputs["input_ids"].shape == (NUM_TRAIN_ROWS, 8)
     separators = inputs["input_ids"] == VOCABULARY.index("[SEP]")
     assert (separators.sum(1) == 2).all(), "both sentences keep their end"
@@ -235,8 +257,9 @@ def test_tokenised_rows_are_cached(
     assert len(calls) == 1
     assert (again.lengths == first.lengths).all() and torch.equal(again.labels, first.labels)
     every = np.arange(len(rows["train"]))
-    for name, tensor in first.micro_batch(every).inputs.items():
-        assert torch.equal(tensor, again.micro_batch(every).inputs[name])
+    theirs = padded(again.micro_batch(every).inputs)
+    for name, tensor in padded(first.micro_batch(every).inputs).items():
+        assert torch.equal(tensor, theirs[name])
     assert tokenize(max_seq_length=8).lengths.max() == 8
     assert len(tokenize("validation")) == NUM_DEV_ROWS
     assert len(calls) == 3

@@ -17,6 +17,7 @@ from peakd_ds import data, dist, glue_eval, modeling
 from peakd_ds.config import UserError, parse
 from peakd_ds.data import Split
 from peakd_ds.export import export_model, unroll
+from peakd_ds.packing import padded
 from peakd_ds.sps import SPSBertForSequenceClassification
 from peakd_ds.tasks import compute_metrics, get_task
 
@@ -108,7 +109,9 @@ def test_evaluation_equals_plain_forward_passes(
     model = BertForSequenceClassification.from_pretrained(tiny_teacher(name)).eval()
     tokenizer = AutoTokenizer.from_pretrained(tiny_teacher(name))
     dev = splits_of(name, tiny_data, tokenizer)
-    metrics, logits, speed = glue_eval.evaluate(lambda inputs: model(**inputs).logits, task, dev, micro_batch_size)
+    metrics, logits, speed = glue_eval.evaluate(
+        lambda inputs: model(**padded(inputs)).logits, task, dev, micro_batch_size
+    )
     assert speed > 0
     expected_metrics = {}
     for split, rows in data.load_splits(task, str(tiny_data)).items():
@@ -133,7 +136,7 @@ def test_logits_of_chosen_rows_come_in_their_order(tiny_data: Path, tiny_teacher
     split = splits_of("rte", tiny_data, AutoTokenizer.from_pretrained(tiny_teacher("rte")))["validation"]
 
     def predict(rows: np.ndarray) -> torch.Tensor:
-        return glue_eval.predict(lambda inputs: model(**inputs).logits, split, rows, 4, 2)[0]
+        return glue_eval.predict(lambda inputs: model(**padded(inputs)).logits, split, rows, 4, 2)[0]
 
     whole, rows = predict(np.arange(len(split))), np.array([29, 3, 11, 0])
     assert torch.allclose(predict(rows), whole[rows], atol=1e-6)
@@ -148,8 +151,8 @@ def test_ranks_together_predict_each_row_once(
     """All-reduce is the sum of what each of the ranks has."""
     split = splits_of("sst2", tiny_data, AutoTokenizer.from_pretrained(tiny_encoder))["validation"]
 
-    def forward(inputs: dict[str, torch.Tensor]) -> torch.Tensor:
-        return inputs["input_ids"].sum(1, keepdim=True) + torch.ones(1, 2)
+    def forward(inputs: dict[str, Any]) -> torch.Tensor:
+        return padded(inputs)["input_ids"].sum(1, keepdim=True) + torch.ones(1, 2)
 
     rows = np.arange(NUM_DEV_ROWS)
     alone = glue_eval.predict(forward, split, rows, 4, 2)[0]
@@ -198,7 +201,7 @@ def test_peakd_eval_of_a_student(
     answer, rest = evaluated(capsys, "--model", student / form, "--task", "sst2", "--data_dir", tiny_data)
     model = SPSBertForSequenceClassification.from_pretrained(student / "student").eval()
     dev = splits_of("sst2", tiny_data, AutoTokenizer.from_pretrained(student / "student"))
-    expected, _, _ = glue_eval.evaluate(lambda inputs: model(**inputs).logits, get_task("sst2"), dev, 8)
+    expected, _, _ = glue_eval.evaluate(lambda inputs: model(**padded(inputs)).logits, get_task("sst2"), dev, 8)
     assert answer["metrics"] == pytest.approx(expected) and rest == ""
     assert (answer["task"], answer["model"]) == ("sst2", str(student / form))
     assert answer["samples_per_s"] > 0

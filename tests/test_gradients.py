@@ -10,9 +10,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from deepspeed.utils import safe_get_full_grad
+from transformers import BertForSequenceClassification
 
 from peakd_ds import data, dist, ds_engine, stages, train
 from peakd_ds.config import parse
+from peakd_ds.packing import padded
 from peakd_ds.run import open_run
 from peakd_ds.run_log import RunLog
 
@@ -46,16 +48,22 @@ def distributed_gradients(argv: list[str]) -> tuple[dict[str, np.ndarray], np.nd
 
 
 def plain_gradients(argv: list[str], rows: np.ndarray) -> tuple[dict[str, torch.Tensor], float]:
-    """The same on the whole batch at once: no engine, no peakd_ds loss."""
+    """The same on the whole batch at once: padded, no engine, no peakd_ds loss, transformers' own teacher."""
     config = parse(argv)
     run = open_run(config)
     stage = stages.build_stage("distill", run, RunLog(run.folder))
     module = train.build(stage, config).eval()
     batch = run.train.micro_batch(rows)
-    teacher = run.teacher().module
+    inputs = padded(batch.inputs)
+    teacher = BertForSequenceClassification.from_pretrained(config.teacher).eval()
     with torch.no_grad():
-        answer = teacher(**batch.inputs, output_hidden_states=True)
-    logits, hidden = module(**batch.inputs)
+        answer = teacher(**inputs, output_hidden_states=True)
+    output = module.student(**inputs, output_hidden_states=True)
+    logits, hidden = output.logits, [output.hidden_states[i] for i, _ in run.pairs]
+    if config.hidden_loss == "cls":
+        hidden = [states[:, 0] for states in hidden]
+    if len(module.projections):
+        hidden = [project(states) for project, states in zip(module.projections, hidden, strict=True)]
     if run.task.is_regression:
         hard = F.mse_loss(logits[:, 0], batch.labels)
         soft = F.mse_loss(logits, answer.logits)
@@ -69,7 +77,7 @@ def plain_gradients(argv: list[str], rows: np.ndarray) -> tuple[dict[str, torch.
     if config.hidden_loss == "cls":
         distances = [F.mse_loss(F.normalize(s, dim=-1), F.normalize(h[:, 0], dim=-1)) for s, h in pairs]
     else:
-        mask = batch.inputs["attention_mask"].bool()
+        mask = inputs["attention_mask"].bool()
         distances = [F.mse_loss(s[mask], h[mask]) for s, h in pairs]
     total = (1 - config.alpha) * hard + config.alpha * soft + config.beta * torch.stack(distances).mean()
     total.backward()

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import save_encoder
@@ -12,7 +13,8 @@ from transformers import BertForSequenceClassification, BertModel
 
 from peakd_ds import modeling
 from peakd_ds.config import RunConfig, UserError, parse
-from peakd_ds.modeling import MatchedStudent, layer_pairs, ptp_head, select_hidden, task_head
+from peakd_ds.modeling import MatchedStudent, layer_pairs, ptp_head, task_head
+from peakd_ds.packing import pack, padded
 from peakd_ds.ptp import NUM_PTP_LABELS
 from peakd_ds.sps import SPSBertForSequenceClassification, execution_order
 from peakd_ds.tasks import TASKS, get_task
@@ -262,39 +264,42 @@ def test_an_encoder_that_lacks_weights(tiny_encoder: Path, tmp_path: Path) -> No
 
 
 @pytest.fixture
-def inputs() -> dict[str, torch.Tensor]:
-    ids = torch.randint(5, 50, (3, 7), generator=torch.Generator().manual_seed(0))
-    return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "token_type_ids": torch.zeros_like(ids)}
+def inputs() -> dict[str, Any]:
+    ids = [np.random.default_rng(n).integers(5, 50, n) for n in (7, 4, 5)]
+    return pack(ids, [np.zeros_like(row) for row in ids], torch.device("cpu"))
 
 
 @pytest.mark.parametrize("hidden_loss", ["cls", "tokens"])
 @torch.no_grad()
 def test_matched_student_gives_logits_and_chosen_layers(
-    tiny_encoder: Path, inputs: dict[str, torch.Tensor], hidden_loss: str
+    tiny_encoder: Path, inputs: dict[str, Any], hidden_loss: str
 ) -> None:
     student = make_student(tiny_encoder).eval()
     pairs = ((3, 4), (1, 2))
     matched = MatchedStudent(student, pairs, 32, hidden_loss).eval()
     logits, hidden = matched(**inputs)
-    plain = student(**inputs, output_hidden_states=True)
-    torch.testing.assert_close(logits, plain.logits, rtol=1e-6, atol=1e-6)  # cls: a last layer of one token
+    plain = student(**padded(inputs), output_hidden_states=True)
+    torch.testing.assert_close(logits, plain.logits, rtol=1e-6, atol=1e-6)
     expected = [plain.hidden_states[layer] for layer in (3, 1)]
     assert len(plain.hidden_states) == 5
     for states, whole in zip(hidden, expected, strict=True):
-        assert torch.equal(states, whole[:, 0] if hidden_loss == "cls" else whole)
+        theirs = (
+            whole[:, 0]
+            if hidden_loss == "cls"
+            else inputs["packing"].unpad(nn.functional.pad(whole, (0, 0, 0, 25)))[None]
+        )
+        torch.testing.assert_close(states, theirs, rtol=1e-6, atol=1e-6)
     assert len(matched.projections) == 0, "equal sizes need none"
 
 
 @pytest.mark.parametrize("hidden_loss", ["cls", "tokens"])
-def test_projections_where_hidden_sizes_differ(
-    narrow_encoder: Path, inputs: dict[str, torch.Tensor], hidden_loss: str
-) -> None:
+def test_projections_where_hidden_sizes_differ(narrow_encoder: Path, inputs: dict[str, Any], hidden_loss: str) -> None:
     student = make_student(narrow_encoder)
     before = set(student.state_dict())
     matched = MatchedStudent(student, ((1, 1), (2, 2)), 32, hidden_loss)
     assert len(matched.projections) == 2
     _, hidden = matched(**inputs)
-    assert [states.shape for states in hidden] == [(3, 32) if hidden_loss == "cls" else (3, 7, 32)] * 2
+    assert [states.shape for states in hidden] == [(3, 32) if hidden_loss == "cls" else (1, 16, 32)] * 2
     torch.stack(hidden).sum().backward()
     assert all(projection.weight.grad is not None for projection in matched.projections)
     assert set(student.state_dict()) == before, "what is exported has none"
@@ -303,9 +308,8 @@ def test_projections_where_hidden_sizes_differ(
     assert {"projections.0.weight", "projections.1.bias", "student.bert.pooler.dense.weight"} <= trained
 
 
-def test_no_pairs_ask_for_no_hidden_states(tiny_encoder: Path, inputs: dict[str, torch.Tensor]) -> None:
+def test_no_pairs_ask_for_no_hidden_states(tiny_encoder: Path, inputs: dict[str, Any]) -> None:
     student = make_student(tiny_encoder)
     matched = MatchedStudent(student, (), 48, "cls")
     logits, hidden = matched(**inputs)
     assert logits.shape == (3, 2) and hidden == [] and len(matched.projections) == 0
-    assert select_hidden(None, [], "cls") == []

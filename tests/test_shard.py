@@ -1,5 +1,6 @@
 """Shards: the same bytes by any number of workers, whole or named, and the same losses as without them."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from peakd_ds import data, dist, shard, train
 from peakd_ds.config import UserError, parse
 from peakd_ds.data import NUM_SHARDS, epoch_slots, global_batches
+from peakd_ds.packing import padded
 from peakd_ds.tasks import get_task
 
 BIN = Path(sys.executable).parent
@@ -449,17 +451,18 @@ def test_a_node_composes_its_part_of_every_batch(
         as_node(node, num_nodes)
         config = sharded_config(words, made)
         with mock.patch.object(dist, "agree", lambda action: action()):
-            part = shard.load(config, shard.find(config, task, tokenizer, None), tokenizer)
+            part = shard.load(config, shard.find(config, task, tokenizer, None))
         assert np.array_equal(part.lengths, whole.lengths) and torch.equal(part.labels, whole.labels)
+        elsewhere = dataclasses.replace(whole, node_of=part.node_of)  # whole, but dealt like the sharded one
         for ours, theirs in zip(
-            global_batches(part, train_rows, slots, 2), global_batches(whole, train_rows, slots, 2), strict=True
+            global_batches(part, train_rows, slots, 2), global_batches(elsewhere, train_rows, slots, 2), strict=True
         ):
             assert (ours.num_items, ours.num_tokens) == (theirs.num_items, theirs.num_tokens)
             for mine, other in zip(ours.micro_batches, theirs.micro_batches, strict=True):
                 assert mine.num_real == other.num_real
                 if mine.num_real:
                     assert torch.equal(mine.rows, other.rows)
-                    assert all(torch.equal(mine.inputs[name], other.inputs[name]) for name in other.inputs)
+                    assert_rows_equal(mine, other)
         assert_rows_equal(part.micro_batch(held_out), whole.micro_batch(held_out))
         if num_nodes > 1:
             with pytest.raises(AssertionError, match="another node"):
@@ -468,7 +471,8 @@ def test_a_node_composes_its_part_of_every_batch(
 
 def assert_rows_equal(ours: Any, theirs: Any) -> None:
     assert torch.equal(ours.rows, theirs.rows) and torch.equal(ours.labels, theirs.labels)
-    assert all(torch.equal(ours.inputs[name], theirs.inputs[name]) for name in theirs.inputs)
+    mine, others = padded(ours.inputs), padded(theirs.inputs)
+    assert all(torch.equal(mine[name], others[name]) for name in others)
 
 
 @pytest.mark.parametrize(("num_nodes", "local_size"), [(1, 3), (2, 1), (2, 3), (8, 2)])
@@ -489,7 +493,7 @@ def test_each_node_predicts_its_own_rows_once(
         as_rank(monkeypatch, rank, num_nodes * local_size)
         config = sharded_config(words, made)
         with mock.patch.object(dist, "agree", lambda action: action()):
-            part = shard.load(config, shard.find(config, get_task("rte"), tokenizer, None), tokenizer)
+            part = shard.load(config, shard.find(config, get_task("rte"), tokenizer, None))
         for name, rows in (("train", train_rows), ("holdout", held_out)):
             batches = list(data.eval_batches(part, rows, 4))
             seen[name] += real_rows(batches)

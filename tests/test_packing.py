@@ -1,0 +1,256 @@
+"""Packed rows against the same rows padded, through transformers' own classes, and the CPU's dropout and attention."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from peakd_ds import attention
+from peakd_ds.attention import Dropout, attend
+from peakd_ds.export import unroll
+from peakd_ds.modeling import ask
+from peakd_ds.packing import WIDTH_MULTIPLE, pack, padded
+from peakd_ds.sps import SPSBertConfig, SPSBertForSequenceClassification
+
+CPU = torch.device("cpu")
+LENGTHS = (5, 9, 1, 33, 2)
+
+
+def make_rows(lengths: Sequence[int]) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(5, 50, n) for n in lengths], [rng.integers(0, 2, n) for n in lengths]
+
+
+def make_model(sharing: str = "sps", num_layers: int = 2, **settings: Any) -> SPSBertForSequenceClassification:
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=50, hidden_size=32, num_attention_heads=2, intermediate_size=64, initializer_range=0.1)
+    no_dropout = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    config = SPSBertConfig(num_hidden_layers=num_layers, sharing=sharing, **(sizes | no_dropout | settings))
+    return SPSBertForSequenceClassification(config).train()
+
+
+def test_packed_inputs_are_the_rows_one_after_another() -> None:
+    ids, types = make_rows(LENGTHS)
+    inputs = pack(ids, types, CPU)
+    packing = inputs["packing"]
+    assert inputs["input_ids"].tolist() == [np.concatenate(ids).tolist()]
+    assert inputs["token_type_ids"].tolist() == [np.concatenate(types).tolist()]
+    assert inputs["position_ids"].tolist() == [[position for n in LENGTHS for position in range(n)]]
+    assert packing.starts.tolist() == [0, 5, 14, 15, 48]
+    assert (packing.num_rows, packing.width, packing.longest) == (5, 2 * WIDTH_MULTIPLE, 33)
+
+
+def test_padded_inputs_are_what_a_tokenizer_pads() -> None:
+    ids, types = make_rows(LENGTHS)
+    inputs = padded(pack(ids, types, CPU))
+    assert all(tensor.shape == (5, 33) for tensor in inputs.values())
+    for row, length in enumerate(LENGTHS):
+        assert inputs["input_ids"][row].tolist() == ids[row].tolist() + [0] * (33 - length)
+        assert inputs["token_type_ids"][row].tolist() == types[row].tolist() + [0] * (33 - length)
+        assert inputs["attention_mask"][row].tolist() == [1] * length + [0] * (33 - length)
+
+
+@pytest.mark.parametrize("lengths", [LENGTHS, (7,), (32, 32), (1, 1, 1)])
+def test_padding_and_unpadding_undo_each_other(lengths: tuple[int, ...]) -> None:
+    packing = pack(*make_rows(lengths), CPU)["packing"]
+    tokens = torch.randn(sum(lengths), 3, 2)
+    wide = packing.pad(tokens)
+    assert torch.equal(packing.unpad(wide), tokens)
+    assert torch.equal(wide.abs().sum((2, 3)) > 0, packing.mask[:, 0, 0])
+
+
+def gradients_of(model: torch.nn.Module, seen: list[Tensor]) -> dict[str, Tensor]:
+    model.zero_grad()
+    sum(((index + 1) * tensor.sin()).sum() for index, tensor in enumerate(seen)).backward()
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+def assert_same(ours: list[Tensor], theirs: list[Tensor], tolerance: float) -> None:
+    torch.testing.assert_close(ours, theirs, rtol=tolerance, atol=tolerance)
+
+
+def check_against_padded(model: SPSBertForSequenceClassification, lengths: Sequence[int], hidden_loss: str) -> None:
+    """Logits, states of every layer and all gradients, in double precision: fp32 would show the order of sums."""
+    model = model.double()
+    inputs = pack(*make_rows(lengths), CPU)
+    packing, layers = inputs["packing"], range(1, model.config.num_effective_layers + 1)
+    logits, hidden = ask(model, inputs, layers, hidden_loss)
+    ours = [logits, *(states.flatten(0, -2) for states in hidden)]
+    our_gradients = gradients_of(model, ours)
+
+    output = model(**padded(inputs), output_hidden_states=True)
+    in_row = packing.mask[:, 0, 0, : packing.longest]
+    theirs = [states[:, 0] if hidden_loss == "cls" else states[in_row] for states in output.hidden_states[1:]]
+    their_gradients = gradients_of(model, [output.logits, *theirs])
+    assert_same(ours, [output.logits, *theirs], 1e-12)
+    for name, gradient in their_gradients.items():
+        torch.testing.assert_close(our_gradients[name], gradient, rtol=1e-9, atol=1e-9, msg=name)
+
+
+@pytest.mark.parametrize("hidden_loss", ["cls", "tokens"])
+@pytest.mark.parametrize(("num_layers", "sharing"), [(1, "none"), (1, "sps"), (2, "sps"), (3, "cycle_rev")])
+def test_packed_equals_padded(num_layers: int, sharing: str, hidden_loss: str) -> None:
+    check_against_padded(make_model(sharing, num_layers), LENGTHS, hidden_loss)
+
+
+@pytest.mark.parametrize("lengths", [(7,), (32, 32), (1, 1, 1)])
+def test_packed_equals_padded_at_the_edges(lengths: tuple[int, ...]) -> None:
+    check_against_padded(make_model(), lengths, "cls")
+
+
+@pytest.mark.parametrize("hidden_loss", ["cls", "tokens"])
+def test_packed_equals_padded_with_recomputed_activations(hidden_loss: str) -> None:
+    model = make_model()
+    model.gradient_checkpointing_enable()
+    check_against_padded(model, LENGTHS, hidden_loss)
+
+
+def test_packed_equals_a_plain_bert_in_fp32() -> None:
+    """Within 1e-6, and without sharing any of our code with it."""
+    model = make_model("sps", 3)
+    plain = unroll(model)
+    inputs = pack(*make_rows(LENGTHS), CPU)
+    assert_same([model(**inputs).logits], [plain(**padded(inputs)).logits], 1e-6)
+
+
+def test_the_path_of_other_devices_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Attention by PyTorch, as on a GPU, run here."""
+    monkeypatch.setattr(attention, "_uses_cpu_path", lambda tensor: False)
+    check_against_padded(make_model(), LENGTHS, "cls")
+    check_against_padded(make_model("cycle_rev"), LENGTHS, "tokens")
+
+
+def test_the_last_layer_computes_first_tokens_alone() -> None:
+    model, widths = make_model("none"), []
+    for layer in model.bert.encoder.layer:
+        layer.intermediate.register_forward_hook(lambda module, inputs, output: widths.append(output.shape[1]))
+    inputs = pack(*make_rows(LENGTHS), CPU)
+    model(**inputs)
+    ask(model, inputs, [2], "cls")
+    ask(model, inputs, [1], "tokens")
+    ask(model, inputs, [2], "tokens")
+    total = sum(LENGTHS)
+    assert widths == [total, len(LENGTHS)] * 3 + [total, total]
+
+
+def test_without_logits_the_pass_ends_after_the_last_layer_that_is_read() -> None:
+    model, runs = make_model("sps", 2), []
+    for number, layer in enumerate(model.bert.encoder.layer):
+        layer.register_forward_hook(lambda module, inputs, output, number=number: runs.append(number))
+    inputs = pack(*make_rows(LENGTHS), CPU)
+    _, whole = ask(model, inputs, [1, 3], "cls")
+    _, short = ask(model, inputs, [1, 3], "cls", logits=False)
+    assert runs == [0, 1, 0, 1] + [0, 1, 0]
+    assert_same(short, whole, 1e-6)
+
+
+def test_states_alone_have_a_gradient() -> None:
+    """Where nothing reads what lies above the layer that is looked at."""
+    model = make_model("sps", 1)
+    inputs = pack(*make_rows(LENGTHS), CPU)
+    weight, answers = model.bert.encoder.layer[0].attention.self.query.weight, []
+    for is_packed in (True, False):
+        model.zero_grad()
+        if is_packed:
+            states = ask(model, inputs, [1], "cls")[1][0]
+        else:
+            states = model(**padded(inputs), output_hidden_states=True).hidden_states[1][:, 0]
+        states.sin().sum().backward()
+        answers.append(weight.grad.clone())
+    assert answers[1].norm() > 0
+    torch.testing.assert_close(answers[0], answers[1], rtol=1e-4, atol=1e-6)
+
+
+# -- The CPU's dropout and attention -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("p", [0.1, 0.5, 0.9])
+def test_dropout_drops_the_share_it_says_and_keeps_the_mean(dtype: torch.dtype, p: float) -> None:
+    torch.manual_seed(0)
+    ones = torch.ones(1000, 1003, dtype=dtype)
+    output = Dropout(p)(ones)
+    share = (output == 0).double().mean().item()
+    assert share == pytest.approx(p, abs=5 * (p * (1 - p) / ones.numel()) ** 0.5)
+    dropped, kept = output.unique().tolist()
+    assert dropped == 0 and kept == pytest.approx(1 / (1 - p), rel=5e-3)
+    assert output.double().mean().item() == pytest.approx(1.0, rel=5e-3)
+    columns = (output == 0).double().mean(0)  # each of the four places in a random word drops alike
+    for place in range(4):
+        assert columns[place::4].mean().item() == pytest.approx(p, abs=5 * (p * (1 - p) / (ones.numel() / 4)) ** 0.5)
+
+
+def test_dropout_of_neighbours_is_independent() -> None:
+    torch.manual_seed(1)
+    dropped = (Dropout(0.5)(torch.ones(1_000_000)) == 0).double()
+    for lag in (1, 2, 3, 4, 8):
+        correlation = torch.corrcoef(torch.stack([dropped[:-lag], dropped[lag:]]))[0, 1].item()
+        assert abs(correlation) < 5e-3
+
+
+def test_dropout_has_the_gradient_of_what_it_kept() -> None:
+    states = torch.randn(37, 11, dtype=torch.float64, requires_grad=True)
+    output = Dropout(0.3)(states)
+    (gradient,) = torch.autograd.grad(output.sum(), states)
+    torch.testing.assert_close(output, states * gradient)
+    assert 0 < (gradient == 0).double().mean() < 1
+
+
+def test_dropout_follows_the_seed_and_does_nothing_in_eval() -> None:
+    dropout, states = Dropout(0.5), torch.randn(50, 7)
+    answers = []
+    for seed in (0, 0, 1):
+        torch.manual_seed(seed)
+        answers.append(dropout(states))
+    assert torch.equal(answers[0], answers[1]) and not torch.equal(answers[0], answers[2])
+    assert dropout.eval()(states) is states
+    assert torch.equal(Dropout(1.0)(states), torch.zeros_like(states))
+
+
+@pytest.mark.parametrize("is_first_only", [False, True])
+def test_attention_with_dropout_has_the_gradient_of_its_formula(
+    is_first_only: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Softmax(Q K^T / sqrt(D)), dropped with the mask that was drawn, times V; all in double precision."""
+    packing, heads = pack(*make_rows(LENGTHS), CPU)["packing"], 2
+    num_tokens = sum(LENGTHS)
+    torch.manual_seed(0)
+    query, key, value = (torch.randn(num_tokens, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
+    masks: list[Tensor] = []
+
+    def draw(like: Tensor, p: float) -> tuple[Tensor, float]:
+        keep, scale = attention_draw(like, p)
+        masks.append(keep * scale)
+        return keep, scale
+
+    attention_draw = attention._draw
+    monkeypatch.setattr(attention, "_draw", draw)
+    asking = query[packing.starts] if is_first_only else query
+    ours = attend(asking, key, value, packing, heads, 0.5, 0.3)
+    our_gradients = torch.autograd.grad(ours.sin().sum(), (query, key, value))
+
+    expected, (mask,) = [], masks
+    mask = mask.view(len(LENGTHS), heads, -1, packing.width)
+    for row, (start, length) in enumerate(zip(packing.starts.tolist(), LENGTHS, strict=True)):
+        q, k, v = (x[start : start + length].view(length, heads, 4).transpose(0, 1) for x in (query, key, value))
+        q = q[:, :1] if is_first_only else q
+        weights = F.softmax(q @ k.mT * 0.5, -1) * mask[row, :, : q.shape[1], :length]
+        expected.append((weights @ v).transpose(0, 1).flatten(1))
+    theirs = torch.cat(expected)
+    torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
+    for mine, formula in zip(our_gradients, torch.autograd.grad(theirs.sin().sum(), (query, key, value)), strict=True):
+        torch.testing.assert_close(mine, formula, rtol=1e-10, atol=1e-12)
+    assert 0.2 < (mask == 0).double().mean() < 0.4
+
+
+def test_bf16_attention_is_as_near_as_bf16_allows() -> None:
+    packing = pack(*make_rows(LENGTHS), CPU)["packing"]
+    torch.manual_seed(0)
+    states = [torch.randn(sum(LENGTHS), 64) for _ in range(3)]
+    exact = attend(*states, packing, 4, 0.25, 0.0)
+    rounded = attend(*(x.bfloat16() for x in states), packing, 4, 0.25, 0.0)
+    assert (rounded.float() - exact).norm() / exact.norm() < 0.01
