@@ -3,10 +3,9 @@
     peakd-plan --teacher bert-large-uncased --world_size 8 --gpu_memory_gib 40
     peakd-plan --teacher_layers 24 --teacher_hidden 1024 --world_size 8 --json
 
-The models are built on the meta device by the run's own builders: parameters are counted, activations are traced, no
-weight is read and no GPU is needed. Each formula stands once, beside what it was read from (DeepSpeed 0.19.8).
-
-W ranks, N parameters, e bytes of an element in the run's dtype, H hidden, S tokens.
+The models are built on the meta device from the run's own configurations and their parameters counted: no weight is
+read and no GPU is needed. Each formula names what it was read from in DeepSpeed 0.19.8, in deepspeed/runtime/; bytes
+sent are those of scaling.py.
 """
 
 import argparse
@@ -15,27 +14,27 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields
-from pathlib import Path
 from typing import Any
 
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import nn
-from transformers import AutoConfig, BertConfig, BertForSequenceClassification
-from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers import AutoConfig, BertConfig
 
-from peakd_ds import ds_engine, modeling
+from peakd_ds import ds_engine, modeling, scaling, teacher_cache
 from peakd_ds.config import RunConfig, UserError, _Parser, add_setting, exit_with
+from peakd_ds.packing import WIDTH_MULTIPLE
 from peakd_ds.sps import SPSBertForSequenceClassification
 from peakd_ds.tasks import get_task
 
 SETTINGS = (
-    "task teacher student_init num_hidden_layers sharing shuffle_qk dropout layer_map hidden_loss max_seq_length "
+    "task teacher student_init num_hidden_layers sharing shuffle_qk layer_map hidden_loss max_seq_length "
     "global_batch_size micro_batch_size"
 ).split()
 """Settings of a run that change the plan; they keep their names, ranges and defaults."""
 
 TEACHERS = ("teacher_zero0", "teacher_zero3", "teacher_zero3_offload")
+DTYPES = ("bf16", "fp32")
 FP32 = 4
 GIB, MIB = 2**30, 2**20
 HEADROOM = 0.1
@@ -43,64 +42,67 @@ HEADROOM = 0.1
 MAX_WORLD_SIZE = 1_000_000
 
 
+# -- Engines -----------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True)
 class Parameters:
-    """What the formulas need of a model: its parameters' sizes, in the order and the groups of the optimiser."""
+    """Elements of a model's parameters, each shared one once, in the order and the groups of the optimiser."""
 
     groups: tuple[tuple[int, ...], ...]
 
-    @property
-    def total(self) -> int:
-        return sum(map(sum, self.groups))
+    @staticmethod
+    def of(module: nn.Module) -> "Parameters":
+        groups = ds_engine._parameter_groups(module, 0.0)
+        return Parameters(tuple(tuple(p.numel() for p in group["params"]) for group in groups))
 
     @property
     def sizes(self) -> tuple[int, ...]:
         return tuple(size for group in self.groups for size in group)
 
-    def flat(self, world_size: int) -> int:
-        """N, each group padded to 2 W: flatten_dense_tensors_aligned in stage_1_and_2.py and bf16_optimizer.py."""
-        return sum(math.ceil(sum(group) / (2 * world_size)) * 2 * world_size for group in self.groups)
+    @property
+    def total(self) -> int:
+        return sum(self.sizes)
+
+    def flat_groups(self, world_size: int) -> tuple[int, ...]:
+        """Elements of each group padded to 2 x ranks: nccl_start_alignment_factor in zero/stage_1_and_2.py."""
+        return tuple(math.ceil(sum(group) / (2 * world_size)) * 2 * world_size for group in self.groups)
 
     def sharded(self, world_size: int) -> int:
-        """A rank's part at stage 3, where each parameter is padded to W: _aligned_size in partition_parameters.py."""
+        """A rank's part at stage 3, each parameter padded to the ranks: _aligned_size in zero/partition_parameters.py."""
         return sum(math.ceil(size / world_size) for size in self.sizes)
 
-    def persistent(self, threshold: int) -> int:
-        """Elements of small parameters, which stage 3 keeps whole besides: ds_persist in partition_parameters.py."""
-        return sum(size for size in self.sizes if size <= threshold)
+    def persistent(self, zero: DeepSpeedZeroConfig) -> int:
+        """Elements of the small parameters that stage 3 keeps whole: ds_persist in zero/partition_parameters.py."""
+        return sum(size for size in self.sizes if size <= int(zero.param_persistence_threshold))
 
-    def touching_a_partition(self, world_size: int) -> int:
+    def reaching_into_a_part(self, world_size: int) -> int:
         """Elements of the parameters that reach into a rank's part, for the rank with most.
 
-        Stages 1 and 2 keep their gradients whole until the step: params_in_partition in stage_1_and_2.py.
+        Stages 1 and 2 in fp32 keep their gradients whole: grads_in_partition in zero/stage_1_and_2.py. An embedding
+        larger than a part is so held by each rank that has some of it.
         """
-        most = [0] * world_size
-        for group in self.groups:
-            part = self._padded(group, world_size) // world_size
-            start = 0
+        of_rank = [0] * world_size
+        for group, flat in zip(self.groups, self.flat_groups(world_size), strict=True):
+            part, start = flat // world_size, 0
             for size in group:
                 for rank in range(start // part, (start + size - 1) // part + 1):
-                    most[rank] += size
+                    of_rank[rank] += size
                 start += size
-        return max(most)
-
-    @staticmethod
-    def _padded(group: tuple[int, ...], world_size: int) -> int:
-        return math.ceil(sum(group) / (2 * world_size)) * 2 * world_size
+        return max(of_rank)
 
 
 @dataclass(frozen=True)
 class StudentMemory:
-    """Bytes that a rank holds for the trained model."""
+    """Bytes that a rank holds for the trained model when its backward pass ends."""
 
     weights: int
     gradients: int
-    """At the end of backward; at stage 1, which reduces them there, just before."""
     masters: int
     """fp32 weights that AdamW updates, beyond `weights`."""
     moments: int
     buffers: int
-    """Reduce buckets, and at stage 3 the weights that are gathered for use."""
+    """The reduce bucket, and at stage 3 the weights that are gathered for use."""
 
 
 @dataclass(frozen=True)
@@ -109,180 +111,161 @@ class TeacherMemory:
 
     weights: int
     buffers: int
+    """Weights gathered for use, at most."""
     host: int
     """In CPU memory, pinned."""
 
 
-def count_parameters(module: nn.Module) -> Parameters:
-    """Sizes by optimiser group, shared parameters once."""
-    groups = ds_engine._parameter_groups(module, 0.0)
-    return Parameters(tuple(tuple(p.numel() for p in group["params"]) for group in groups))
+def read_ds_config(name: str, option: str) -> DeepSpeedZeroConfig:
+    """DeepSpeed's own reading of a file in ds_configs/, its defaults included."""
+    return DeepSpeedZeroConfig(**ds_engine.load_ds_config(name, option).get("zero_optimization", {}))
 
 
-def student_memory(parameters: Parameters, stage: int, dtype: str, world_size: int) -> StudentMemory:
+def student_memory(parameters: Parameters, zero: DeepSpeedZeroConfig, dtype: str, world_size: int) -> StudentMemory:
     """Memory of `ds_engine.training_engine` with `zero{stage}_{dtype}` of ds_configs/.
 
-    Stage 0: fp32 is torch's AdamW on the weights themselves; bf16 has an fp32 copy of each (FP16_UnfusedOptimizer's
-    kind). Gradients are in the run's dtype.
-    Stage 1: AdamW works on an fp32 copy of this rank's part, also in fp32. bf16 goes to bf16_optimizer.py, which holds
-    fp32 gradients of all of N beside the bf16 ones; fp32 to stage_1_and_2.py.
-    Stage 2: as 1, but a rank keeps gradients of its own part, in bf16 as a flat fp32 partition.
-    Stage 3: weights and fp32 gradients of this rank's part (grad_partitions_flat_buffer in stage3.py).
-    Stages 2, 3 and 1 in fp32 allocate a bucket of reduce_bucket_size elements, however small the model is
-    (setup_buckets in stage_1_and_2.py, `# IPG` in stage3.py).
+    Stage 0: fp32 is torch's AdamW on the weights themselves; bf16 has fp32 copies (fp16/unfused_optimizer.py).
+    Stage 1: AdamW works on an fp32 copy of this rank's part, also in fp32. bf16 is bf16_optimizer.py, which has fp32
+    gradients of all parameters (fp32_groups_gradients_flat) besides bf16's own, and no bucket; fp32 is
+    zero/stage_1_and_2.py, which has the whole gradients when it starts to reduce them.
+    Stage 2: zero/stage_1_and_2.py, where gradients leave as they come: in fp32 all that reach into this rank's part stay
+    (copy_grads_in_partition), in bf16 a flat fp32 part (_build_compact_grad_partition_buffer).
+    Stage 3: zero/stage3.py; fp32 gradients of this rank's part (grad_partitions_flat_buffer).
+    The bucket is allocated whole, however small the model: setup_buckets in stage_1_and_2.py (twice with
+    overlap_comm), `# IPG` in stage3.py.
     """
-    n, e, flat = parameters.total, element_size(dtype), parameters.flat(world_size)
-    zero = zero_config(f"zero{stage}_{dtype}", "student_ds_config")
-    bucket = int(zero.reduce_bucket_size) * e
+    n, e, stage = parameters.total, element_size(dtype), int(zero.stage)
     if stage == 0:
-        masters = 0 if dtype == "fp32" else FP32 * n
-        return StudentMemory(e * n, e * n, masters, 2 * FP32 * n, 0)
+        return StudentMemory(e * n, e * n, 0 if dtype == "fp32" else FP32 * n, 2 * FP32 * n, 0)
+    bucket = e * int(zero.reduce_bucket_size)
     if stage == 3:
         part = parameters.sharded(world_size)
-        persistent = parameters.persistent(int(zero.param_persistence_threshold))
-        gathered = e * min(n - persistent, int(zero.max_live_parameters))
-        weights = e * (part + persistent)
-        return StudentMemory(weights, FP32 * part, FP32 * part, 2 * FP32 * part, bucket + gathered)
+        # On one rank the whole weights are views of the part: NoGatherHandle in partition_parameters.py.
+        persistent = parameters.persistent(zero) if world_size > 1 else 0
+        gathered = min(n - persistent, int(zero.max_live_parameters)) if world_size > 1 else 0
+        return StudentMemory(e * (part + persistent), FP32 * part, FP32 * part, 2 * FP32 * part, bucket + e * gathered)
+    flat = sum(parameters.flat_groups(world_size))
     part = flat // world_size
     if stage == 1 and dtype == "bf16":
         gradients, bucket = FP32 * flat + e * n, 0
     elif stage == 1:
         gradients = e * n
-    elif dtype == "bf16":
-        gradients = FP32 * part
-    elif world_size == 1:
-        gradients = 0  # they stay views of the bucket
     else:
-        gradients = e * parameters.touching_a_partition(world_size)
-    return StudentMemory(e * flat, gradients, FP32 * part, 2 * FP32 * part, bucket)
+        gradients = FP32 * part if dtype == "bf16" else e * parameters.reaching_into_a_part(world_size)
+    return StudentMemory(
+        e * flat, gradients, FP32 * part, 2 * FP32 * part, bucket * (2 if stage == 2 and zero.overlap_comm else 1)
+    )
 
 
-def teacher_memory(parameters: Parameters, name: str, dtype: str, world_size: int) -> TeacherMemory:
+def teacher_memory(parameters: Parameters, zero: DeepSpeedZeroConfig, dtype: str, world_size: int) -> TeacherMemory:
     """Memory of `ds_engine.teacher_engine`: weights alone, whole or sharded, in the run's dtype.
 
-    At stage 3 layers are gathered as they are used and let go (partitioned_param_coordinator.py): at most
-    stage3_max_live_parameters, and what is fetched ahead besides is within that.
+    Stage 3 gathers a module's weights, and ahead of their use as many as reach the prefetch bucket, its last parameter
+    crossing it (_fetch_sub_module_impl in zero/partitioned_param_coordinator.py); after its forward pass a module's are
+    let go. Those gathered together lie in one flat buffer, which stays until the last of them is used, and in a copy for
+    each (AllGatherCoalescedHandle in zero/partition_parameters.py): hence twice.
     """
-    e, zero = element_size(dtype), zero_config(name, "teacher_ds_config")
+    e, sizes = element_size(dtype), parameters.sizes
     if zero.stage == 0:
         return TeacherMemory(e * parameters.total, 0, 0)
-    part = e * parameters.sharded(world_size)
-    persistent = parameters.persistent(int(zero.param_persistence_threshold))
-    gathered = e * min(
-        parameters.total - persistent,
-        int(zero.max_live_parameters),
-        max(parameters.sizes) + int(zero.prefetch_bucket_size),
+    part, is_offloaded = e * parameters.sharded(world_size), zero.offload_param is not None
+    has_copies = world_size > 1 or is_offloaded
+    persistent = parameters.persistent(zero) if has_copies else 0
+    gathered = min(parameters.total - persistent, int(zero.prefetch_bucket_size) + 2 * max(sizes)) if has_copies else 0
+    return TeacherMemory(e * persistent + (0 if is_offloaded else part), 2 * e * gathered, part if is_offloaded else 0)
+
+
+def traffic_sizes(
+    student: Parameters,
+    student_zero: DeepSpeedZeroConfig,
+    teacher: Parameters,
+    teacher_zero: DeepSpeedZeroConfig,
+    dtype: str,
+    world_size: int,
+    num_accum_steps: int,
+) -> scaling.Sizes:
+    """What scaling.py's formula for the bytes of a step needs."""
+    return scaling.Sizes(
+        num_ranks=world_size,
+        num_accum_steps=num_accum_steps,
+        student_stage=int(student_zero.stage),
+        teacher_stage=int(teacher_zero.stage),
+        student_params=student.total,
+        student_small_params=student.persistent(student_zero) if student_zero.stage == 3 else 0,
+        teacher_sharded_params=teacher.total - teacher.persistent(teacher_zero) if teacher_zero.stage == 3 else 0,
+        bytes_per_number=element_size(dtype),
     )
-    is_offloaded = zero.offload_param is not None
-    return TeacherMemory(e * persistent + (0 if is_offloaded else part), gathered, part if is_offloaded else 0)
-
-
-def bytes_sent(collective: str, size: int, world_size: int) -> int:
-    """Bytes that a rank sends when a ring moves a tensor of `size` bytes (whole): NCCL's bandwidth formulas."""
-    return {"all_reduce": 2, "all_gather": 1, "reduce_scatter": 1}[collective] * size * (world_size - 1) // world_size
-
-
-def student_traffic(parameters: Parameters, stage: int, dtype: str, world_size: int, accum: int) -> dict[str, int]:
-    """Whole tensor bytes per optimiser step that go through each collective, for the student.
-
-    Stages 0 and 1 reduce at the accumulation boundary, 2 and 3 after every micro-batch. Stages 1 and 2 all-reduce
-    (use_multi_rank_bucket_allreduce, on by default) and then gather the updated weights. Stage 3 gathers weights that
-    are not persistent for every micro-batch, once, since within stage3_max_reuse_distance they stay for backward, and
-    the persistent ones after the step.
-    """
-    n, e = parameters.total, element_size(dtype)
-    if stage == 0:
-        return {"all_reduce": e * n}
-    if stage in (1, 2):
-        return {
-            "all_reduce": e * n * (accum if stage == 2 else 1),
-            "all_gather": e * parameters.flat(world_size),
-        }
-    threshold = int(zero_config(f"zero3_{dtype}", "student_ds_config").param_persistence_threshold)
-    persistent = parameters.persistent(threshold)
-    return {
-        "reduce_scatter": e * n * accum,
-        "all_gather": e * ((n - persistent) * accum + persistent),
-    }
-
-
-def teacher_traffic(parameters: Parameters, name: str, dtype: str, accum: int) -> dict[str, int]:
-    """Whole tensor bytes per optimiser step for the teacher: stage 3 gathers what is not persistent in each forward."""
-    zero = zero_config(name, "teacher_ds_config")
-    if zero.stage == 0:
-        return {}
-    whole = parameters.total - parameters.persistent(int(zero.param_persistence_threshold))
-    return {"all_gather": element_size(dtype) * whole * accum}
 
 
 def element_size(dtype: str) -> int:
     return ds_engine.DTYPES[dtype].itemsize
 
 
-def zero_config(name: str, option: str) -> Any:
-    """DeepSpeed's own reading of a file in ds_configs/, its defaults included."""
-    return DeepSpeedZeroConfig(**ds_engine.load_ds_config(name, option).get("zero_optimization", {}))
-
-
 # -- Activations -------------------------------------------------------------------------------------------------------
 
 
-class _FusedAttention(torch.autograd.Function):
-    """What flash and memory-efficient attention keep for backward: q, k, v, output and an fp32 log-sum per query."""
+@dataclass(frozen=True)
+class Batch:
+    """A packed micro-batch (packing.py) at its largest."""
 
-    @staticmethod
-    def forward(ctx: Any, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
-        output = torch.empty_like(query)
-        ctx.save_for_backward(query, key, value, output, query.new_empty(query.shape[:-1], dtype=torch.float32))
-        return output
-
-
-def _fused_attention(module: nn.Module, query: Any, key: Any, value: Any, mask: Any, **_: Any) -> tuple[Any, None]:
-    return _FusedAttention.apply(query, key, value).transpose(1, 2).contiguous(), None  # type: ignore[no-untyped-call]
+    rows: int
+    tokens: int
+    """Of all rows."""
+    width: int
+    """Tokens to which attention pads each row."""
 
 
-ALL_ATTENTION_FUNCTIONS.register("peakd_plan_fused", _fused_attention)
+def layer_bytes(encoder: BertConfig, tokens: int, batch: Batch, dtype: str, device: str) -> int:
+    """At most what a BertLayer keeps for its backward pass (and what its forward pass has at once).
 
-
-def activation_bytes(module: Any, batch: int, tokens: int, device: str) -> int:
-    """Bytes that one forward of a MatchedStudent on the meta device keeps for backward, each storage once.
-
-    `gpu`: fused attention and one-byte dropout masks. `cpu`: with dropout, torch takes the plain attention, which keeps
-    S x S scores, and dropout masks have the size of the states; without, the fused one.
+    H hidden, I feed-forward size. For each of the `tokens` that ask: the layer's input, the input of the attention's
+    dense layer, inputs of both LayerNorms, the first's output (5 H); input and output of the activation function (2 I);
+    two dropout masks, whose elements have a byte on a GPU and the dtype's size on a CPU (attention.py); statistics of
+    the LayerNorms (16 bytes). For each padded token: query, key, value, and on a GPU, where attention is fused, its
+    output and an fp32 number a head; on a CPU the weights of each head and their dropout mask (_CpuAttention).
     """
-    weights = {p.untyped_storage()._cdata for p in module.parameters()}
-    kept: dict[int, torch.UntypedStorage] = {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage._cdata not in weights:
-            kept[storage._cdata] = storage
-        return tensor
-
-    encoder = module.student.config
-    if device == "gpu" or encoder.attention_probs_dropout_prob == 0:
-        encoder._attn_implementation = "peakd_plan_fused"
-    dropouts = [layer for layer in module.modules() if isinstance(layer, nn.Dropout)] if device == "gpu" else []
-    for layer in dropouts:
-        layer.forward = lambda x, p=layer.p: torch.native_dropout(x, p, True)[0] if p else x  # type: ignore[method-assign]
-    ids = torch.zeros(batch, tokens, dtype=torch.long, device="meta")
-    mask = torch.zeros(batch, 1, tokens, tokens, dtype=next(module.parameters()).dtype, device="meta")
-    module.train()
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        answer = module(input_ids=ids, token_type_ids=ids, attention_mask=mask)
-    del answer
-    return sum(storage.nbytes() for storage in kept.values())
+    e, hidden, heads = element_size(dtype), encoder.hidden_size, encoder.num_attention_heads
+    mask = 1 if device == "gpu" else e
+    of_token = e * (5 * hidden + 2 * encoder.intermediate_size) + 2 * mask * hidden + 16
+    asking = batch.rows * batch.width if tokens > batch.rows else batch.rows
+    if device == "gpu":
+        attention = batch.rows * batch.width * (4 * e * hidden + FP32 * heads)
+    else:
+        attention = batch.rows * batch.width * 3 * e * hidden + 2 * e * asking * heads * batch.width
+    return tokens * of_token + attention
 
 
-def teacher_activation_bytes(teacher: BertConfig, batch: int, tokens: int, dtype: str, with_hidden: bool) -> int:
-    """What a forward without graph holds: every layer's states where a loss asks for them, and one FFN's insides."""
-    states = teacher.num_hidden_layers + 1 if with_hidden else 2
-    return element_size(dtype) * batch * tokens * (states * teacher.hidden_size + 2 * teacher.intermediate_size)
+def student_activations(
+    encoder: BertConfig,
+    depth: int,
+    num_pairs: int,
+    teacher_hidden: int,
+    hidden_loss: str,
+    batch: Batch,
+    dtype: str,
+    device: str,
+) -> int:
+    """At most the bytes that a micro-batch keeps for backward, of `depth` effective layers: shared layers count again.
+
+    With the [CLS] loss only first tokens ask in the last layer. Besides layers: the embeddings' sum, mask and indices,
+    matched states with their gradients (kernels/fused.py makes them in the forward pass), and the pooler's rows.
+    """
+    e, hidden = element_size(dtype), encoder.hidden_size
+    last_tokens = batch.rows if hidden_loss == "cls" else batch.tokens
+    layers = (depth - 1) * layer_bytes(encoder, batch.tokens, batch, dtype, device)
+    layers += layer_bytes(encoder, last_tokens, batch, dtype, device)
+    embeddings = batch.tokens * (3 * e * hidden + 5 * 8)
+    matched = 2 * num_pairs * last_tokens * e * (hidden + teacher_hidden)
+    return layers + embeddings + matched + 4 * batch.rows * e * hidden
 
 
-def cache_bytes_per_row(num_labels: int, num_pairs: int, teacher_hidden: int, dtype: str) -> int:
-    """A training row in a teacher cache: logits in fp32, the matched layers' [CLS] in the run's dtype."""
-    return FP32 * num_labels + element_size(dtype) * num_pairs * teacher_hidden
+def teacher_activations(
+    encoder: BertConfig, num_pairs: int, hidden_loss: str, batch: Batch, dtype: str, device: str
+) -> int:
+    """At most the bytes of a forward pass without graph: a layer at work, the states around it, and matched states."""
+    taken = num_pairs * (batch.rows if hidden_loss == "cls" else batch.tokens)
+    states = element_size(dtype) * encoder.hidden_size * (2 * batch.tokens + taken)
+    return layer_bytes(encoder, batch.tokens, batch, dtype, device) + states
 
 
 # -- Models ------------------------------------------------------------------------------------------------------------
@@ -304,11 +287,10 @@ def read_encoder(path: str, option: str) -> BertConfig:
 
 def shaped_encoder(side: str, layers: int, hidden: int, vocab_size: int) -> BertConfig:
     """A BERT of BERT's own proportions: heads of 64, feed-forward 4 H. Raises UserError for sizes that cannot be."""
-    if layers < 1 or hidden < 1 or vocab_size < 1 or layers > 10_000 or hidden > 1_000_000 or vocab_size > 100_000_000:
-        raise UserError(
-            f"--{side}_layers {layers}, --{side}_hidden {hidden}, --{side}_vocab_size {vocab_size} are no sizes of a "
-            "BERT; set 1 to 10000 layers, 1 to 1000000 hidden, 1 to 100000000 entries"
-        )
+    limits = {"layers": (layers, 10_000), "hidden": (hidden, 1_000_000), "vocab_size": (vocab_size, 100_000_000)}
+    for name, (value, limit) in limits.items():
+        if not 1 <= value <= limit:
+            raise UserError(f"--{side}_{name} {value} is outside its range 1 to {limit}; set one within")
     if hidden % min(hidden, 64):
         raise UserError(f"--{side}_hidden {hidden} is not a multiple of 64, the size of an attention head; set one")
     return BertConfig(
@@ -320,79 +302,77 @@ def shaped_encoder(side: str, layers: int, hidden: int, vocab_size: int) -> Bert
     )
 
 
-def build_on_meta(config: RunConfig, teacher: BertConfig, student_init: BertConfig, dtype: str) -> tuple[Any, Any]:
+def build_on_meta(config: RunConfig, teacher: BertConfig, student_init: BertConfig) -> tuple[Any, Any]:
     """(teacher, matched student) without storage, as modeling.py makes them for a run."""
     task = get_task(config.task)
-    head = modeling.task_head(task)
-    teacher_settings = {k: v for k, v in teacher.to_dict().items() if k not in ("id2label", "label2id")} | head
     with torch.device("meta"):
+        head = modeling.task_head(task)
         student = SPSBertForSequenceClassification(modeling.student_config(config, student_init, head))
         depth = student.config.num_effective_layers
         pairs = modeling.layer_pairs(config.layer_map, depth, teacher.num_hidden_layers)
         matched = modeling.MatchedStudent(student, pairs, teacher.hidden_size, config.hidden_loss)
-        frozen = BertForSequenceClassification(BertConfig(**teacher_settings))
-    return frozen.to(ds_engine.DTYPES[dtype]), matched.to(ds_engine.DTYPES[dtype])
+        frozen = SPSBertForSequenceClassification(modeling.teacher_config(config, task, teacher))
+    return frozen, matched
 
 
 # -- The plan ----------------------------------------------------------------------------------------------------------
 
 
 def make_plan(config: RunConfig, teacher: BertConfig, student_init: BertConfig, options: Any) -> dict[str, Any]:
-    """Every choice with its figures in bytes, and the one to take."""
-    micro, accum = ds_engine.batch_plan(config.global_batch_size, config.micro_batch_size, options.world_size)
-    world_size, tokens = options.world_size, config.max_seq_length
+    """Every choice with its figures in bytes, and the one to take. Raises UserError for sizes that do not fit."""
+    world_size, tokens = options.world_size, options.tokens_per_row or config.max_seq_length
+    micro, accum = ds_engine.batch_plan(config.global_batch_size, config.micro_batch_size, world_size)
     for option, encoder in (("teacher", teacher), ("student_init", student_init)):
-        if tokens > encoder.max_position_embeddings:
+        if config.max_seq_length > encoder.max_position_embeddings:
             raise UserError(
-                f"--max_seq_length {tokens} is longer than the {encoder.max_position_embeddings} positions of "
-                f"--{option}; set at most {encoder.max_position_embeddings}"
+                f"--max_seq_length {config.max_seq_length} is longer than the {encoder.max_position_embeddings} "
+                f"positions of --{option}; set at most {encoder.max_position_embeddings}"
             )
-    choices, cache, shown = [], {}, {}
-    for dtype in ("bf16", "fp32") if options.dtype == "auto" else (options.dtype,):
-        frozen, matched = build_on_meta(config, teacher, student_init, dtype)
-        sizes, teacher_sizes = count_parameters(matched), count_parameters(frozen)
-        activations = activation_bytes(matched, micro, tokens, options.device)
-        pairs = matched.pairs
-        teacher_activations = teacher_activation_bytes(teacher, micro, tokens, dtype, bool(pairs))
-        cache[dtype] = cache_bytes_per_row(frozen.config.num_labels, len(pairs), teacher.hidden_size, dtype)
-        shown = {
-            "teacher_parameters": teacher_sizes.total,
-            "student_parameters": sizes.total,
-            "stored_layers": config.num_hidden_layers,
-            "effective_layers": matched.student.config.num_effective_layers,
-            "layer_pairs": len(pairs),
-        }
-        for stage in range(4):
-            student = student_memory(sizes, stage, dtype, world_size)
-            for name in TEACHERS:
-                held = teacher_memory(teacher_sizes, name, dtype, world_size)
-                traffic = [student_traffic(sizes, stage, dtype, world_size, accum)]
-                traffic.append(teacher_traffic(teacher_sizes, name, dtype, accum))
-                sent = sum(bytes_sent(kind, size, world_size) for part in traffic for kind, size in part.items())
-                choices.append(
-                    {
-                        "student_stage": stage,
-                        "teacher": name,
-                        "dtype": dtype,
-                        "student": asdict(student),
-                        "teacher_memory": asdict(held),
-                        "activations": activations,
-                        "teacher_activations": teacher_activations,
-                        "total": sum(asdict(student).values())
-                        + held.weights
-                        + held.buffers
-                        + activations
-                        + teacher_activations,
-                        "sent_per_step": sent,
-                    }
-                )
-    rows = options.train_rows
+    batch = Batch(micro, math.ceil(micro * tokens), math.ceil(config.max_seq_length / WIDTH_MULTIPLE) * WIDTH_MULTIPLE)
+    frozen, matched = build_on_meta(config, teacher, student_init)
+    ours, theirs, num_pairs = Parameters.of(matched), Parameters.of(frozen), len(matched.pairs)
+    encoder, depth = matched.student.config, matched.student.config.num_effective_layers
+    dtypes = DTYPES if options.dtype == "auto" else (options.dtype,)
+    choices = []
+    for dtype, stage, name in ((d, s, t) for d in dtypes for s in range(4) for t in TEACHERS):
+        zero = read_ds_config(f"zero{stage}_{dtype}", "student_ds_config")
+        teacher_zero = read_ds_config(name, "teacher_ds_config")
+        held = asdict(student_memory(ours, zero, dtype, world_size))
+        held["activations"] = student_activations(
+            encoder, depth, num_pairs, teacher.hidden_size, config.hidden_loss, batch, dtype, options.device
+        )
+        teacher_held = asdict(teacher_memory(theirs, teacher_zero, dtype, world_size))
+        host = teacher_held.pop("host")
+        teacher_held["activations"] = teacher_activations(
+            teacher, num_pairs, config.hidden_loss, batch, dtype, options.device
+        )
+        sizes = traffic_sizes(ours, zero, theirs, teacher_zero, dtype, world_size, accum)
+        choices.append(
+            {
+                "dtype": dtype,
+                "student": f"zero{stage}_{dtype}",
+                "teacher": name,
+                "student_memory": held,
+                "teacher_memory": teacher_held,
+                "total": sum(held.values()) + sum(teacher_held.values()),
+                "host": host,
+                "sent_per_step": round(scaling.formula(sizes).sent(world_size)),
+            }
+        )
+    num_cached = len({layer for _, layer in matched.pairs}) if config.hidden_loss == "cls" else 0
+    row_bytes = {
+        d: teacher_cache.row_bytes(frozen.config.num_labels, num_cached, teacher.hidden_size, d) for d in dtypes
+    }
     return {
-        "models": shown,
-        "batch": {"global": config.global_batch_size, "micro": micro, "accum": accum, "world": world_size},
+        "teacher_parameters": theirs.total,
+        "student_parameters": ours.total,
+        "stored_layers": config.num_hidden_layers,
+        "effective_layers": depth,
+        "layer_pairs": num_pairs,
+        "batch": {"global": config.global_batch_size, "accum": accum, "world": world_size, **asdict(batch)},
         "gpu_memory": int(options.gpu_memory_gib * GIB),
-        "device": options.device,
-        "cache": {dtype: {"per_row": size, "rows": rows, "total": size * rows} for dtype, size in cache.items()},
+        "train_rows": options.train_rows,
+        "cache_bytes_per_row": row_bytes,
         "choices": choices,
         "recommended": recommend(choices, options.gpu_memory_gib * GIB),
     }
@@ -405,24 +385,23 @@ def recommend(choices: list[dict[str, Any]], gpu_memory: float) -> dict[str, Any
     once a step.
     """
     room = gpu_memory * (1 - HEADROOM)
-    sound = [c for c in choices if not (c["student_stage"] == 0 and c["dtype"] == "bf16")]
+    limit = f"{show(room)} ({HEADROOM:.0%} of the GPU is left free)"
+    sound = [c for c in choices if c["student"] != "zero0_bf16"]
     fitting = [c for c in sound if c["total"] <= room]
     if not fitting:
-        least = min(sound, key=lambda c: c["total"])
-        why = (
-            f"nothing fits in {show(room)} ({HEADROOM:.0%} of the GPU is left free); the smallest takes "
-            f"{show(least['total'])}: lower --micro_batch_size or --max_seq_length, or take more ranks or larger GPUs"
-        )
-        return {"index": None, "why": why}
-    best = min(fitting, key=lambda c: (c["student_stage"] == 3, c["sent_per_step"], c["total"]))
-    without_3 = (
-        "" if best["student_stage"] == 3 else " without a student at stage 3, which waits for each layer's weights,"
-    )
+        least = show(min(c["total"] for c in sound))
+        why = f"nothing fits in {limit}; the smallest takes {least}: lower --micro_batch_size or --max_seq_length, or "
+        return {"index": None, "why": why + "take more ranks or larger GPUs"}
+
+    def rank(choice: dict[str, Any]) -> tuple[bool, int, int]:
+        return choice["student"].startswith("zero3"), choice["sent_per_step"], choice["total"]
+
+    best = min(fitting, key=rank)
+    others = "" if rank(best)[0] else " without a student at stage 3, which waits for each layer's weights,"
     why = (
-        f"of the {len(fitting)} choices that fit in {show(room)} ({HEADROOM:.0%} of the GPU is left free)"
-        f"{without_3} it sends the fewest bytes ({show(best['sent_per_step'])} a step and rank), "
-        f"and takes {show(best['total'])}; "
-        "zero0_bf16 is not considered, because it sums gradients in bf16"
+        f"of the {len(fitting)} choices that fit in {limit}{others} it sends the fewest bytes "
+        f"({show(best['sent_per_step'])} a step and rank), and takes {show(best['total'])}; zero0_bf16 is not "
+        "considered, because it sums gradients in bf16"
     )
     return {"index": choices.index(best), "why": why}
 
@@ -434,38 +413,32 @@ def show(size: float) -> str:
 
 def table(plan: dict[str, Any]) -> str:
     """The plan as Markdown."""
-    models, batch = plan["models"], plan["batch"]
+    batch, rows = plan["batch"], plan["train_rows"]
     lines = [
-        f"teacher: {models['teacher_parameters']:,} parameters",
-        f"student: {models['student_parameters']:,} parameters, {models['stored_layers']} stored layers run as "
-        f"{models['effective_layers']}, {models['layer_pairs']} matched layer pairs",
-        f"batch: global {batch['global']} = micro {batch['micro']} x accum {batch['accum']} x world {batch['world']}",
+        f"teacher: {plan['teacher_parameters']:,} parameters",
+        f"student: {plan['student_parameters']:,} parameters, {plan['stored_layers']} stored layers run as "
+        f"{plan['effective_layers']}, {plan['layer_pairs']} matched layer pairs",
+        f"batch: global {batch['global']} = micro {batch['rows']} x accum {batch['accum']} x world {batch['world']}, "
+        f"{batch['tokens']:,} tokens a micro-batch",
     ]
-    for dtype, cache in plan["cache"].items():
-        total = f", {show(cache['total'])} for {cache['rows']:,} rows" if cache["rows"] else ""
-        lines.append(f"teacher cache in {dtype}: {cache['per_row']:,} bytes a row{total}")
-    header = (
-        "dtype,student,teacher,weights,gradients,fp32 masters,moments,buffers,activations,teacher weights,"
-        "teacher buffers,teacher activations,total on GPU,on host,sent a step"
-    ).split(",")
-    lines += ["", "Memory of a rank, and bytes that it sends in an optimiser step:", "", _row(header)]
-    lines.append(_row(["---"] * len(header)))
+    for dtype, size in plan["cache_bytes_per_row"].items():
+        total = f", {show(size * rows)} for {rows:,} rows" if rows else ""
+        lines.append(f"teacher cache in {dtype}: {size:,} bytes a row{total}")
+    lines += ["", "Memory of a rank, and bytes that it sends in an optimiser step:", ""]
     for number, choice in enumerate(plan["choices"]):
-        student, teacher = choice["student"], choice["teacher_memory"]
-        sizes = [student[name] for name in ("weights", "gradients", "masters", "moments", "buffers")]
-        sizes += [choice["activations"], teacher["weights"], teacher["buffers"], choice["teacher_activations"]]
-        sizes += [choice["total"], teacher["host"], choice["sent_per_step"]]
+        sizes = choice["student_memory"] | {f"teacher {k}": v for k, v in choice["teacher_memory"].items()}
+        sizes |= {"total on GPU": choice["total"], "on host": choice["host"], "sent a step": choice["sent_per_step"]}
+        if number == 0:
+            lines += [_row(["student", "teacher", *sizes]), _row(["---"] * (2 + len(sizes)))]
         mark = " <-" if number == plan["recommended"]["index"] else ""
-        name = f"zero{choice['student_stage']}"
         lines.append(
-            _row([choice["dtype"], name, choice["teacher"].removeprefix("teacher_"), *map(show, sizes)]) + mark
+            _row([choice["student"], choice["teacher"].removeprefix("teacher_"), *map(show, sizes.values())]) + mark
         )
-    lines.append("")
-    if plan["recommended"]["index"] is None:
-        return "\n".join([*lines, f"Take: none. Why: {plan['recommended']['why']}."])
-    best = plan["choices"][plan["recommended"]["index"]]
-    words = f"--student_ds_config zero{best['student_stage']}_{best['dtype']} --teacher_ds_config {best['teacher']}"
-    return "\n".join([*lines, f"Take: {words}", f"Why: {plan['recommended']['why']}."])
+    words = "none"
+    if plan["recommended"]["index"] is not None:
+        best = plan["choices"][plan["recommended"]["index"]]
+        words = f"--student_ds_config {best['student']} --teacher_ds_config {best['teacher']}"
+    return "\n".join([*lines, "", f"Take: {words}", f"Why: {plan['recommended']['why']}."])
 
 
 def _row(cells: Sequence[str]) -> str:
@@ -495,6 +468,12 @@ def build_parser() -> argparse.ArgumentParser:
     number("teacher_hidden", int, None, "hidden size, a multiple of 64; feed-forward is 4 times it [range >= 1")
     number("teacher_vocab_size", int, 30522, "[entries; range >= 1")
     number("student_hidden", int, None, "in place of --student_init, another width than the teacher's [range >= 1")
+    number(
+        "tokens_per_row",
+        float,
+        None,
+        "mean tokens of a row, for activations; else --max_seq_length [tokens; range >= 1",
+    )
     number("train_rows", int, 0, "rows to cache teacher answers for [rows; range >= 0")
     parser.add_argument(
         "--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto plans for both [default auto]"
@@ -546,6 +525,11 @@ def check(config: RunConfig, options: argparse.Namespace) -> None:
         raise UserError(
             f"--gpu_memory_gib {options.gpu_memory_gib} is outside its range > 0; set the GPU's memory in GiB"
         )
+    tokens = options.tokens_per_row
+    if tokens is not None and not 1 <= tokens <= config.max_seq_length:
+        raise UserError(
+            f"--tokens_per_row {tokens} is outside its range 1 to --max_seq_length {config.max_seq_length}; set one within"
+        )
     if options.train_rows < 0:
         raise UserError(f"--train_rows {options.train_rows} is outside its range >= 0; set the number of training rows")
     has_shape = options.teacher_layers is not None and options.teacher_hidden is not None
@@ -554,8 +538,6 @@ def check(config: RunConfig, options: argparse.Namespace) -> None:
         raise UserError("the teacher is not clear; give --teacher, or both --teacher_layers and --teacher_hidden")
     if config.student_init and options.student_hidden is not None:
         raise UserError("--student_init and --student_hidden both say what the student is; give one")
-    if config.teacher and Path(config.teacher).is_dir() and not (Path(config.teacher) / "config.json").exists():
-        raise UserError(f"--teacher {config.teacher} has no config.json; give a folder that save_pretrained wrote")
 
 
 def cli() -> None:
