@@ -39,7 +39,17 @@ FP32 = 4
 GIB, MIB = 2**30, 2**20
 HEADROOM = 0.1
 """Share of the GPU left to the CUDA context, NCCL and fragmentation, which are not planned."""
-MAX_WORLD_SIZE = 1_000_000
+NUMBERS: dict[str, tuple[Any, Any, float, float, str]] = {
+    "world_size": (int, 1, 1, 1_000_000, "ranks [GPUs"),
+    "gpu_memory_gib": (float, 80.0, 0.01, 100_000, "memory of one GPU [GiB"),
+    "teacher_layers": (int, None, 1, 10_000, "in place of --teacher, with --teacher_hidden [layers"),
+    "teacher_hidden": (int, None, 1, 1_000_000, "a multiple of 64; feed-forward is 4 times it [hidden size"),
+    "teacher_vocab_size": (int, 30522, 1, 100_000_000, "of a teacher given by its shape [entries"),
+    "student_hidden": (int, None, 1, 1_000_000, "in place of --student_init [hidden size"),
+    "tokens_per_row": (float, None, 1, 1_000_000, "mean of the rows, for activations; else --max_seq_length [tokens"),
+    "train_rows": (int, 0, 0, 10**12, "rows to cache teacher answers for [rows"),
+}
+"""What only a plan needs: type, default, least, most, help with the unit."""
 
 
 # -- Engines -----------------------------------------------------------------------------------------------------------
@@ -162,8 +172,8 @@ def teacher_memory(parameters: Parameters, zero: DeepSpeedZeroConfig, dtype: str
 
     Stage 3 gathers a module's weights, and ahead of their use as many as reach the prefetch bucket, its last parameter
     crossing it (_fetch_sub_module_impl in zero/partitioned_param_coordinator.py); after its forward pass a module's are
-    let go. Those gathered together lie in one flat buffer, which stays until the last of them is used, and in a copy for
-    each (AllGatherCoalescedHandle in zero/partition_parameters.py): hence twice.
+    let go. What is gathered together lies in one flat buffer, until the last of it is used, and in copies for each
+    parameter (AllGatherCoalescedHandle in zero/partition_parameters.py): hence twice.
     """
     e, sizes = element_size(dtype), parameters.sizes
     if zero.stage == 0:
@@ -285,14 +295,8 @@ def read_encoder(path: str, option: str) -> BertConfig:
     return config
 
 
-def shaped_encoder(side: str, layers: int, hidden: int, vocab_size: int) -> BertConfig:
-    """A BERT of BERT's own proportions: heads of 64, feed-forward 4 H. Raises UserError for sizes that cannot be."""
-    limits = {"layers": (layers, 10_000), "hidden": (hidden, 1_000_000), "vocab_size": (vocab_size, 100_000_000)}
-    for name, (value, limit) in limits.items():
-        if not 1 <= value <= limit:
-            raise UserError(f"--{side}_{name} {value} is outside its range 1 to {limit}; set one within")
-    if hidden % min(hidden, 64):
-        raise UserError(f"--{side}_hidden {hidden} is not a multiple of 64, the size of an attention head; set one")
+def shaped_encoder(layers: int, hidden: int, vocab_size: int) -> BertConfig:
+    """A BERT of BERT's own proportions: heads of 64, feed-forward 4 H."""
     return BertConfig(
         num_hidden_layers=layers,
         hidden_size=hidden,
@@ -339,13 +343,11 @@ def make_plan(config: RunConfig, teacher: BertConfig, student_init: BertConfig, 
         teacher_zero = read_ds_config(name, "teacher_ds_config")
         held = asdict(student_memory(ours, zero, dtype, world_size))
         held["activations"] = student_activations(
-            encoder, depth, num_pairs, teacher.hidden_size, config.hidden_loss, batch, dtype, options.device
+            encoder, depth, num_pairs, teacher.hidden_size, config.hidden_loss, batch, dtype, "gpu"
         )
         teacher_held = asdict(teacher_memory(theirs, teacher_zero, dtype, world_size))
         host = teacher_held.pop("host")
-        teacher_held["activations"] = teacher_activations(
-            teacher, num_pairs, config.hidden_loss, batch, dtype, options.device
-        )
+        teacher_held["activations"] = teacher_activations(teacher, num_pairs, config.hidden_loss, batch, dtype, "gpu")
         sizes = traffic_sizes(ours, zero, theirs, teacher_zero, dtype, world_size, accum)
         choices.append(
             {
@@ -455,34 +457,37 @@ def build_parser() -> argparse.ArgumentParser:
         if spec.name in SETTINGS:
             add_setting(parser, spec)
     parser.set_defaults(task="mnli")
-
-    def number(name: str, kind: type, default: Any, help: str) -> None:
-        shown = "none" if default is None else default
-        parser.add_argument(
-            f"--{name}", type=kind, default=default, metavar=name.upper(), help=f"{help}; default {shown}]"
-        )
-
-    number("world_size", int, 1, "ranks [GPUs; range 1 to 1000000")
-    number("gpu_memory_gib", float, 80.0, "memory of one GPU [GiB; range > 0")
-    number("teacher_layers", int, None, "in place of --teacher, with --teacher_hidden [layers; range >= 1")
-    number("teacher_hidden", int, None, "hidden size, a multiple of 64; feed-forward is 4 times it [range >= 1")
-    number("teacher_vocab_size", int, 30522, "[entries; range >= 1")
-    number("student_hidden", int, None, "in place of --student_init, another width than the teacher's [range >= 1")
-    number(
-        "tokens_per_row",
-        float,
-        None,
-        "mean tokens of a row, for activations; else --max_seq_length [tokens; range >= 1",
-    )
-    number("train_rows", int, 0, "rows to cache teacher answers for [rows; range >= 0")
-    parser.add_argument(
-        "--dtype", choices=("auto", "fp32", "bf16"), default="auto", help="auto plans for both [default auto]"
-    )
-    parser.add_argument(
-        "--device", choices=("gpu", "cpu"), default="gpu", help="whose attention and dropout to count [default gpu]"
-    )
+    for name, (kind, default, low, high, help) in NUMBERS.items():
+        text = f"{help}; default {'none' if default is None else default}; range {low} to {high}]"
+        parser.add_argument(f"--{name}", type=kind, default=default, metavar=name.upper(), help=text)
+    parser.add_argument("--dtype", choices=("auto", *DTYPES), default="auto", help="auto plans for both [default auto]")
     parser.add_argument("--json", action="store_true", help="print every figure as JSON, in bytes")
     return parser
+
+
+def check(config: RunConfig, options: argparse.Namespace) -> None:
+    """Raise UserError for the first number that cannot be."""
+    for spec in fields(RunConfig):
+        value, is_right = getattr(config, spec.name), spec.metadata["check"]
+        if spec.name in SETTINGS and value is not None and is_right is not None and not is_right(value):
+            raise UserError(f"--{spec.name} {value} is outside its range {spec.metadata['range']}; set one within")
+    limits = {name: (low, high) for name, (_, _, low, high, _) in NUMBERS.items()}
+    limits |= {"num_hidden_layers": (1, 10_000), "tokens_per_row": (1, config.max_seq_length)}
+    for name, (low, high) in limits.items():
+        value = getattr(options, name)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"--{name} {value} is outside its range {low} to {high}; set one within")
+    for side in ("teacher", "student"):
+        hidden = getattr(options, f"{side}_hidden")
+        if hidden is not None and hidden % min(hidden, 64):
+            raise UserError(f"--{side}_hidden {hidden} is not a multiple of 64, the size of an attention head; set one")
+    if config.sharing == "none" and config.shuffle_qk:
+        raise UserError("--shuffle_qk needs a second run of a layer, and --sharing none has none; drop one")
+    given = [bool(options.teacher), options.teacher_layers is not None, options.teacher_hidden is not None]
+    if given not in ([True, False, False], [False, True, True]):
+        raise UserError("the teacher is not clear; give --teacher, or both --teacher_layers and --teacher_hidden")
+    if config.student_init and options.student_hidden is not None:
+        raise UserError("--student_init and --student_hidden both say what the student is; give one")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -492,52 +497,17 @@ def main(argv: Sequence[str]) -> None:
         raise UserError(f"unknown option {unknown[0]}; --help lists all")
     config = RunConfig(**{name: getattr(options, name) for name in SETTINGS})
     check(config, options)
-    teacher = (
-        read_encoder(options.teacher, "teacher")
-        if options.teacher
-        else shaped_encoder("teacher", options.teacher_layers, options.teacher_hidden, options.teacher_vocab_size)
-    )
+    if config.teacher:
+        teacher = student_init = read_encoder(config.teacher, "teacher")
+    else:
+        teacher = shaped_encoder(options.teacher_layers, options.teacher_hidden, options.teacher_vocab_size)
+        student_init = teacher
     if config.student_init:
         student_init = read_encoder(config.student_init, "student_init")
     elif options.student_hidden is not None:
-        student_init = shaped_encoder("student", config.num_hidden_layers, options.student_hidden, teacher.vocab_size)
-    else:
-        student_init = teacher
+        student_init = shaped_encoder(config.num_hidden_layers, options.student_hidden, teacher.vocab_size)
     plan = make_plan(config, teacher, student_init, options)
     print(json.dumps(plan, indent=2) if options.json else table(plan))
-
-
-def check(config: RunConfig, options: argparse.Namespace) -> None:
-    """Raise UserError for the first number that cannot be."""
-    for spec in fields(RunConfig):
-        value, is_right = getattr(config, spec.name), spec.metadata["check"]
-        if spec.name in SETTINGS and value is not None and is_right is not None and not is_right(value):
-            raise UserError(f"--{spec.name} {value} is outside its range {spec.metadata['range']}; set one within")
-    if config.sharing == "none" and config.shuffle_qk:
-        raise UserError("--shuffle_qk needs a second run of a layer, and --sharing none has none; drop one")
-    if config.num_hidden_layers > 10_000:
-        raise UserError(f"--num_hidden_layers {config.num_hidden_layers} is above 10000; set less")
-    if not 1 <= options.world_size <= MAX_WORLD_SIZE:
-        raise UserError(
-            f"--world_size {options.world_size} is outside its range 1 to {MAX_WORLD_SIZE}; set the number of GPUs"
-        )
-    if not (options.gpu_memory_gib > 0 and math.isfinite(options.gpu_memory_gib)):
-        raise UserError(
-            f"--gpu_memory_gib {options.gpu_memory_gib} is outside its range > 0; set the GPU's memory in GiB"
-        )
-    tokens = options.tokens_per_row
-    if tokens is not None and not 1 <= tokens <= config.max_seq_length:
-        raise UserError(
-            f"--tokens_per_row {tokens} is outside its range 1 to --max_seq_length {config.max_seq_length}; set one within"
-        )
-    if options.train_rows < 0:
-        raise UserError(f"--train_rows {options.train_rows} is outside its range >= 0; set the number of training rows")
-    has_shape = options.teacher_layers is not None and options.teacher_hidden is not None
-    has_some_shape = options.teacher_layers is not None or options.teacher_hidden is not None
-    if bool(options.teacher) == has_some_shape or (has_some_shape and not has_shape):
-        raise UserError("the teacher is not clear; give --teacher, or both --teacher_layers and --teacher_hidden")
-    if config.student_init and options.student_hidden is not None:
-        raise UserError("--student_init and --student_hidden both say what the student is; give one")
 
 
 def cli() -> None:

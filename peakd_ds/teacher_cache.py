@@ -341,7 +341,7 @@ def _row_bytes(run: Run, layers: Sequence[int]) -> int:
 
 
 def row_bytes(num_labels: int, num_layers: int, hidden: int, dtype: str) -> int:
-    """Bytes that one row takes in the files: logits in fp32, [CLS] after so many layers, the row's checksum or number."""
+    """Bytes that one row takes in the files: row number, fp32 logits, [CLS] of so many layers."""
     return 8 + 4 * num_labels + (2 if dtype == "bf16" else 4) * num_layers * hidden
 
 
