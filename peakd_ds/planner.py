@@ -9,6 +9,7 @@ sent are those of scaling.py.
 """
 
 import argparse
+import itertools
 import json
 import math
 import sys
@@ -57,7 +58,7 @@ NUMBERS: dict[str, tuple[Any, Any, float, float, str]] = {
 
 @dataclass(frozen=True)
 class Parameters:
-    """Elements of a model's parameters, each shared one once, in the order and the groups of the optimiser."""
+    """Elements of a model's parameters, shared ones once, by group and in the order of the optimiser; W ranks."""
 
     groups: tuple[tuple[int, ...], ...]
 
@@ -70,21 +71,13 @@ class Parameters:
     def sizes(self) -> tuple[int, ...]:
         return tuple(size for group in self.groups for size in group)
 
-    @property
-    def total(self) -> int:
-        return sum(self.sizes)
-
     def flat_groups(self, world_size: int) -> tuple[int, ...]:
-        """Elements of each group padded to 2 x ranks: nccl_start_alignment_factor in zero/stage_1_and_2.py."""
+        """Elements of each group padded to 2 W: nccl_start_alignment_factor in zero/stage_1_and_2.py."""
         return tuple(math.ceil(sum(group) / (2 * world_size)) * 2 * world_size for group in self.groups)
 
     def sharded(self, world_size: int) -> int:
-        """A rank's part at stage 3, each parameter padded to the ranks: _aligned_size in zero/partition_parameters.py."""
+        """A rank's part at stage 3, each parameter padded to W: _aligned_size in zero/partition_parameters.py."""
         return sum(math.ceil(size / world_size) for size in self.sizes)
-
-    def persistent(self, zero: DeepSpeedZeroConfig) -> int:
-        """Elements of the small parameters that stage 3 keeps whole: ds_persist in zero/partition_parameters.py."""
-        return sum(size for size in self.sizes if size <= int(zero.param_persistence_threshold))
 
     def reaching_into_a_part(self, world_size: int) -> int:
         """Elements of the parameters that reach into a rank's part, for the rank with most.
@@ -103,115 +96,115 @@ class Parameters:
 
 
 @dataclass(frozen=True)
-class StudentMemory:
-    """Bytes that a rank holds for the trained model when its backward pass ends."""
+class Engine:
+    """A model, how it is spread, and over how many ranks."""
 
-    weights: int
-    gradients: int
-    masters: int
-    """fp32 weights that AdamW updates, beyond `weights`."""
-    moments: int
-    buffers: int
-    """The reduce bucket, and at stage 3 the weights that are gathered for use."""
+    parameters: Parameters
+    zero: DeepSpeedZeroConfig
+    dtype: str
+    world_size: int
+
+    @staticmethod
+    def of(parameters: Parameters, name: str, option: str, dtype: str, world_size: int) -> "Engine":
+        """With a file's `zero_optimization` as DeepSpeed reads it, its defaults included."""
+        config = ds_engine.load_ds_config(name, option).get("zero_optimization", {})
+        return Engine(parameters, DeepSpeedZeroConfig(**config), dtype, world_size)
+
+    @property
+    def element_size(self) -> int:
+        return ds_engine.DTYPES[self.dtype].itemsize
+
+    @property
+    def persistent(self) -> int:
+        """Elements in small tensors, which stage 3 keeps whole: ds_persist in zero/partition_parameters.py."""
+        limit = int(self.zero.param_persistence_threshold) if self.zero.stage == 3 else 0
+        return sum(size for size in self.parameters.sizes if size <= limit)
 
 
 @dataclass(frozen=True)
-class TeacherMemory:
-    """Bytes that a rank holds for the frozen model."""
+class Memory:
+    """Bytes that a rank holds for a model, of the trained one when its backward pass ends."""
 
     weights: int
-    buffers: int
-    """Weights gathered for use, at most."""
-    host: int
+    gradients: int = 0
+    masters: int = 0
+    """fp32 weights that AdamW updates, beyond `weights`."""
+    moments: int = 0
+    buffers: int = 0
+    """The reduce bucket, and at stage 3 the weights that are gathered for use."""
+    host: int = 0
     """In CPU memory, pinned."""
 
 
-def read_ds_config(name: str, option: str) -> DeepSpeedZeroConfig:
-    """DeepSpeed's own reading of a file in ds_configs/, its defaults included."""
-    return DeepSpeedZeroConfig(**ds_engine.load_ds_config(name, option).get("zero_optimization", {}))
-
-
-def student_memory(parameters: Parameters, zero: DeepSpeedZeroConfig, dtype: str, world_size: int) -> StudentMemory:
+def student_memory(engine: Engine) -> Memory:
     """Memory of `ds_engine.training_engine` with `zero{stage}_{dtype}` of ds_configs/.
 
     Stage 0: fp32 is torch's AdamW on the weights themselves; bf16 has fp32 copies (fp16/unfused_optimizer.py).
     Stage 1: AdamW works on an fp32 copy of this rank's part, also in fp32. bf16 is bf16_optimizer.py, which has fp32
     gradients of all parameters (fp32_groups_gradients_flat) besides bf16's own, and no bucket; fp32 is
     zero/stage_1_and_2.py, which has the whole gradients when it starts to reduce them.
-    Stage 2: zero/stage_1_and_2.py, where gradients leave as they come: in fp32 all that reach into this rank's part stay
-    (copy_grads_in_partition), in bf16 a flat fp32 part (_build_compact_grad_partition_buffer).
+    Stage 2: zero/stage_1_and_2.py, where gradients leave as they come. In fp32 all that reach into this rank's part
+    stay (copy_grads_in_partition), in bf16 a flat fp32 part (_build_compact_grad_partition_buffer).
     Stage 3: zero/stage3.py; fp32 gradients of this rank's part (grad_partitions_flat_buffer).
     The bucket is allocated whole, however small the model: setup_buckets in stage_1_and_2.py (twice with
     overlap_comm), `# IPG` in stage3.py.
     """
-    n, e, stage = parameters.total, element_size(dtype), int(zero.stage)
-    if stage == 0:
-        return StudentMemory(e * n, e * n, 0 if dtype == "fp32" else FP32 * n, 2 * FP32 * n, 0)
+    n, e, zero, world_size = sum(engine.parameters.sizes), engine.element_size, engine.zero, engine.world_size
+    if zero.stage == 0:
+        return Memory(e * n, e * n, 0 if engine.dtype == "fp32" else FP32 * n, 2 * FP32 * n)
     bucket = e * int(zero.reduce_bucket_size)
-    if stage == 3:
-        part = parameters.sharded(world_size)
-        # On one rank the whole weights are views of the part: NoGatherHandle in partition_parameters.py.
-        persistent = parameters.persistent(zero) if world_size > 1 else 0
-        gathered = min(n - persistent, int(zero.max_live_parameters)) if world_size > 1 else 0
-        return StudentMemory(e * (part + persistent), FP32 * part, FP32 * part, 2 * FP32 * part, bucket + e * gathered)
-    flat = sum(parameters.flat_groups(world_size))
+    if zero.stage == 3:
+        part, whole = engine.parameters.sharded(world_size), 0
+        if world_size > 1:  # on one rank the whole weights are views of the part: NoGatherHandle
+            whole = engine.persistent
+            bucket += e * min(n - whole, int(zero.max_live_parameters))
+        return Memory(e * (part + whole), FP32 * part, FP32 * part, 2 * FP32 * part, bucket)
+    flat = sum(engine.parameters.flat_groups(world_size))
     part = flat // world_size
-    if stage == 1 and dtype == "bf16":
+    bucket *= 2 if zero.overlap_comm else 1
+    if zero.stage == 1 and engine.dtype == "bf16":
         gradients, bucket = FP32 * flat + e * n, 0
-    elif stage == 1:
+    elif zero.stage == 1:
         gradients = e * n
     else:
-        gradients = FP32 * part if dtype == "bf16" else e * parameters.reaching_into_a_part(world_size)
-    return StudentMemory(
-        e * flat, gradients, FP32 * part, 2 * FP32 * part, bucket * (2 if stage == 2 and zero.overlap_comm else 1)
-    )
+        gradients = FP32 * part if engine.dtype == "bf16" else e * engine.parameters.reaching_into_a_part(world_size)
+    return Memory(e * flat, gradients, FP32 * part, 2 * FP32 * part, bucket)
 
 
-def teacher_memory(parameters: Parameters, zero: DeepSpeedZeroConfig, dtype: str, world_size: int) -> TeacherMemory:
-    """Memory of `ds_engine.teacher_engine`: weights alone, whole or sharded, in the run's dtype.
+def teacher_memory(engine: Engine) -> Memory:
+    """Memory of `ds_engine.teacher_engine`: weights alone, whole or sharded, in the run's dtype; `buffers` is a bound.
 
     Stage 3 gathers a module's weights, and ahead of their use as many as reach the prefetch bucket, its last parameter
     crossing it (_fetch_sub_module_impl in zero/partitioned_param_coordinator.py); after its forward pass a module's are
     let go. What is gathered together lies in one flat buffer, until the last of it is used, and in copies for each
     parameter (AllGatherCoalescedHandle in zero/partition_parameters.py): hence twice.
     """
-    e, sizes = element_size(dtype), parameters.sizes
-    if zero.stage == 0:
-        return TeacherMemory(e * parameters.total, 0, 0)
-    part, is_offloaded = e * parameters.sharded(world_size), zero.offload_param is not None
-    has_copies = world_size > 1 or is_offloaded
-    persistent = parameters.persistent(zero) if has_copies else 0
-    gathered = min(parameters.total - persistent, int(zero.prefetch_bucket_size) + 2 * max(sizes)) if has_copies else 0
-    return TeacherMemory(e * persistent + (0 if is_offloaded else part), 2 * e * gathered, part if is_offloaded else 0)
+    e, sizes, is_offloaded = engine.element_size, engine.parameters.sizes, engine.zero.offload_param is not None
+    if engine.zero.stage == 0:
+        return Memory(e * sum(sizes))
+    part, whole, gathered = e * engine.parameters.sharded(engine.world_size), 0, 0
+    if engine.world_size > 1 or is_offloaded:
+        whole = e * engine.persistent
+        gathered = e * min(sum(sizes) - engine.persistent, int(engine.zero.prefetch_bucket_size) + 2 * max(sizes))
+    on_gpu, host = (0, part) if is_offloaded else (part, 0)
+    return Memory(whole + on_gpu, buffers=2 * gathered, host=host)
 
 
-def traffic_sizes(
-    student: Parameters,
-    student_zero: DeepSpeedZeroConfig,
-    teacher: Parameters,
-    teacher_zero: DeepSpeedZeroConfig,
-    dtype: str,
-    world_size: int,
-    num_accum_steps: int,
-) -> scaling.Sizes:
+def traffic_sizes(student: Engine, teacher: Engine, num_accum_steps: int) -> scaling.Sizes:
     """What scaling.py's formula for the bytes of a step needs."""
     return scaling.Sizes(
-        num_ranks=world_size,
+        num_ranks=student.world_size,
         num_accum_steps=num_accum_steps,
-        student_stage=int(student_zero.stage),
-        teacher_stage=int(teacher_zero.stage),
-        student_params=student.total,
-        student_small_params=student.persistent(student_zero) if student_zero.stage == 3 else 0,
-        teacher_sharded_params=teacher.total - teacher.persistent(teacher_zero) if teacher_zero.stage == 3 else 0,
-        bytes_per_number=element_size(dtype),
+        student_stage=int(student.zero.stage),
+        teacher_stage=int(teacher.zero.stage),
+        student_params=sum(student.parameters.sizes),
+        student_small_params=student.persistent,
+        teacher_sharded_params=sum(teacher.parameters.sizes) - teacher.persistent if teacher.zero.stage == 3 else 0,
+        bytes_per_number=student.element_size,
     )
 
 
-def element_size(dtype: str) -> int:
-    return ds_engine.DTYPES[dtype].itemsize
-
-
-# -- Activations -------------------------------------------------------------------------------------------------------
+# -- Activations: bounds -----------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -223,59 +216,45 @@ class Batch:
     """Of all rows."""
     width: int
     """Tokens to which attention pads each row."""
+    element_size: int
+    on_gpu: bool = True
 
 
-def layer_bytes(encoder: BertConfig, tokens: int, batch: Batch, dtype: str, device: str) -> int:
-    """At most what a BertLayer keeps for its backward pass (and what its forward pass has at once).
+def layer_bytes(encoder: BertConfig, batch: Batch, first_only: bool = False) -> int:
+    """At most what a BertLayer keeps for its backward pass, and what its forward pass has at once.
 
-    H hidden, I feed-forward size. For each of the `tokens` that ask: the layer's input, the input of the attention's
-    dense layer, inputs of both LayerNorms, the first's output (5 H); input and output of the activation function (2 I);
-    two dropout masks, whose elements have a byte on a GPU and the dtype's size on a CPU (attention.py); statistics of
-    the LayerNorms (16 bytes). For each padded token: query, key, value, and on a GPU, where attention is fused, its
-    output and an fp32 number a head; on a CPU the weights of each head and their dropout mask (_CpuAttention).
+    For each token that asks, the first of each row or all: the layer's input, the input of the attention's dense layer,
+    inputs of both LayerNorms, the first's output (5 hidden); input and output of the activation function; two dropout
+    masks, whose elements have a byte on a GPU and the dtype's size on a CPU (attention.py); the LayerNorms' statistics
+    (16 bytes). For each padded token: query, key, value, and on a GPU, where attention is fused, its output and an fp32
+    number a head; on a CPU each head's weights and their dropout mask (_CpuAttention).
     """
-    e, hidden, heads = element_size(dtype), encoder.hidden_size, encoder.num_attention_heads
-    mask = 1 if device == "gpu" else e
-    of_token = e * (5 * hidden + 2 * encoder.intermediate_size) + 2 * mask * hidden + 16
-    asking = batch.rows * batch.width if tokens > batch.rows else batch.rows
-    if device == "gpu":
-        attention = batch.rows * batch.width * (4 * e * hidden + FP32 * heads)
-    else:
-        attention = batch.rows * batch.width * 3 * e * hidden + 2 * e * asking * heads * batch.width
-    return tokens * of_token + attention
+    e, hidden, heads = batch.element_size, encoder.hidden_size, encoder.num_attention_heads
+    asking, padded = (batch.rows, batch.rows) if first_only else (batch.tokens, batch.rows * batch.width)
+    kept = asking * (e * (5 * hidden + 2 * encoder.intermediate_size) + 2 * (1 if batch.on_gpu else e) * hidden + 16)
+    if batch.on_gpu:
+        return kept + batch.rows * batch.width * (4 * e * hidden + FP32 * heads)
+    return kept + batch.rows * batch.width * 3 * e * hidden + 2 * e * padded * heads * batch.width
 
 
-def student_activations(
-    encoder: BertConfig,
-    depth: int,
-    num_pairs: int,
-    teacher_hidden: int,
-    hidden_loss: str,
-    batch: Batch,
-    dtype: str,
-    device: str,
-) -> int:
-    """At most the bytes that a micro-batch keeps for backward, of `depth` effective layers: shared layers count again.
+def student_activations(matched: Any, teacher_hidden: int, batch: Batch) -> int:
+    """At most the bytes that a MatchedStudent keeps for backward: a layer that runs twice counts twice.
 
     With the [CLS] loss only first tokens ask in the last layer. Besides layers: the embeddings' sum, mask and indices,
     matched states with their gradients (kernels/fused.py makes them in the forward pass), and the pooler's rows.
     """
-    e, hidden = element_size(dtype), encoder.hidden_size
-    last_tokens = batch.rows if hidden_loss == "cls" else batch.tokens
-    layers = (depth - 1) * layer_bytes(encoder, batch.tokens, batch, dtype, device)
-    layers += layer_bytes(encoder, last_tokens, batch, dtype, device)
-    embeddings = batch.tokens * (3 * e * hidden + 5 * 8)
-    matched = 2 * num_pairs * last_tokens * e * (hidden + teacher_hidden)
-    return layers + embeddings + matched + 4 * batch.rows * e * hidden
+    encoder, of_first = matched.student.config, matched.hidden_loss == "cls"
+    per_token = batch.element_size * encoder.hidden_size
+    layers = (encoder.num_effective_layers - 1) * layer_bytes(encoder, batch) + layer_bytes(encoder, batch, of_first)
+    taken = len(matched.pairs) * (batch.rows if of_first else batch.tokens)
+    matched_states = 2 * taken * (per_token + batch.element_size * teacher_hidden)
+    return layers + batch.tokens * (3 * per_token + 5 * 8) + matched_states + 4 * batch.rows * per_token
 
 
-def teacher_activations(
-    encoder: BertConfig, num_pairs: int, hidden_loss: str, batch: Batch, dtype: str, device: str
-) -> int:
+def teacher_activations(encoder: BertConfig, matched: Any, batch: Batch) -> int:
     """At most the bytes of a forward pass without graph: a layer at work, the states around it, and matched states."""
-    taken = num_pairs * (batch.rows if hidden_loss == "cls" else batch.tokens)
-    states = element_size(dtype) * encoder.hidden_size * (2 * batch.tokens + taken)
-    return layer_bytes(encoder, batch.tokens, batch, dtype, device) + states
+    taken = len(matched.pairs) * (batch.rows if matched.hidden_loss == "cls" else batch.tokens)
+    return layer_bytes(encoder, batch) + batch.element_size * encoder.hidden_size * (2 * batch.tokens + taken)
 
 
 # -- Models ------------------------------------------------------------------------------------------------------------
@@ -296,14 +275,9 @@ def read_encoder(path: str, option: str) -> BertConfig:
 
 
 def shaped_encoder(layers: int, hidden: int, vocab_size: int) -> BertConfig:
-    """A BERT of BERT's own proportions: heads of 64, feed-forward 4 H."""
-    return BertConfig(
-        num_hidden_layers=layers,
-        hidden_size=hidden,
-        num_attention_heads=max(1, hidden // 64),
-        intermediate_size=4 * hidden,
-        vocab_size=vocab_size,
-    )
+    """A BERT of BERT's own proportions: heads of 64, feed-forward of 4 times the hidden size."""
+    sizes: dict[str, Any] = {"num_attention_heads": max(1, hidden // 64), "intermediate_size": 4 * hidden}
+    return BertConfig(num_hidden_layers=layers, hidden_size=hidden, vocab_size=vocab_size, **sizes)
 
 
 def build_on_meta(config: RunConfig, teacher: BertConfig, student_init: BertConfig) -> tuple[Any, Any]:
@@ -332,49 +306,46 @@ def make_plan(config: RunConfig, teacher: BertConfig, student_init: BertConfig, 
                 f"--max_seq_length {config.max_seq_length} is longer than the {encoder.max_position_embeddings} "
                 f"positions of --{option}; set at most {encoder.max_position_embeddings}"
             )
-    batch = Batch(micro, math.ceil(micro * tokens), math.ceil(config.max_seq_length / WIDTH_MULTIPLE) * WIDTH_MULTIPLE)
+    width = math.ceil(config.max_seq_length / WIDTH_MULTIPLE) * WIDTH_MULTIPLE
     frozen, matched = build_on_meta(config, teacher, student_init)
-    ours, theirs, num_pairs = Parameters.of(matched), Parameters.of(frozen), len(matched.pairs)
-    encoder, depth = matched.student.config, matched.student.config.num_effective_layers
+    ours, theirs, pairs = Parameters.of(matched), Parameters.of(frozen), matched.pairs
     dtypes = DTYPES if options.dtype == "auto" else (options.dtype,)
     choices = []
-    for dtype, stage, name in ((d, s, t) for d in dtypes for s in range(4) for t in TEACHERS):
-        zero = read_ds_config(f"zero{stage}_{dtype}", "student_ds_config")
-        teacher_zero = read_ds_config(name, "teacher_ds_config")
-        held = asdict(student_memory(ours, zero, dtype, world_size))
-        held["activations"] = student_activations(
-            encoder, depth, num_pairs, teacher.hidden_size, config.hidden_loss, batch, dtype, "gpu"
-        )
-        teacher_held = asdict(teacher_memory(theirs, teacher_zero, dtype, world_size))
-        host = teacher_held.pop("host")
-        teacher_held["activations"] = teacher_activations(teacher, num_pairs, config.hidden_loss, batch, dtype, "gpu")
-        sizes = traffic_sizes(ours, zero, theirs, teacher_zero, dtype, world_size, accum)
+    for dtype, stage, name in itertools.product(dtypes, range(4), TEACHERS):
+        student = Engine.of(ours, f"zero{stage}_{dtype}", "student_ds_config", dtype, world_size)
+        frozen_engine = Engine.of(theirs, name, "teacher_ds_config", dtype, world_size)
+        batch = Batch(micro, math.ceil(micro * tokens), width, student.element_size)
+        held, teacher_held = asdict(student_memory(student)), asdict(teacher_memory(frozen_engine))
+        held["activations"] = student_activations(matched, teacher.hidden_size, batch)
+        teacher_held["activations"] = teacher_activations(teacher, matched, batch)
+        host = held.pop("host") + teacher_held.pop("host")
+        teacher_held = {part: teacher_held[part] for part in ("weights", "buffers", "activations")}  # it has no others
+        sent = scaling.formula(traffic_sizes(student, frozen_engine, accum)).sent(world_size)
         choices.append(
             {
-                "dtype": dtype,
                 "student": f"zero{stage}_{dtype}",
                 "teacher": name,
                 "student_memory": held,
                 "teacher_memory": teacher_held,
                 "total": sum(held.values()) + sum(teacher_held.values()),
                 "host": host,
-                "sent_per_step": round(scaling.formula(sizes).sent(world_size)),
+                "sent_per_step": round(sent),
             }
         )
-    num_cached = len({layer for _, layer in matched.pairs}) if config.hidden_loss == "cls" else 0
-    row_bytes = {
-        d: teacher_cache.row_bytes(frozen.config.num_labels, num_cached, teacher.hidden_size, d) for d in dtypes
-    }
+    num_layers, cached = len({layer for _, layer in pairs}), dtypes if config.hidden_loss == "cls" else ()
     return {
-        "teacher_parameters": theirs.total,
-        "student_parameters": ours.total,
+        "teacher_parameters": sum(theirs.sizes),
+        "student_parameters": sum(ours.sizes),
         "stored_layers": config.num_hidden_layers,
-        "effective_layers": depth,
-        "layer_pairs": num_pairs,
-        "batch": {"global": config.global_batch_size, "accum": accum, "world": world_size, **asdict(batch)},
+        "effective_layers": matched.student.config.num_effective_layers,
+        "layer_pairs": len(pairs),
+        "batch": {"global": config.global_batch_size, "micro": micro, "accum": accum, "tokens": batch.tokens},
+        "world_size": world_size,
         "gpu_memory": int(options.gpu_memory_gib * GIB),
         "train_rows": options.train_rows,
-        "cache_bytes_per_row": row_bytes,
+        "cache_bytes_per_row": {
+            d: teacher_cache.row_bytes(frozen.config.num_labels, num_layers, teacher.hidden_size, d) for d in cached
+        },
         "choices": choices,
         "recommended": recommend(choices, options.gpu_memory_gib * GIB),
     }
@@ -388,22 +359,16 @@ def recommend(choices: list[dict[str, Any]], gpu_memory: float) -> dict[str, Any
     """
     room = gpu_memory * (1 - HEADROOM)
     limit = f"{show(room)} ({HEADROOM:.0%} of the GPU is left free)"
-    sound = [c for c in choices if c["student"] != "zero0_bf16"]
+    sound = [c for c in choices if c["student"] != "zero0_bf16"]  # it sums gradients in bf16
     fitting = [c for c in sound if c["total"] <= room]
     if not fitting:
         least = show(min(c["total"] for c in sound))
-        why = f"nothing fits in {limit}; the smallest takes {least}: lower --micro_batch_size or --max_seq_length, or "
-        return {"index": None, "why": why + "take more ranks or larger GPUs"}
-
-    def rank(choice: dict[str, Any]) -> tuple[bool, int, int]:
-        return choice["student"].startswith("zero3"), choice["sent_per_step"], choice["total"]
-
-    best = min(fitting, key=rank)
-    others = "" if rank(best)[0] else " without a student at stage 3, which waits for each layer's weights,"
+        remedy = "lower --micro_batch_size or --max_seq_length, or take more ranks or larger GPUs"
+        return {"index": None, "why": f"nothing fits in {limit}; the smallest takes {least}: {remedy}"}
+    best = min(fitting, key=lambda c: (c["student"].startswith("zero3"), c["sent_per_step"], c["total"]))
     why = (
-        f"of the {len(fitting)} choices that fit in {limit}{others} it sends the fewest bytes "
-        f"({show(best['sent_per_step'])} a step and rank), and takes {show(best['total'])}; zero0_bf16 is not "
-        "considered, because it sums gradients in bf16"
+        f"of the {len(fitting)} choices that fit in {limit} it sends least, {show(best['sent_per_step'])} a step and "
+        f"rank, and takes {show(best['total'])} (zero0_bf16 aside, and student zero3 where another fits)"
     )
     return {"index": choices.index(best), "why": why}
 
@@ -415,36 +380,29 @@ def show(size: float) -> str:
 
 def table(plan: dict[str, Any]) -> str:
     """The plan as Markdown."""
-    batch, rows = plan["batch"], plan["train_rows"]
+    batch, rows, best = plan["batch"], plan["train_rows"], plan["recommended"]["index"]
     lines = [
         f"teacher: {plan['teacher_parameters']:,} parameters",
         f"student: {plan['student_parameters']:,} parameters, {plan['stored_layers']} stored layers run as "
         f"{plan['effective_layers']}, {plan['layer_pairs']} matched layer pairs",
-        f"batch: global {batch['global']} = micro {batch['rows']} x accum {batch['accum']} x world {batch['world']}, "
-        f"{batch['tokens']:,} tokens a micro-batch",
+        f"batch: global {batch['global']} = micro {batch['micro']} x accum {batch['accum']} x world "
+        f"{plan['world_size']}, {batch['tokens']:,} tokens a micro-batch",
     ]
     for dtype, size in plan["cache_bytes_per_row"].items():
         total = f", {show(size * rows)} for {rows:,} rows" if rows else ""
         lines.append(f"teacher cache in {dtype}: {size:,} bytes a row{total}")
     lines += ["", "Memory of a rank, and bytes that it sends in an optimiser step:", ""]
     for number, choice in enumerate(plan["choices"]):
-        sizes = choice["student_memory"] | {f"teacher {k}": v for k, v in choice["teacher_memory"].items()}
+        sizes = choice["student_memory"] | {f"teacher {name}": size for name, size in choice["teacher_memory"].items()}
         sizes |= {"total on GPU": choice["total"], "on host": choice["host"], "sent a step": choice["sent_per_step"]}
+        cells = [choice["student"], choice["teacher"].removeprefix("teacher_"), *map(show, sizes.values())]
         if number == 0:
-            lines += [_row(["student", "teacher", *sizes]), _row(["---"] * (2 + len(sizes)))]
-        mark = " <-" if number == plan["recommended"]["index"] else ""
-        lines.append(
-            _row([choice["student"], choice["teacher"].removeprefix("teacher_"), *map(show, sizes.values())]) + mark
-        )
+            lines += [f"| {' | '.join(['student', 'teacher', *sizes])} |", "|---" * len(cells) + "|"]
+        lines.append(f"| {' | '.join(cells)} |" + (" <-" if number == best else ""))
     words = "none"
-    if plan["recommended"]["index"] is not None:
-        best = plan["choices"][plan["recommended"]["index"]]
-        words = f"--student_ds_config {best['student']} --teacher_ds_config {best['teacher']}"
+    if best is not None:
+        words = "--student_ds_config {student} --teacher_ds_config {teacher}".format(**plan["choices"][best])
     return "\n".join([*lines, "", f"Take: {words}", f"Why: {plan['recommended']['why']}."])
-
-
-def _row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(cells) + " |"
 
 
 # -- The command -------------------------------------------------------------------------------------------------------
@@ -477,10 +435,8 @@ def check(config: RunConfig, options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and not low <= value <= high:
             raise UserError(f"--{name} {value} is outside its range {low} to {high}; set one within")
-    for side in ("teacher", "student"):
-        hidden = getattr(options, f"{side}_hidden")
-        if hidden is not None and hidden % min(hidden, 64):
-            raise UserError(f"--{side}_hidden {hidden} is not a multiple of 64, the size of an attention head; set one")
+        if value is not None and name.endswith("_hidden") and value % min(value, 64):
+            raise UserError(f"--{name} {value} is not a multiple of 64, the size of an attention head; set one")
     if config.sharing == "none" and config.shuffle_qk:
         raise UserError("--shuffle_qk needs a second run of a layer, and --sharing none has none; drop one")
     given = [bool(options.teacher), options.teacher_layers is not None, options.teacher_hidden is not None]
@@ -498,10 +454,10 @@ def main(argv: Sequence[str]) -> None:
     config = RunConfig(**{name: getattr(options, name) for name in SETTINGS})
     check(config, options)
     if config.teacher:
-        teacher = student_init = read_encoder(config.teacher, "teacher")
+        teacher = read_encoder(config.teacher, "teacher")
     else:
         teacher = shaped_encoder(options.teacher_layers, options.teacher_hidden, options.teacher_vocab_size)
-        student_init = teacher
+    student_init = teacher
     if config.student_init:
         student_init = read_encoder(config.student_init, "student_init")
     elif options.student_hidden is not None:
