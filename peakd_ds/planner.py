@@ -46,7 +46,6 @@ NUMBERS: dict[str, tuple[Any, Any, float, float, str]] = {
     "teacher_layers": (int, None, 1, 10_000, "in place of --teacher, with --teacher_hidden [layers"),
     "teacher_hidden": (int, None, 1, 1_000_000, "a multiple of 64; feed-forward is 4 times it [hidden size"),
     "teacher_vocab_size": (int, 30522, 1, 100_000_000, "of a teacher given by its shape [entries"),
-    "student_hidden": (int, None, 1, 1_000_000, "in place of --student_init [hidden size"),
     "tokens_per_row": (float, None, 1, 1_000_000, "mean of the rows, for activations; else --max_seq_length [tokens"),
     "train_rows": (int, 0, 0, 10**12, "rows to cache teacher answers for [rows"),
 }
@@ -57,68 +56,61 @@ NUMBERS: dict[str, tuple[Any, Any, float, float, str]] = {
 
 
 @dataclass(frozen=True)
-class Parameters:
-    """Elements of a model's parameters, shared ones once, by group and in the order of the optimiser; W ranks."""
+class Engine:
+    """A model, how it is spread, and over how many ranks W."""
 
     groups: tuple[tuple[int, ...], ...]
-
-    @staticmethod
-    def of(module: nn.Module) -> "Parameters":
-        groups = ds_engine._parameter_groups(module, 0.0)
-        return Parameters(tuple(tuple(p.numel() for p in group["params"]) for group in groups))
-
-    @property
-    def sizes(self) -> tuple[int, ...]:
-        return tuple(size for group in self.groups for size in group)
-
-    def flat_groups(self, world_size: int) -> tuple[int, ...]:
-        """Elements of each group padded to 2 W: nccl_start_alignment_factor in zero/stage_1_and_2.py."""
-        return tuple(math.ceil(sum(group) / (2 * world_size)) * 2 * world_size for group in self.groups)
-
-    def sharded(self, world_size: int) -> int:
-        """A rank's part at stage 3, each parameter padded to W: _aligned_size in zero/partition_parameters.py."""
-        return sum(math.ceil(size / world_size) for size in self.sizes)
-
-    def reaching_into_a_part(self, world_size: int) -> int:
-        """Elements of the parameters that reach into a rank's part, for the rank with most.
-
-        Stages 1 and 2 in fp32 keep their gradients whole: grads_in_partition in zero/stage_1_and_2.py. An embedding
-        larger than a part is so held by each rank that has some of it.
-        """
-        of_rank = [0] * world_size
-        for group, flat in zip(self.groups, self.flat_groups(world_size), strict=True):
-            part, start = flat // world_size, 0
-            for size in group:
-                for rank in range(start // part, (start + size - 1) // part + 1):
-                    of_rank[rank] += size
-                start += size
-        return max(of_rank)
-
-
-@dataclass(frozen=True)
-class Engine:
-    """A model, how it is spread, and over how many ranks."""
-
-    parameters: Parameters
+    """Elements of each parameter, shared ones once, by group and in the order of the optimiser."""
     zero: DeepSpeedZeroConfig
     dtype: str
     world_size: int
 
     @staticmethod
-    def of(parameters: Parameters, name: str, option: str, dtype: str, world_size: int) -> "Engine":
-        """With a file's `zero_optimization` as DeepSpeed reads it, its defaults included."""
-        config = ds_engine.load_ds_config(name, option).get("zero_optimization", {})
-        return Engine(parameters, DeepSpeedZeroConfig(**config), dtype, world_size)
+    def of(module: nn.Module, name: str, option: str, dtype: str, world_size: int) -> "Engine":
+        """With a ds config's `zero_optimization` as DeepSpeed reads it, its defaults included."""
+        groups = ds_engine._parameter_groups(module, 0.0)
+        zero = DeepSpeedZeroConfig(**ds_engine.load_ds_config(name, option).get("zero_optimization", {}))
+        return Engine(tuple(tuple(p.numel() for p in group["params"]) for group in groups), zero, dtype, world_size)
 
     @property
     def element_size(self) -> int:
         return ds_engine.DTYPES[self.dtype].itemsize
 
     @property
+    def num_params(self) -> int:
+        return sum(map(sum, self.groups))
+
+    @property
+    def flat_groups(self) -> tuple[int, ...]:
+        """Elements of each group padded to 2 W: nccl_start_alignment_factor in zero/stage_1_and_2.py."""
+        return tuple(math.ceil(sum(group) / (2 * self.world_size)) * 2 * self.world_size for group in self.groups)
+
+    @property
+    def sharded(self) -> int:
+        """A rank's part at stage 3, each parameter padded to W: _aligned_size in zero/partition_parameters.py."""
+        return sum(math.ceil(size / self.world_size) for group in self.groups for size in group)
+
+    @property
     def persistent(self) -> int:
         """Elements in small tensors, which stage 3 keeps whole: ds_persist in zero/partition_parameters.py."""
         limit = int(self.zero.param_persistence_threshold) if self.zero.stage == 3 else 0
-        return sum(size for size in self.parameters.sizes if size <= limit)
+        return sum(size for group in self.groups for size in group if size <= limit)
+
+    @property
+    def reaching_into_a_part(self) -> int:
+        """Elements of the parameters that reach into a rank's part, for the rank with most.
+
+        Stage 2 in fp32 keeps their gradients whole: grads_in_partition in zero/stage_1_and_2.py. An embedding larger
+        than a part is so held by each rank that has some of it.
+        """
+        of_rank = [0] * self.world_size
+        for group, flat in zip(self.groups, self.flat_groups, strict=True):
+            part, start = flat // self.world_size, 0
+            for size in group:
+                for rank in range(start // part, (start + size - 1) // part + 1):
+                    of_rank[rank] += size
+                start += size
+        return max(of_rank)
 
 
 @dataclass(frozen=True)
@@ -149,17 +141,17 @@ def student_memory(engine: Engine) -> Memory:
     The bucket is allocated whole, however small the model: setup_buckets in stage_1_and_2.py (twice with
     overlap_comm), `# IPG` in stage3.py.
     """
-    n, e, zero, world_size = sum(engine.parameters.sizes), engine.element_size, engine.zero, engine.world_size
+    n, e, zero, world_size = engine.num_params, engine.element_size, engine.zero, engine.world_size
     if zero.stage == 0:
         return Memory(e * n, e * n, 0 if engine.dtype == "fp32" else FP32 * n, 2 * FP32 * n)
     bucket = e * int(zero.reduce_bucket_size)
     if zero.stage == 3:
-        part, whole = engine.parameters.sharded(world_size), 0
+        part, whole = engine.sharded, 0
         if world_size > 1:  # on one rank the whole weights are views of the part: NoGatherHandle
             whole = engine.persistent
             bucket += e * min(n - whole, int(zero.max_live_parameters))
         return Memory(e * (part + whole), FP32 * part, FP32 * part, 2 * FP32 * part, bucket)
-    flat = sum(engine.parameters.flat_groups(world_size))
+    flat = sum(engine.flat_groups)
     part = flat // world_size
     bucket *= 2 if zero.overlap_comm else 1
     if zero.stage == 1 and engine.dtype == "bf16":
@@ -167,7 +159,7 @@ def student_memory(engine: Engine) -> Memory:
     elif zero.stage == 1:
         gradients = e * n
     else:
-        gradients = FP32 * part if engine.dtype == "bf16" else e * engine.parameters.reaching_into_a_part(world_size)
+        gradients = FP32 * part if engine.dtype == "bf16" else e * engine.reaching_into_a_part
     return Memory(e * flat, gradients, FP32 * part, 2 * FP32 * part, bucket)
 
 
@@ -179,13 +171,13 @@ def teacher_memory(engine: Engine) -> Memory:
     let go. What is gathered together lies in one flat buffer, until the last of it is used, and in copies for each
     parameter (AllGatherCoalescedHandle in zero/partition_parameters.py): hence twice.
     """
-    e, sizes, is_offloaded = engine.element_size, engine.parameters.sizes, engine.zero.offload_param is not None
+    e, is_offloaded, largest = engine.element_size, engine.zero.offload_param is not None, max(map(max, engine.groups))
     if engine.zero.stage == 0:
-        return Memory(e * sum(sizes))
-    part, whole, gathered = e * engine.parameters.sharded(engine.world_size), 0, 0
+        return Memory(e * engine.num_params)
+    part, whole, gathered = e * engine.sharded, 0, 0
     if engine.world_size > 1 or is_offloaded:
         whole = e * engine.persistent
-        gathered = e * min(sum(sizes) - engine.persistent, int(engine.zero.prefetch_bucket_size) + 2 * max(sizes))
+        gathered = e * min(engine.num_params - engine.persistent, int(engine.zero.prefetch_bucket_size) + 2 * largest)
     on_gpu, host = (0, part) if is_offloaded else (part, 0)
     return Memory(whole + on_gpu, buffers=2 * gathered, host=host)
 
@@ -197,9 +189,9 @@ def traffic_sizes(student: Engine, teacher: Engine, num_accum_steps: int) -> sca
         num_accum_steps=num_accum_steps,
         student_stage=int(student.zero.stage),
         teacher_stage=int(teacher.zero.stage),
-        student_params=sum(student.parameters.sizes),
+        student_params=student.num_params,
         student_small_params=student.persistent,
-        teacher_sharded_params=sum(teacher.parameters.sizes) - teacher.persistent if teacher.zero.stage == 3 else 0,
+        teacher_sharded_params=teacher.num_params - teacher.persistent if teacher.zero.stage == 3 else 0,
         bytes_per_number=student.element_size,
     )
 
@@ -267,10 +259,15 @@ def read_encoder(path: str, option: str) -> BertConfig:
     except Exception as error:  # as modeling.find_encoder
         raise UserError(
             f"--{option} {path} is neither a folder with config.json nor a model that the hub gives "
-            f"({modeling._first_line(error)}); give one of these, or shapes with --{option.split('_')[0]}_hidden"
+            f"({modeling._first_line(error)}); give one of these, or --teacher_layers and --teacher_hidden"
         ) from error
     if config.model_type != "bert":
         raise UserError(f"--{option} {path} is a {config.model_type} model; take a bert")
+    if config.hidden_size % config.num_attention_heads:
+        sizes = (
+            f"hidden_size {config.hidden_size} is not a multiple of num_attention_heads {config.num_attention_heads}"
+        )
+        raise UserError(f"--{option} {path}: {sizes}; mend its config.json")
     return config
 
 
@@ -308,12 +305,11 @@ def make_plan(config: RunConfig, teacher: BertConfig, student_init: BertConfig, 
             )
     width = math.ceil(config.max_seq_length / WIDTH_MULTIPLE) * WIDTH_MULTIPLE
     frozen, matched = build_on_meta(config, teacher, student_init)
-    ours, theirs, pairs = Parameters.of(matched), Parameters.of(frozen), matched.pairs
     dtypes = DTYPES if options.dtype == "auto" else (options.dtype,)
     choices = []
     for dtype, stage, name in itertools.product(dtypes, range(4), TEACHERS):
-        student = Engine.of(ours, f"zero{stage}_{dtype}", "student_ds_config", dtype, world_size)
-        frozen_engine = Engine.of(theirs, name, "teacher_ds_config", dtype, world_size)
+        student = Engine.of(matched, f"zero{stage}_{dtype}", "student_ds_config", dtype, world_size)
+        frozen_engine = Engine.of(frozen, name, "teacher_ds_config", dtype, world_size)
         batch = Batch(micro, math.ceil(micro * tokens), width, student.element_size)
         held, teacher_held = asdict(student_memory(student)), asdict(teacher_memory(frozen_engine))
         held["activations"] = student_activations(matched, teacher.hidden_size, batch)
@@ -332,13 +328,13 @@ def make_plan(config: RunConfig, teacher: BertConfig, student_init: BertConfig, 
                 "sent_per_step": round(sent),
             }
         )
-    num_layers, cached = len({layer for _, layer in pairs}), dtypes if config.hidden_loss == "cls" else ()
+    num_layers, cached = len({layer for _, layer in matched.pairs}), dtypes if config.hidden_loss == "cls" else ()
     return {
-        "teacher_parameters": sum(theirs.sizes),
-        "student_parameters": sum(ours.sizes),
+        "teacher_parameters": frozen_engine.num_params,
+        "student_parameters": student.num_params,
         "stored_layers": config.num_hidden_layers,
         "effective_layers": matched.student.config.num_effective_layers,
-        "layer_pairs": len(pairs),
+        "layer_pairs": len(matched.pairs),
         "batch": {"global": config.global_batch_size, "micro": micro, "accum": accum, "tokens": batch.tokens},
         "world_size": world_size,
         "gpu_memory": int(options.gpu_memory_gib * GIB),
@@ -435,15 +431,18 @@ def check(config: RunConfig, options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and not low <= value <= high:
             raise UserError(f"--{name} {value} is outside its range {low} to {high}; set one within")
-        if value is not None and name.endswith("_hidden") and value % min(value, 64):
-            raise UserError(f"--{name} {value} is not a multiple of 64, the size of an attention head; set one")
+    hidden = options.teacher_hidden
+    if hidden is not None and hidden % min(hidden, 64):
+        raise UserError(f"--teacher_hidden {hidden} is not a multiple of 64, the size of an attention head; set one")
+    try:
+        get_task(config.task)
+    except ValueError as error:
+        raise UserError(f"--task: {error}") from error
     if config.sharing == "none" and config.shuffle_qk:
         raise UserError("--shuffle_qk needs a second run of a layer, and --sharing none has none; drop one")
     given = [bool(options.teacher), options.teacher_layers is not None, options.teacher_hidden is not None]
     if given not in ([True, False, False], [False, True, True]):
         raise UserError("the teacher is not clear; give --teacher, or both --teacher_layers and --teacher_hidden")
-    if config.student_init and options.student_hidden is not None:
-        raise UserError("--student_init and --student_hidden both say what the student is; give one")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -457,11 +456,7 @@ def main(argv: Sequence[str]) -> None:
         teacher = read_encoder(config.teacher, "teacher")
     else:
         teacher = shaped_encoder(options.teacher_layers, options.teacher_hidden, options.teacher_vocab_size)
-    student_init = teacher
-    if config.student_init:
-        student_init = read_encoder(config.student_init, "student_init")
-    elif options.student_hidden is not None:
-        student_init = shaped_encoder(config.num_hidden_layers, options.student_hidden, teacher.vocab_size)
+    student_init = read_encoder(config.student_init, "student_init") if config.student_init else teacher
     plan = make_plan(config, teacher, student_init, options)
     print(json.dumps(plan, indent=2) if options.json else table(plan))
 

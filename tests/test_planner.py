@@ -19,7 +19,7 @@ from peakd_ds import data, dist, ds_engine, engine_state, planner, run_lock, sca
 from peakd_ds.config import RunConfig, parse
 from peakd_ds.modeling import task_head
 from peakd_ds.packing import pack
-from peakd_ds.planner import Batch, Engine, Parameters
+from peakd_ds.planner import Batch, Engine
 from peakd_ds.run import open_run
 from peakd_ds.run_log import RunLog
 from peakd_ds.tasks import get_task
@@ -170,8 +170,8 @@ def test_memory(
 
     encoder = AutoConfig.from_pretrained(teacher)
     frozen, matched = planner.build_on_meta(parse(argv), encoder, encoder)
-    student = Engine.of(Parameters.of(matched), argv[-1], "student_ds_config", dtype, world_size)
-    frozen_engine = Engine.of(Parameters.of(frozen), teacher_name, "teacher_ds_config", dtype, world_size)
+    student = Engine.of(matched, argv[-1], "student_ds_config", dtype, world_size)
+    frozen_engine = Engine.of(frozen, teacher_name, "teacher_ds_config", dtype, world_size)
     planned, teacher_planned = vars(planner.student_memory(student)), vars(planner.teacher_memory(frozen_engine))
     held, teacher_held = ({k: max(a[i][k] for a in answers) for k in answers[0][i]} for i in (0, 1))
     print(f"\n{world_size} ranks, zero{stage}_{dtype}, {teacher_name}\n planned {planned} {teacher_planned}")
@@ -221,7 +221,8 @@ def test_activations_are_bounded(single_rank: None, dtype: str, hidden_loss: str
 def test_sharing_adds_activations_and_no_weights() -> None:
     encoder = BertConfig(**ENCODER)
     stored, shared = (planner.build_on_meta(settings(sharing=s), encoder, encoder)[1] for s in ("none", "sps"))
-    assert Parameters.of(stored) == Parameters.of(shared)
+    of_stored, of_shared = (Engine.of(model, "zero1_bf16", "", "bf16", 2) for model in (stored, shared))
+    assert of_stored == of_shared
     assert shared.student.config.num_effective_layers == 2 * stored.student.config.num_effective_layers
 
 
@@ -278,6 +279,7 @@ def test_rows_shorter_than_the_longest_take_less(capsys: pytest.CaptureFixture[s
         (["--teacher_layers", "0", "--teacher_hidden", "128"], "--teacher_layers 0 is outside"),
         (["--teacher_layers", "4", "--teacher_hidden", "100"], "not a multiple of 64"),
         (["--teacher", "no/such/folder"], "neither a folder with config.json"),
+        ([*SHAPES, "--task", "nope"], "--task: unknown task 'nope'"),
         ([*SHAPES, "--nonsense"], "unknown option --nonsense"),
         ([*SHAPES, "--world_size", "many"], "invalid int value"),
     ],
