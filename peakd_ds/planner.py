@@ -9,6 +9,7 @@ sent are those of scaling.py.
 """
 
 import argparse
+import contextlib
 import itertools
 import json
 import math
@@ -18,26 +19,26 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any
 
 import torch
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import nn
 from transformers import AutoConfig, BertConfig
 
-from peakd_ds import ds_engine, modeling, scaling, teacher_cache
 from peakd_ds.config import RunConfig, UserError, _Parser, add_setting, exit_with
 from peakd_ds.packing import WIDTH_MULTIPLE
 from peakd_ds.sps import SPSBertForSequenceClassification
 from peakd_ds.tasks import get_task
 
-SETTINGS = (
-    "task teacher student_init num_hidden_layers sharing shuffle_qk layer_map hidden_loss max_seq_length "
-    "global_batch_size micro_batch_size"
-).split()
-"""Settings of a run that change the plan; they keep their names, ranges and defaults."""
+with contextlib.redirect_stdout(sys.stderr):  # where DeepSpeed warns, when imported, that there is no GPU
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
+    from peakd_ds import ds_engine, modeling, scaling, teacher_cache
+
+_NAMES = "task teacher student_init num_hidden_layers sharing shuffle_qk layer_map hidden_loss max_seq_length"
+SETTINGS = [spec for spec in fields(RunConfig) if spec.name in f"{_NAMES} global_batch_size micro_batch_size".split()]
+"""Settings of a run that change the plan; they keep their names, ranges and defaults."""
 TEACHERS = ("teacher_zero0", "teacher_zero3", "teacher_zero3_offload")
 DTYPES = ("bf16", "fp32")
 FP32 = 4
-GIB, MIB = 2**30, 2**20
+GIB = 2**30
 HEADROOM = 0.1
 """Share of the GPU left to the CUDA context, NCCL and fragmentation, which are not planned."""
 NUMBERS: dict[str, tuple[Any, Any, float, float, str]] = {
@@ -232,13 +233,15 @@ def layer_bytes(encoder: BertConfig, batch: Batch, first_only: bool = False) -> 
 def student_activations(matched: Any, teacher_hidden: int, batch: Batch) -> int:
     """At most the bytes that a MatchedStudent keeps for backward: a layer that runs twice counts twice.
 
-    With the [CLS] loss only first tokens ask in the last layer. Besides layers: the embeddings' sum, mask and indices,
-    matched states with their gradients (kernels/fused.py makes them in the forward pass), and the pooler's rows.
+    Only first tokens ask in the last layer, unless all its tokens are matched (sps.py). Besides layers: the sum,
+    mask and indices of embeddings, matched states with their gradients (kernels/fused.py has them early), and the pooler's rows.
     """
-    encoder, of_first = matched.student.config, matched.hidden_loss == "cls"
+    encoder, is_cls = matched.student.config, matched.hidden_loss == "cls"
     per_token = batch.element_size * encoder.hidden_size
-    layers = (encoder.num_effective_layers - 1) * layer_bytes(encoder, batch) + layer_bytes(encoder, batch, of_first)
-    taken = len(matched.pairs) * (batch.rows if of_first else batch.tokens)
+    depth = encoder.num_effective_layers
+    first_only = is_cls or all(layer < depth for layer, _ in matched.pairs)
+    layers = (depth - 1) * layer_bytes(encoder, batch) + layer_bytes(encoder, batch, first_only)
+    taken = len(matched.pairs) * (batch.rows if is_cls else batch.tokens)
     matched_states = 2 * taken * (per_token + batch.element_size * teacher_hidden)
     return layers + batch.tokens * (3 * per_token + 5 * 8) + matched_states + 4 * batch.rows * per_token
 
@@ -249,7 +252,7 @@ def teacher_activations(encoder: BertConfig, matched: Any, batch: Batch) -> int:
     return layer_bytes(encoder, batch) + batch.element_size * encoder.hidden_size * (2 * batch.tokens + taken)
 
 
-# -- Models ------------------------------------------------------------------------------------------------------------
+# -- The plan ----------------------------------------------------------------------------------------------------------
 
 
 def read_encoder(path: str, option: str) -> BertConfig:
@@ -273,24 +276,19 @@ def read_encoder(path: str, option: str) -> BertConfig:
 
 def shaped_encoder(layers: int, hidden: int, vocab_size: int) -> BertConfig:
     """A BERT of BERT's own proportions: heads of 64, feed-forward of 4 times the hidden size."""
-    sizes: dict[str, Any] = {"num_attention_heads": max(1, hidden // 64), "intermediate_size": 4 * hidden}
-    return BertConfig(num_hidden_layers=layers, hidden_size=hidden, vocab_size=vocab_size, **sizes)
+    sizes: dict[str, Any] = {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": 4 * hidden}
+    return BertConfig(num_attention_heads=max(1, hidden // 64), vocab_size=vocab_size, **sizes)
 
 
 def build_on_meta(config: RunConfig, teacher: BertConfig, student_init: BertConfig) -> tuple[Any, Any]:
     """(teacher, matched student) without storage, as modeling.py makes them for a run."""
     task = get_task(config.task)
+    sizes = modeling.student_config(config, student_init, modeling.task_head(task))
+    pairs = modeling.layer_pairs(config.layer_map, sizes.num_effective_layers, teacher.num_hidden_layers)
     with torch.device("meta"):
-        head = modeling.task_head(task)
-        student = SPSBertForSequenceClassification(modeling.student_config(config, student_init, head))
-        depth = student.config.num_effective_layers
-        pairs = modeling.layer_pairs(config.layer_map, depth, teacher.num_hidden_layers)
+        student = SPSBertForSequenceClassification(sizes)
         matched = modeling.MatchedStudent(student, pairs, teacher.hidden_size, config.hidden_loss)
-        frozen = SPSBertForSequenceClassification(modeling.teacher_config(config, task, teacher))
-    return frozen, matched
-
-
-# -- The plan ----------------------------------------------------------------------------------------------------------
+        return SPSBertForSequenceClassification(modeling.teacher_config(config, task, teacher)), matched
 
 
 def make_plan(config: RunConfig, teacher: BertConfig, student_init: BertConfig, options: Any) -> dict[str, Any]:
@@ -298,11 +296,10 @@ def make_plan(config: RunConfig, teacher: BertConfig, student_init: BertConfig, 
     world_size, tokens = options.world_size, options.tokens_per_row or config.max_seq_length
     micro, accum = ds_engine.batch_plan(config.global_batch_size, config.micro_batch_size, world_size)
     for option, encoder in (("teacher", teacher), ("student_init", student_init)):
-        if config.max_seq_length > encoder.max_position_embeddings:
-            raise UserError(
-                f"--max_seq_length {config.max_seq_length} is longer than the {encoder.max_position_embeddings} "
-                f"positions of --{option}; set at most {encoder.max_position_embeddings}"
-            )
+        most = encoder.max_position_embeddings
+        if config.max_seq_length > most:
+            rule = f"is longer than the {most} positions of --{option}"
+            raise UserError(f"--max_seq_length {config.max_seq_length} {rule}; set at most {most}")
     width = math.ceil(config.max_seq_length / WIDTH_MULTIPLE) * WIDTH_MULTIPLE
     frozen, matched = build_on_meta(config, teacher, student_init)
     dtypes = DTYPES if options.dtype == "auto" else (options.dtype,)
@@ -315,33 +312,25 @@ def make_plan(config: RunConfig, teacher: BertConfig, student_init: BertConfig, 
         held["activations"] = student_activations(matched, teacher.hidden_size, batch)
         teacher_held["activations"] = teacher_activations(teacher, matched, batch)
         host = held.pop("host") + teacher_held.pop("host")
-        teacher_held = {part: teacher_held[part] for part in ("weights", "buffers", "activations")}  # it has no others
+        teacher_held = {part: teacher_held[part] for part in ("weights", "buffers", "activations")}  # nothing else
         sent = scaling.formula(traffic_sizes(student, frozen_engine, accum)).sent(world_size)
-        choices.append(
-            {
-                "student": f"zero{stage}_{dtype}",
-                "teacher": name,
-                "student_memory": held,
-                "teacher_memory": teacher_held,
-                "total": sum(held.values()) + sum(teacher_held.values()),
-                "host": host,
-                "sent_per_step": round(sent),
-            }
-        )
-    num_layers, cached = len({layer for _, layer in matched.pairs}), dtypes if config.hidden_loss == "cls" else ()
+        choice = {"student": f"zero{stage}_{dtype}", "teacher": name, "host": host, "sent_per_step": round(sent)}
+        total = sum(held.values()) + sum(teacher_held.values())
+        choices.append(choice | {"student_memory": held, "teacher_memory": teacher_held, "total": total})
+    layers, cached = len({layer for _, layer in matched.pairs}), dtypes if config.hidden_loss == "cls" else ()
+    num_labels, width = frozen.config.num_labels, teacher.hidden_size
+    cache = {dtype: teacher_cache.row_bytes(num_labels, layers, width, dtype) for dtype in cached}
     return {
         "teacher_parameters": frozen_engine.num_params,
         "student_parameters": student.num_params,
         "stored_layers": config.num_hidden_layers,
         "effective_layers": matched.student.config.num_effective_layers,
         "layer_pairs": len(matched.pairs),
-        "batch": {"global": config.global_batch_size, "micro": micro, "accum": accum, "tokens": batch.tokens},
-        "world_size": world_size,
+        **{"global_batch_size": config.global_batch_size, "micro_batch_size": micro, "num_accum_steps": accum},
+        **{"world_size": world_size, "tokens": batch.tokens},
         "gpu_memory": int(options.gpu_memory_gib * GIB),
         "train_rows": options.train_rows,
-        "cache_bytes_per_row": {
-            d: teacher_cache.row_bytes(frozen.config.num_labels, num_layers, teacher.hidden_size, d) for d in cached
-        },
+        "cache_bytes_per_row": cache,
         "choices": choices,
         "recommended": recommend(choices, options.gpu_memory_gib * GIB),
     }
@@ -350,8 +339,7 @@ def make_plan(config: RunConfig, teacher: BertConfig, student_init: BertConfig, 
 def recommend(choices: list[dict[str, Any]], gpu_memory: float) -> dict[str, Any]:
     """The choice that sends fewest bytes of those that fit, ties going to less memory, with the reason.
 
-    A student at stage 3 comes last: it waits for each layer's weights as it needs them, where the other stages send
-    once a step.
+    A student at stage 3 comes last: it waits for each layer's weights, where the other stages send once a step.
     """
     room = gpu_memory * (1 - HEADROOM)
     limit = f"{show(room)} ({HEADROOM:.0%} of the GPU is left free)"
@@ -370,19 +358,18 @@ def recommend(choices: list[dict[str, Any]], gpu_memory: float) -> dict[str, Any
 
 
 def show(size: float) -> str:
-    """Bytes as GiB or MiB."""
-    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / MIB:.1f} MiB"
+    return f"{size / GIB:.2f} GiB" if size >= GIB else f"{size / 2**20:.1f} MiB"
 
 
 def table(plan: dict[str, Any]) -> str:
     """The plan as Markdown."""
-    batch, rows, best = plan["batch"], plan["train_rows"], plan["recommended"]["index"]
+    rows, best = plan["train_rows"], plan["recommended"]["index"]
     lines = [
-        f"teacher: {plan['teacher_parameters']:,} parameters",
-        f"student: {plan['student_parameters']:,} parameters, {plan['stored_layers']} stored layers run as "
-        f"{plan['effective_layers']}, {plan['layer_pairs']} matched layer pairs",
-        f"batch: global {batch['global']} = micro {batch['micro']} x accum {batch['accum']} x world "
-        f"{plan['world_size']}, {batch['tokens']:,} tokens a micro-batch",
+        "teacher: {teacher_parameters:,} parameters".format(**plan),
+        "student: {student_parameters:,} parameters, {stored_layers} stored layers run as {effective_layers}, "
+        "{layer_pairs} matched layer pairs".format(**plan),
+        "batch: global {global_batch_size} = micro {micro_batch_size} x accum {num_accum_steps} x world {world_size}, "
+        "{tokens:,} tokens a micro-batch".format(**plan),
     ]
     for dtype, size in plan["cache_bytes_per_row"].items():
         total = f", {show(size * rows)} for {rows:,} rows" if rows else ""
@@ -407,9 +394,8 @@ def table(plan: dict[str, Any]) -> str:
 def build_parser() -> argparse.ArgumentParser:
     """The settings of a run that matter here, and what only a plan needs."""
     parser = _Parser(prog="peakd-plan", allow_abbrev=False, description=(__doc__ or "").split("\n")[0])
-    for spec in fields(RunConfig):
-        if spec.name in SETTINGS:
-            add_setting(parser, spec)
+    for spec in SETTINGS:
+        add_setting(parser, spec)
     parser.set_defaults(task="mnli")
     for name, (kind, default, low, high, help) in NUMBERS.items():
         text = f"{help}; default {'none' if default is None else default}; range {low} to {high}]"
@@ -421,9 +407,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def check(config: RunConfig, options: argparse.Namespace) -> None:
     """Raise UserError for the first number that cannot be."""
-    for spec in fields(RunConfig):
+    for spec in SETTINGS:
         value, is_right = getattr(config, spec.name), spec.metadata["check"]
-        if spec.name in SETTINGS and value is not None and is_right is not None and not is_right(value):
+        if value is not None and is_right is not None and not is_right(value):
             raise UserError(f"--{spec.name} {value} is outside its range {spec.metadata['range']}; set one within")
     limits = {name: (low, high) for name, (_, _, low, high, _) in NUMBERS.items()}
     limits |= {"num_hidden_layers": (1, 10_000), "tokens_per_row": (1, config.max_seq_length)}
@@ -450,12 +436,10 @@ def main(argv: Sequence[str]) -> None:
     options, unknown = build_parser().parse_known_args(argv)
     if unknown:
         raise UserError(f"unknown option {unknown[0]}; --help lists all")
-    config = RunConfig(**{name: getattr(options, name) for name in SETTINGS})
+    config = RunConfig(**{spec.name: getattr(options, spec.name) for spec in SETTINGS})
     check(config, options)
-    if config.teacher:
-        teacher = read_encoder(config.teacher, "teacher")
-    else:
-        teacher = shaped_encoder(options.teacher_layers, options.teacher_hidden, options.teacher_vocab_size)
+    shape = options.teacher_layers, options.teacher_hidden, options.teacher_vocab_size
+    teacher = read_encoder(config.teacher, "teacher") if config.teacher else shaped_encoder(*shape)
     student_init = read_encoder(config.student_init, "student_init") if config.student_init else teacher
     plan = make_plan(config, teacher, student_init, options)
     print(json.dumps(plan, indent=2) if options.json else table(plan))

@@ -5,6 +5,8 @@ Ranks over gloo run the distill stage itself, with a teacher and a student of 25
 
 import gc
 import json
+import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -111,12 +113,12 @@ def held_in_backward(engine: Any, loss: torch.Tensor, others: dict[int, int]) ->
     masters = bytes_of(engine_state._master_tensors(engine))
     moments = bytes_of(s[key] for s in engine.basic_optimizer.state.values() for key in engine_state.MOMENTS)
     weights = {key: size for key, size in weights.items() if key not in whole or stage != 3 or dist.world_size() == 1}
-    known = masters.keys() | moments.keys() | weights.keys() | whole.keys() | others.keys()
+    known = masters.items() | moments.items() | weights.items() | whole.items() | others.items()  # addresses come again
     return {
         "weights": sum(weights.values()),
         "masters": sum(size for key, size in masters.items() if key not in weights),
         "moments": sum(moments.values()),
-        "gradients": sum(size for key, size in held.items() if key not in known and size != bucket_bytes),
+        "gradients": sum(size for key, size in held.items() - known if size != bucket_bytes),
         "buffers": max(list(live.values()).count(bucket_bytes) for live in found) * bucket_bytes
         + sum(size for key, size in whole.items() if key not in weights),
     }
@@ -215,7 +217,7 @@ def test_activations_are_bounded(single_rank: None, dtype: str, hidden_loss: str
     batch = Batch(4, 214, 64, ds_engine.DTYPES[dtype].itemsize, on_gpu=False)
     bound = planner.student_activations(module, 256, batch)
     print(f"{dtype} {hidden_loss} {sharing}: at most {bound:,}, kept {measured:,}, {bound / measured:.2f}")
-    assert measured <= bound <= 1.3 * measured
+    assert measured <= bound <= 1.1 * measured
 
 
 def test_sharing_adds_activations_and_no_weights() -> None:
@@ -241,6 +243,12 @@ def test_json_and_table_say_the_same(capsys: pytest.CaptureFixture[str]) -> None
     words = f"--student_ds_config {best['student']} --teacher_ds_config {best['teacher']}"
     assert f"Take: {words}" in printed
     assert best["total"] <= plan["gpu_memory"]
+
+
+def test_json_is_all_there_is_on_stdout(env: dict[str, str]) -> None:
+    words = [sys.executable, "-m", "peakd_ds.planner", *SHAPES, "--json"]
+    env = {name: value for name, value in env.items() if name != "DS_ACCELERATOR"}
+    assert json.loads(subprocess.run(words, env=env, capture_output=True, check=True).stdout)["choices"]
 
 
 def test_small_gpus_get_no_recommendation(capsys: pytest.CaptureFixture[str]) -> None:
