@@ -45,7 +45,7 @@ NUMBERS: dict[str, tuple[Any, Any, float, float, str]] = {
     "world_size": (int, 1, 1, 1_000_000, "ranks [GPUs"),
     "gpu_memory_gib": (float, 80.0, 0.01, 100_000, "memory of one GPU [GiB"),
     "teacher_layers": (int, None, 1, 10_000, "in place of --teacher, with --teacher_hidden [layers"),
-    "teacher_hidden": (int, None, 1, 1_000_000, "a multiple of 64; feed-forward is 4 times it [hidden size"),
+    "teacher_hidden": (int, None, 64, 1_000_000, "a multiple of 64; feed-forward is 4 times it [hidden size"),
     "teacher_vocab_size": (int, 30522, 1, 100_000_000, "of a teacher given by its shape [entries"),
     "tokens_per_row": (float, None, 1, 1_000_000, "mean of the rows, for activations; else --max_seq_length [tokens"),
     "train_rows": (int, 0, 0, 10**12, "rows to cache teacher answers for [rows"),
@@ -120,13 +120,10 @@ class Memory:
 
     weights: int
     gradients: int = 0
-    masters: int = 0
-    """fp32 weights that AdamW updates, beyond `weights`."""
+    masters: int = 0  # fp32 weights that AdamW updates, beyond `weights`
     moments: int = 0
-    buffers: int = 0
-    """The reduce bucket, and at stage 3 the weights that are gathered for use."""
-    host: int = 0
-    """In CPU memory, pinned."""
+    buffers: int = 0  # the reduce bucket, and at stage 3 the weights that are gathered for use
+    host: int = 0  # in CPU memory, pinned
 
 
 def student_memory(engine: Engine) -> Memory:
@@ -205,10 +202,8 @@ class Batch:
     """A packed micro-batch (packing.py) at its largest."""
 
     rows: int
-    tokens: int
-    """Of all rows."""
-    width: int
-    """Tokens to which attention pads each row."""
+    tokens: int  # of all rows
+    width: int  # tokens to which attention pads each row
     element_size: int
     on_gpu: bool = True
 
@@ -233,8 +228,8 @@ def layer_bytes(encoder: BertConfig, batch: Batch, first_only: bool = False) -> 
 def student_activations(matched: Any, teacher_hidden: int, batch: Batch) -> int:
     """At most the bytes that a MatchedStudent keeps for backward: a layer that runs twice counts twice.
 
-    Only first tokens ask in the last layer, unless all its tokens are matched (sps.py). Besides layers: the sum,
-    mask and indices of embeddings, matched states with their gradients (kernels/fused.py has them early), and the pooler's rows.
+    Only first tokens ask in the last layer, unless all its tokens are matched (sps.py). Besides layers: embeddings,
+    matched states with their gradients (kernels/fused.py has them early), and the pooler's rows.
     """
     encoder, is_cls = matched.student.config, matched.hidden_loss == "cls"
     per_token = batch.element_size * encoder.hidden_size
@@ -277,12 +272,15 @@ def read_encoder(path: str, option: str) -> BertConfig:
 def shaped_encoder(layers: int, hidden: int, vocab_size: int) -> BertConfig:
     """A BERT of BERT's own proportions: heads of 64, feed-forward of 4 times the hidden size."""
     sizes: dict[str, Any] = {"num_hidden_layers": layers, "hidden_size": hidden, "intermediate_size": 4 * hidden}
-    return BertConfig(num_attention_heads=max(1, hidden // 64), vocab_size=vocab_size, **sizes)
+    return BertConfig(num_attention_heads=hidden // 64, vocab_size=vocab_size, **sizes)
 
 
 def build_on_meta(config: RunConfig, teacher: BertConfig, student_init: BertConfig) -> tuple[Any, Any]:
     """(teacher, matched student) without storage, as modeling.py makes them for a run."""
-    task = get_task(config.task)
+    try:
+        task = get_task(config.task)
+    except ValueError as error:
+        raise UserError(f"--task: {error}") from error
     sizes = modeling.student_config(config, student_init, modeling.task_head(task))
     pairs = modeling.layer_pairs(config.layer_map, sizes.num_effective_layers, teacher.num_hidden_layers)
     with torch.device("meta"):
@@ -317,9 +315,8 @@ def make_plan(config: RunConfig, teacher: BertConfig, student_init: BertConfig, 
         choice = {"student": f"zero{stage}_{dtype}", "teacher": name, "host": host, "sent_per_step": round(sent)}
         total = sum(held.values()) + sum(teacher_held.values())
         choices.append(choice | {"student_memory": held, "teacher_memory": teacher_held, "total": total})
-    layers, cached = len({layer for _, layer in matched.pairs}), dtypes if config.hidden_loss == "cls" else ()
-    num_labels, width = frozen.config.num_labels, teacher.hidden_size
-    cache = {dtype: teacher_cache.row_bytes(num_labels, layers, width, dtype) for dtype in cached}
+    of_row = frozen.config.num_labels, len({layer for _, layer in matched.pairs}), teacher.hidden_size
+    cached = dtypes if config.hidden_loss == "cls" else ()
     return {
         "teacher_parameters": frozen_engine.num_params,
         "student_parameters": student.num_params,
@@ -328,9 +325,8 @@ def make_plan(config: RunConfig, teacher: BertConfig, student_init: BertConfig, 
         "layer_pairs": len(matched.pairs),
         **{"global_batch_size": config.global_batch_size, "micro_batch_size": micro, "num_accum_steps": accum},
         **{"world_size": world_size, "tokens": batch.tokens},
-        "gpu_memory": int(options.gpu_memory_gib * GIB),
         "train_rows": options.train_rows,
-        "cache_bytes_per_row": cache,
+        "cache_bytes_per_row": {dtype: teacher_cache.row_bytes(*of_row, dtype) for dtype in cached},
         "choices": choices,
         "recommended": recommend(choices, options.gpu_memory_gib * GIB),
     }
@@ -417,13 +413,10 @@ def check(config: RunConfig, options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and not low <= value <= high:
             raise UserError(f"--{name} {value} is outside its range {low} to {high}; set one within")
-    hidden = options.teacher_hidden
-    if hidden is not None and hidden % min(hidden, 64):
-        raise UserError(f"--teacher_hidden {hidden} is not a multiple of 64, the size of an attention head; set one")
-    try:
-        get_task(config.task)
-    except ValueError as error:
-        raise UserError(f"--task: {error}") from error
+    if (options.teacher_hidden or 64) % 64:
+        raise UserError(
+            f"--teacher_hidden {options.teacher_hidden} is not a multiple of 64, the size of a head; set one"
+        )
     if config.sharing == "none" and config.shuffle_qk:
         raise UserError("--shuffle_qk needs a second run of a layer, and --sharing none has none; drop one")
     given = [bool(options.teacher), options.teacher_layers is not None, options.teacher_hidden is not None]

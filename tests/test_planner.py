@@ -26,8 +26,8 @@ from peakd_ds.run import open_run
 from peakd_ds.run_log import RunLog
 from peakd_ds.tasks import get_task
 
-WITHIN = 0.1
-SLACK = 60_000
+WITHIN = 0.01
+SLACK = 10_000
 """Bytes besides, in engines that hold megabytes: inputs, norms, flags, AdamW's step counts."""
 BUCKET = 3_000_017
 """reduce_bucket_size, a number that no tensor has; less than the student's parameters, more than the largest."""
@@ -242,7 +242,7 @@ def test_json_and_table_say_the_same(capsys: pytest.CaptureFixture[str]) -> None
     printed = capsys.readouterr().out
     words = f"--student_ds_config {best['student']} --teacher_ds_config {best['teacher']}"
     assert f"Take: {words}" in printed
-    assert best["total"] <= plan["gpu_memory"]
+    assert best["total"] <= 80 * 2**30
 
 
 def test_json_is_all_there_is_on_stdout(env: dict[str, str]) -> None:
