@@ -2,13 +2,17 @@
 PYTHON ?= python3
 RANKS ?=
 PYTEST_ARGS ?=
+CASES ?=
+MINUTES ?= $(if $(CASES),15,0)
+BENCH_ARGS ?=
 
 BIN := .venv/bin
 STAMP := .venv/.made-from-constraints
+BENCH_STAMP := .venv/.has-bench
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv demo test test-cluster checks bench-loss clean
+.PHONY: help venv demo test test-cluster checks bench bench-scaling bench-loss clean
 
 help:
 	@echo "make venv    .venv with the versions of constraints.txt (PYTHON=$(PYTHON), 3.11 or newer)"
@@ -16,6 +20,8 @@ help:
 	@echo "make test    run the tests (PYTEST_ARGS='-k name -x')"
 	@echo "make test-cluster  run the tests on a Slurm cluster of several hosts inside this machine (slurm-wlm, munge)"
 	@echo "make checks  lint, format and types"
+	@echo "make bench   train with ours and with what people use instead, hours (CASES=mrpc_n1: that one, MINUTES=15 at most)"
+	@echo "make bench-scaling  what a step of ours costs by samples, length, layers and ranks"
 	@echo "make bench-loss  time the fused loss against PyTorch's; see benchmarks/README.md"
 	@echo "make clean   remove what these targets made, except .venv and demo/"
 
@@ -55,6 +61,19 @@ test: $(STAMP)
 test-cluster: export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/build/torch_extensions
 test-cluster: $(STAMP)
 	$(BIN)/pytest -m cluster tests/cluster $(PYTEST_ARGS)
+
+$(BENCH_STAMP): $(STAMP)
+	$(BIN)/python -m pip install -c constraints.txt -e '.[bench]'
+	@touch $@
+
+# CASES="mrpc_n1 mrpc_n3"; MINUTES=0 for no limit; see benchmarks/README.md. Reads GLUE from PEAKD_DATA_DIR, or the hub.
+bench: $(BENCH_STAMP)
+	$(BIN)/python -P -m peakd_ds.demo_data --out demo
+	$(BIN)/python benchmarks/bench_train.py $(if $(CASES),--cases '$(CASES)') --minutes $(MINUTES) $(BENCH_ARGS)
+
+bench-scaling: $(BENCH_STAMP)
+	$(BIN)/python -P -m peakd_ds.demo_data --out demo
+	$(BIN)/python benchmarks/bench_scaling.py $(BENCH_ARGS)
 
 bench-loss: $(STAMP)
 	$(BIN)/python benchmarks/bench_loss.py

@@ -14,9 +14,7 @@ import argparse
 import csv
 import datetime
 import importlib.util
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,6 +23,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from facts import commit, machine, version_of
 
 from peakd_ds.kernels import distillation_loss
 
@@ -298,33 +297,6 @@ def copy_bytes_per_s(device: str) -> float:
 
 
 # -- Rows and plot -----------------------------------------------------------------------------------------------------
-
-
-def machine(device: str) -> str:
-    if device == "cuda":
-        return torch.cuda.get_device_name()
-    text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
-    models = [line.split(":")[1].strip() for line in text.splitlines() if line.startswith("model name")]
-    return f"{models[0] if models else platform.processor()}, {torch.get_num_threads()} threads"
-
-
-def commit() -> str:
-    """Of this repository, with a + where files differ from it."""
-    try:
-        here = Path(__file__).parent
-        command = ["git", "describe", "--always", "--dirty=+", "--abbrev=10"]
-        return subprocess.run(command, cwd=here, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return "unknown"
-
-
-def version_of(name: str) -> str:
-    from importlib.metadata import PackageNotFoundError, version
-
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return ""
 
 
 def measure(case: Case, tune: bool, rounds: int, bandwidth: float) -> list[dict[str, Any]]:

@@ -53,6 +53,8 @@ class MicroBatch:
     """int64 [B], positions in the split."""
     num_real: int
     """The first so many rows count; the others must not touch loss or metrics."""
+    answer: Any = None
+    """The teacher's logits and matched states of the rows that count, once it was asked (teacher_ahead.py)."""
 
 
 @dataclass(frozen=True)

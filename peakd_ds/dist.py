@@ -4,8 +4,10 @@ Every function that talks to other ranks says so in its name or first line; all 
 """
 
 import contextlib
+import ctypes
 import hashlib
 import os
+import platform
 import random
 import re
 import socket
@@ -53,6 +55,7 @@ def init(timeout_s: float = RANK_TIMEOUT_S) -> None:
         # DeepSpeed compiles this optional shared-memory op at start. It needs a C++ compiler, takes minutes, and a
         # killed build leaves a lock on which every later start waits for ever. gloo does without it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        _keep_freed_memory()
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(_cores_of_this_rank())
     else:
@@ -63,6 +66,18 @@ def init(timeout_s: float = RANK_TIMEOUT_S) -> None:
     if store is not None:
         _cpu_group = torch.distributed.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if on_gpu() else None
         liveness.watch(store, timeout_s)
+
+
+def _keep_freed_memory() -> None:
+    """Have glibc keep freed blocks for the next step, where it would give each of over 32 MiB back to the system.
+
+    A step takes and frees the gradients anew, hundreds of MiB, and every fresh page of 4 KiB costs a page fault.
+    """
+    if platform.libc_ver()[0] == "glibc":
+        m_trim_threshold, m_mmap_max = -1, -4  # malloc.h
+        libc = ctypes.CDLL(None)
+        libc.mallopt(m_mmap_max, 0)
+        libc.mallopt(m_trim_threshold, 2**31 - 1)
 
 
 def leave() -> None:

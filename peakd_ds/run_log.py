@@ -4,13 +4,14 @@ Each stage has a TensorBoard folder of its own (RUN/tb/STAGE) and step counter. 
 after its checkpoint from both files, so that no point stands twice.
 """
 
+import contextlib
 import json
 import logging
 import shutil
 import sys
 import time
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -233,11 +234,8 @@ class StepMeter:
 
     def reduce(self) -> tuple[dict[str, float], dict[str, float]]:
         """(metrics, watched) of the step and of the time since the clock was restarted (collective)."""
-        teacher_seconds = self.teacher_clock.take()
-        sums = [
-            self.terms.double(),
-            torch.tensor([float(self.num_positions), teacher_seconds], device=dist.device(), dtype=torch.float64),
-        ]
+        mine = [float(self.num_positions), *self.teacher_clock.take()]
+        sums = [self.terms.double(), torch.tensor(mine, device=dist.device(), dtype=torch.float64)]
         if self.pair_distances is not None:
             sums.append(self.pair_distances.double())
         total = dist.all_reduce(torch.cat(sums)).tolist()
@@ -247,38 +245,56 @@ class StepMeter:
         metrics["tokens_per_s"] = self.num_tokens / seconds
         metrics["padding_share"] = 1 - self.num_tokens / max(total[4], 1)
         watched = {"memory_mib": memory_mib()}
-        if teacher_seconds:
+        if total[5]:
             watched["teacher_time_share"] = total[5] / dist.world_size() / seconds
+            watched["teacher_hidden_share"] = 1 - total[6] / total[5]  # of its time: what the student did not wait for
         if self.pair_distances is not None:
-            watched |= {f"hidden_distance/pair_{number}": value for number, value in enumerate(total[6:], start=1)}
+            watched |= {f"hidden_distance/pair_{number}": value for number, value in enumerate(total[7:], start=1)}
         return metrics, watched
 
 
 class TeacherClock:
-    """Seconds that the teacher's forward passes take since `take` was last called, without stalling a GPU's queue."""
+    """Seconds that the teacher's forward passes take, and that the student waits for them, since the last `take`.
+
+    On a GPU by events in the streams, which does not stall them. Asked in turn, the student waits for all of it.
+    """
 
     def __init__(self) -> None:
-        self.seconds, self.events = 0.0, []  # type: ignore[var-annotated]
+        self.seconds = 0.0
+        self.passes: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
+        self.waits: list[tuple[torch.cuda.Event, torch.cuda.Event]] = []
 
     def __enter__(self) -> None:
         if dist.on_gpu():
-            self.events.append([torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)])
-            self.events[-1][0].record()
+            self._begin(self.passes)
         self.start = time.perf_counter()
 
     def __exit__(self, *_: object) -> None:
         if dist.on_gpu():
-            self.events[-1][1].record()
+            self.passes[-1][1].record()
         else:
             self.seconds += time.perf_counter() - self.start
 
-    def take(self) -> float:
-        """The seconds so far; waits for the device, so only on log steps."""
-        if self.events:
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """Around what makes the student's stream wait for the teacher's."""
+        self._begin(self.waits)
+        yield
+        self.waits[-1][1].record()
+
+    def take(self) -> tuple[float, float]:
+        """(seconds of the teacher, seconds of waiting for it) so far; waits for the device, so only on log steps."""
+        if self.passes:
             torch.cuda.synchronize()
-            self.seconds = sum(start.elapsed_time(end) for start, end in self.events) / 1000
-        seconds, self.seconds, self.events = self.seconds, 0.0, []
-        return seconds
+            self.seconds = sum(start.elapsed_time(end) for start, end in self.passes) / 1000
+        waited = sum(start.elapsed_time(end) for start, end in self.waits) / 1000 if self.waits else self.seconds
+        seconds, self.seconds, self.passes, self.waits = self.seconds, 0.0, [], []
+        return seconds, waited
+
+    @staticmethod
+    def _begin(events: list[tuple[torch.cuda.Event, torch.cuda.Event]]) -> None:
+        events.append((torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)))
+        events[-1][0].record()
 
 
 def memory_mib() -> float:
@@ -309,7 +325,7 @@ _CUSTOM_SCALARS = {
     },
     "speed": {
         "samples/s and tokens/s": ["Multiline", ["train/samples_per_s", "train/tokens_per_s"]],
-        "shares": ["Multiline", ["train/padding_share", "train/teacher_time_share"]],
+        "shares": ["Multiline", ["train/padding_share", "train/teacher_time_share", "train/teacher_hidden_share"]],
     },
     "evaluation": {"metrics": ["Multiline", ["eval/.*"]]},
 }

@@ -3,7 +3,7 @@
 `train.py` drives them all with one loop; here stands only what differs between them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from peakd_ds import checkpoint, dist, ds_engine, figures, glue_eval, modeling, ptp, teacher_cache
+from peakd_ds import checkpoint, dist, ds_engine, figures, glue_eval, modeling, ptp, teacher_ahead, teacher_cache
 from peakd_ds.config import STAGES
 from peakd_ds.data import GlobalBatch, MicroBatch, Split
 from peakd_ds.export import export_model, unroll
@@ -40,6 +40,8 @@ class Stage:
     higher_is_better: bool
     finish: Callable[[Any], None]
     """Takes the module with the best weights and writes what later stages and the user read (collective)."""
+    answered: Callable[[Iterator[GlobalBatch]], Iterator[GlobalBatch]] = lambda batches: batches
+    """The batches of an epoch, with the teacher's answers where the loss needs them."""
 
 
 def skipped_because(name: str, run: Run) -> str | None:
@@ -143,20 +145,25 @@ def _distill_stage(run: Run, log: RunLog) -> Stage:
             modeling.load_student_body(student, run.folder / "checkpoints" / "ptp" / "student")
         return MatchedStudent(student, run.pairs, run.teacher_source.config.hidden_size, config.hidden_loss)
 
+    def ask(micro: MicroBatch) -> teacher_ahead.Answer:
+        n, layers = micro.num_real, [j for _, j in run.pairs]
+        if answers is not None:
+            return answers["train"].of(micro.rows[:n])
+        assert teacher is not None
+        logits, states = teacher(layers, config.hidden_loss, config.alpha > 0, **micro.inputs)
+        return logits[:n], [tensor[:n] for tensor in states]
+
+    def answered(batches: Iterator[GlobalBatch]) -> Iterator[GlobalBatch]:
+        if not asks_teacher:
+            return batches
+        is_ahead = teacher is not None and dist.on_gpu() and ds_engine.zero_stage(run.teacher_ds_config) == 0
+        return teacher_ahead.answered(batches, ask, run.teacher_clock, is_ahead)
+
     def loss(
         engine: Any, micro: MicroBatch, batch: GlobalBatch, closely: bool
     ) -> tuple[DistillationLoss, torch.Tensor | None]:
         n = micro.num_real
-        teacher_scores: torch.Tensor | None = None
-        teacher_hidden: list[torch.Tensor] = []
-        if answers is not None and asks_teacher:
-            with run.teacher_clock:
-                teacher_scores, teacher_hidden = answers["train"].of(micro.rows[:n])
-        elif teacher is not None:
-            with torch.no_grad(), run.teacher_clock:
-                layers = [j for _, j in run.pairs]
-                teacher_scores, teacher_hidden = teacher(layers, config.hidden_loss, config.alpha > 0, **micro.inputs)
-            teacher_scores, teacher_hidden = teacher_scores[:n], [states[:n] for states in teacher_hidden]
+        teacher_scores, teacher_hidden = micro.answer or (None, [])
         logits, hidden = engine(**micro.inputs)
         hidden = [states[:n] for states in hidden]
 
@@ -193,7 +200,7 @@ def _distill_stage(run: Run, log: RunLog) -> Stage:
     def finish(module: Any) -> None:
         dist.on_main(lambda: export_model(module.student, run.tokenizer, run.folder / "student", ""))
 
-    return Stage("distill", build, loss, evaluate, run.task.primary_metric, True, finish)
+    return Stage("distill", build, loss, evaluate, run.task.primary_metric, True, finish, answered)
 
 
 def _ptp_labels_of(run: Run, log: RunLog) -> dict[str, torch.Tensor]:

@@ -67,7 +67,8 @@ def train(stage: Stage, run: Run, log: RunLog) -> None:
     meter = StepMeter(stage.name, run.teacher_clock)
     while state.epoch < epochs and not is_patience_over(config, state):
         slots = data.epoch_slots(len(run.train_rows), config.global_batch_size, config.seed, state.epoch)
-        for batch in data.global_batches(run.train, run.train_rows, slots, num_accum_steps, first=state.batch):
+        batches = data.global_batches(run.train, run.train_rows, slots, num_accum_steps, first=state.batch)
+        for batch in stage.answered(batches):
             dist.seed_everything(config.seed, stage.name, state.step, dist.rank())  # dropout masks
             is_logged = (state.step + 1) % config.log_steps == 0 or state.step == 0
             lr = engine.get_lr()[0]

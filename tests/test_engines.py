@@ -23,7 +23,8 @@ def losses(argv: list[str]) -> list[float]:
     )
     slots = data.epoch_slots(len(run.train_rows), config.global_batch_size, config.seed, epoch=0)[:NUM_STEPS]
     shares = np.zeros(NUM_STEPS)
-    for step, batch in enumerate(data.global_batches(run.train, run.train_rows, slots, run.micro_and_accum[1])):
+    batches = data.global_batches(run.train, run.train_rows, slots, run.micro_and_accum[1])
+    for step, batch in enumerate(stage.answered(batches)):
         for micro in batch.micro_batches:
             loss, _ = stage.loss(engine, micro, batch, False)
             engine.backward(loss.total * ds_engine.undo_averaging(engine))

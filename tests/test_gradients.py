@@ -31,7 +31,8 @@ def distributed_gradients(argv: list[str]) -> tuple[dict[str, np.ndarray], np.nd
     )
     slots = data.epoch_slots(len(run.train_rows), config.global_batch_size, config.seed, epoch=0)
     number = next(i for i, batch in enumerate(slots) if (batch < 0).any())  # a last, smaller batch: uneven ranks
-    batch = next(data.global_batches(run.train, run.train_rows, slots, run.micro_and_accum[1], first=number))
+    batches = data.global_batches(run.train, run.train_rows, slots, run.micro_and_accum[1], first=number)
+    batch = next(stage.answered(batches))
     total = torch.zeros(())
     micro_batches = list(batch.micro_batches)
     for i, micro in enumerate(micro_batches):

@@ -303,7 +303,7 @@ def test_shares_of_micro_batches_add_up(monkeypatch: pytest.MonkeyPatch) -> None
     metrics, watched = meter.reduce()
     assert [metrics[name] for name in TERMS] == [1.5, 2.5, 3.5, 4.5]
     assert (metrics["samples_per_s"], metrics["tokens_per_s"], metrics["padding_share"]) == (4.0, 37.5, 0.25)
-    assert watched["teacher_time_share"] == 0.25
+    assert (watched["teacher_time_share"], watched["teacher_hidden_share"]) == (0.25, 0.0)
     assert (watched["hidden_distance/pair_1"], watched["hidden_distance/pair_2"]) == (1.0, 0.75)
     assert watched["memory_mib"] > 10
     with meter.teacher_clock:  # in an evaluation
@@ -327,8 +327,8 @@ def test_teacher_clock_counts_what_it_is_around(monkeypatch: pytest.MonkeyPatch)
         with clock:
             now[0] += seconds
         now[0] += 10.0
-    assert clock.take() == 3.0
-    assert clock.take() == 0.0
+    assert clock.take() == (3.0, 3.0), "asked in turn, its time is waited for"
+    assert clock.take() == (0.0, 0.0)
 
 
 def test_monitors_of_the_deepspeed_config_get_the_same(tmp_path: Path) -> None:

@@ -1,0 +1,622 @@
+"""Train the same student with ours and with what people use instead, in turn, and write how long each took.
+
+    python benchmarks/bench_train.py --encoder demo/encoder                      every case, three times each
+    python benchmarks/bench_train.py --encoder demo/encoder --cases mrpc_n1 --minutes 15
+
+Each run is a process of its own, one at a time, on all cores of this process as threads, without a GPU. Runs take
+turns, round after round, so that what else the machine does falls on all alike; the seed of a round is its number.
+Writes bench.json, a table (bench.md) and a plot (bench.png); a row that was there is replaced only by the same case and
+system. cases.py has the recipe, baselines.py the other systems.
+"""
+
+import argparse
+import contextlib
+import datetime
+import json
+import os
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import cases as recipe
+from cases import BASELINES, CASES, EPOCHS, SYSTEMS, Case, Job
+from facts import commit, machine, version_of
+
+HERE = Path(__file__).parent
+RESULTS = HERE / "results"
+STARTS, ENDS = "task ", "stage distill is over"
+"""What our program's lines begin with where the clock starts (rows are tokenised, no model is loaded yet) and stops."""
+BUDGET_RECIPE_STEPS = 16
+STEP_CASE = "wide_n3"
+VERSIONS = ("torch", "transformers", "deepspeed", "accelerate", "textbrewer", "numpy", "datasets")
+COLUMNS = (
+    *("case", "system", "seconds: median (min to max)", "x ours", "samples/s", "tokens/s", "peak MiB", "padding"),
+    *("dev", "runs"),
+)
+NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
+
+Row = dict[str, Any]
+
+
+class RunFailed(Exception):
+    """A run ended with an error; the message is the last line that it printed."""
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What all runs of a case read."""
+
+    case: Case
+    data_dir: Path
+    teacher: Path
+    encoder: Path
+    num_rows: int
+    num_tokens: int
+    """In all training rows, without padding."""
+
+
+# -- Preparing, which is not timed -------------------------------------------------------------------------------------
+
+
+def prepare(case: Case, encoder: Path, data_dir: str, work: Path, teacher_of: str | None = None) -> Prepared:
+    """Rows, teacher and encoder of a case under `work`, made where they are not there yet.
+
+    Args:
+        teacher_of: Name of the rows that the teacher is fine-tuned on; None: the case's own.
+    """
+    from datasets import disable_progress_bars
+    from transformers import AutoTokenizer
+
+    from peakd_ds.data import encoder_of, load_splits
+    from peakd_ds.tasks import get_task
+
+    disable_progress_bars()
+    task = get_task(case.task)
+    splits = load_splits(task, data_dir)
+    for split, limit in (("train", case.num_train_rows), (task.eval_splits[0], case.num_dev_rows)):
+        if limit is not None:
+            splits[split] = splits[split].select(range(min(limit, len(splits[split]))))
+        file = work / "data" / case.data_name / f"{split}-00000-of-00001.parquet"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        splits[split].to_parquet(file)
+    tokenizer = AutoTokenizer.from_pretrained(encoder)
+    lengths = encoder_of(task, tokenizer, recipe.MAX_SEQ_LENGTH)(splits["train"][:])["length"]
+    if case.is_wide:
+        teacher = student_init = _wide_model(case, encoder, work)
+    else:
+        teacher, student_init = _fine_tuned(teacher_of or case.data_name, encoder, work), encoder
+    return Prepared(case, work / "data", teacher, student_init, len(lengths), sum(lengths))
+
+
+def _fine_tuned(data_name: str, encoder: Path, work: Path) -> Path:
+    """The encoder fine-tuned for the task by our teacher stage, once."""
+    run_dir = work / "teachers" / data_name
+    if not (run_dir / "results.json").exists():
+        shutil.rmtree(run_dir, ignore_errors=True)
+        print(f"fine-tuning the teacher for {data_name}, once", flush=True)
+        settings = {
+            "task": data_name,
+            "teacher": encoder,
+            "data_dir": work / "data",
+            "run_dir": run_dir,
+            "stages": "teacher",
+            "select_on": "dev",
+            "teacher_epochs": recipe.TEACHER_EPOCHS,
+            "lr": recipe.TEACHER_LR,
+            "max_seq_length": recipe.MAX_SEQ_LENGTH,
+            "seed": 0,
+        }
+        watch(_train_command(settings), work / "logs" / f"teacher-{data_name}.log")
+    return run_dir / "teacher"
+
+
+def _wide_model(case: Case, encoder: Path, work: Path) -> Path:
+    """A classifier of 12 x 768 with random weights and the encoder's vocabulary: teacher, and source of the student."""
+    import torch
+    from transformers import AutoConfig, AutoTokenizer, BertConfig, BertForSequenceClassification, logging
+
+    from peakd_ds.modeling import task_head
+    from peakd_ds.tasks import get_task
+
+    folder = work / "teachers" / "wide"
+    if not (folder / "tokenizer_config.json").exists():
+        logging.disable_progress_bar()
+        torch.manual_seed(0)
+        vocabulary = AutoConfig.from_pretrained(encoder).vocab_size
+        sizes = BertConfig(vocab_size=vocabulary, **task_head(get_task(case.task)))  # the rest is bert-base
+        BertForSequenceClassification(sizes).save_pretrained(folder)
+        AutoTokenizer.from_pretrained(encoder).save_pretrained(folder)
+    return folder
+
+
+# -- One run -----------------------------------------------------------------------------------------------------------
+
+
+def watch(command: list[str], log: Path, threads: int | None = None) -> tuple[list[tuple[float, str]], float]:
+    """Run a program to its end: what it printed, each line with the second at which it came, and its peak memory, MiB.
+
+    Raises:
+        RunFailed: it ended with another code than 0.
+    """
+    log.parent.mkdir(parents=True, exist_ok=True)
+    lines, peak = [], log.with_suffix(".peak")
+    process = subprocess.Popen(
+        [sys.executable, "-I", "-S", str(HERE / "peak.py"), str(peak), *command],
+        env=_environment(threads or num_cores()),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    assert process.stdout is not None
+    with log.open("w") as file, process.stdout:
+        for line in process.stdout:
+            lines.append((time.perf_counter(), line.rstrip("\n")))
+            file.write(line)
+            file.flush()
+    if process.wait() != 0:
+        told = [line for _, line in lines if line.strip()]
+        raise RunFailed(told[-1] if told else f"exit code {process.returncode}")
+    return lines, int(peak.read_text()) / 2**20
+
+
+def _environment(threads: int) -> dict[str, str]:
+    """The same for all systems."""
+    fixed = {
+        **NO_GPU,
+        "OMP_NUM_THREADS": str(threads),
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    return {**os.environ, **fixed}
+
+
+def num_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _train_command(settings: dict[str, Any]) -> list[str]:
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    return [sys.executable, "-P", "-m", "peakd_ds.train", *words]
+
+
+def run_ours(prepared: Prepared, teacher_mode: str, seed: int, work: Path) -> Row:
+    """One run of our program; the time between two of its lines."""
+    run_dir = work / "runs" / f"{prepared.case.name}-{teacher_mode}-{seed}"
+    shutil.rmtree(run_dir, ignore_errors=True)
+    settings = {
+        "task": prepared.case.data_name,
+        "teacher": prepared.teacher,
+        "student_init": prepared.encoder,
+        "data_dir": prepared.data_dir,
+        "run_dir": run_dir,
+        "stages": "distill",
+        "teacher_mode": teacher_mode,
+        "select_on": "dev",
+        "seed": seed,
+        "num_hidden_layers": prepared.case.num_stored_layers,
+        "sharing": "sps",
+        "layer_map": "skip",
+        "distill_epochs": EPOCHS,
+        "global_batch_size": recipe.BATCH_SIZE,
+        "micro_batch_size": recipe.BATCH_SIZE,
+        "max_seq_length": recipe.MAX_SEQ_LENGTH,
+        "temperature": recipe.TEMPERATURE,
+        "alpha": recipe.ALPHA,
+        "beta": recipe.BETA,
+        "lr": recipe.LR,
+        "warmup_ratio": recipe.WARMUP_RATIO,
+        "weight_decay": recipe.WEIGHT_DECAY,
+        "max_grad_norm": recipe.MAX_GRAD_NORM,
+        "dropout": recipe.DROPOUT,
+        "save_steps": 0,
+    }
+    command = [*_train_command(settings), "--no_ptp", "--no_export_unrolled"]
+    lines, peak_mib = watch(command, work / "logs" / f"{run_dir.name}.log")
+    row = read_our_run(lines, run_dir / "metrics.jsonl", "eval_accuracy")
+    shutil.rmtree(run_dir, ignore_errors=True)
+    return row | {"peak_memory_mib": peak_mib}
+
+
+def read_our_run(lines: Sequence[tuple[float, str]], metrics: Path, score: str) -> Row:
+    """Seconds between the two lines that mark the timed part, best score and padding of a run of ours."""
+    marks = {mark: [at for at, line in lines if line.startswith(mark)] for mark in (STARTS, ENDS)}
+    for mark, found in marks.items():
+        if not found:
+            raise RunFailed(f"its output has no line that begins with {mark!r}, where the clock starts or stops")
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    records = [record for record in records if record["stage"] == "distill"]
+    return {
+        "seconds": marks[ENDS][0] - marks[STARTS][0],
+        "dev_score": max(record[score] for record in records if score in record),
+        "padding_share": statistics.mean(record["padding_share"] for record in records if "padding_share" in record),
+        "extrapolated_from_steps": None,
+    }
+
+
+def run_baseline(system: str, prepared: Prepared, seed: int, work: Path, max_steps: int | None) -> Row:
+    """One run of baselines.py, which times itself."""
+    from peakd_ds.ds_engine import has_fast_bf16
+
+    folder = work / "runs" / f"{prepared.case.name}-{system}-{seed}"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    Job(
+        task=prepared.case.data_name,
+        data_dir=str(prepared.data_dir),
+        teacher=str(prepared.teacher),
+        encoder=str(prepared.encoder),
+        num_stored_layers=prepared.case.num_stored_layers,
+        pairs=recipe.pairs_of(prepared.case),
+        seed=seed,
+        bf16=has_fast_bf16(),
+        folder=str(folder),
+        max_steps=max_steps if system == "published_recipe" else None,
+    ).write(folder / "job.json")
+    command = [sys.executable, str(HERE / "baselines.py"), system, str(folder / "job.json"), str(folder / "row.json")]
+    _, peak_mib = watch(command, work / "logs" / f"{folder.name}.log")
+    row = json.loads((folder / "row.json").read_text())
+    shutil.rmtree(folder, ignore_errors=True)
+    return row | {"peak_memory_mib": peak_mib}
+
+
+# -- Turns -------------------------------------------------------------------------------------------------------------
+
+
+def take_turns(
+    systems: Sequence[str],
+    repeats: int,
+    run: Callable[[str, int], Row],
+    most_repeats: Callable[[str], int],
+    seconds_left: Callable[[], float],
+) -> dict[str, list[Row] | str]:
+    """Runs of each system, or the error that ended them, round after round.
+
+    The first round is always made; later a system runs again only if its last run fits into the seconds left.
+    """
+    rows: dict[str, list[Row]] = {system: [] for system in systems}
+    errors: dict[str, str] = {}
+    taken: dict[str, float] = {}
+    for seed in range(repeats):
+        for system in systems:
+            if system in errors:
+                continue
+            if seed >= most_repeats(system):
+                if seed == most_repeats(system):
+                    print(f"  {system}: slow, so it runs {seed} of {repeats} times", flush=True)
+                continue
+            if seed and taken[system] > seconds_left():
+                print(
+                    f"  {system}, run {seed + 1} of {repeats}: left out, since it takes {taken[system]:.0f} s and "
+                    f"--minutes leaves {max(0, seconds_left()):.0f} s",
+                    flush=True,
+                )
+                continue
+            began = time.perf_counter()
+            try:
+                rows[system].append(run(system, seed))
+            except RunFailed as error:
+                errors[system] = str(error)
+                print(f"  {system}: failed: {error}", flush=True)
+                continue
+            taken[system] = time.perf_counter() - began
+            row = rows[system][-1]
+            scaled = (
+                f" (scaled up from {row['extrapolated_from_steps']} steps)" if row["extrapolated_from_steps"] else ""
+            )
+            print(f"  {system}, run {seed + 1} of {repeats}: {row['seconds']:.1f} s{scaled}", flush=True)
+    return {system: errors.get(system) or rows[system] for system in systems}
+
+
+def summarize(prepared: Prepared, system: str, runs: list[Row] | str, where: Row) -> Row:
+    """One row of bench.json from the runs of a system."""
+    key = {"case": prepared.case.name, "system": system}
+    if isinstance(runs, str):
+        return {**key, "error": runs, **where}
+    seconds = [run["seconds"] for run in runs]
+    median = statistics.median(seconds)
+    scores = [run["dev_score"] for run in runs]
+    scaled = runs[0]["extrapolated_from_steps"]
+    return {
+        **key,
+        "seconds": {"median": median, "min": min(seconds), "max": max(seconds)},
+        "dev_score": [] if prepared.case.is_wide else [score for score in scores if score is not None],
+        "peak_memory_mib": statistics.median(run["peak_memory_mib"] for run in runs),
+        "padding_share": statistics.mean(run["padding_share"] for run in runs),
+        "samples_per_s": EPOCHS * prepared.num_rows / median,
+        "tokens_per_s": EPOCHS * prepared.num_tokens / median,
+        "runs": len(runs),
+        **({} if scaled is None else {"extrapolated_from_steps": scaled}),
+        **where,
+    }
+
+
+# -- Results -----------------------------------------------------------------------------------------------------------
+
+
+def merge(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
+    """Rows by case and system, the new ones in place of old ones; in the order of cases.py."""
+    rows = {(row["case"], row["system"]): row for row in (*old, *new)}
+    names, systems = list(CASES), list(SYSTEMS)
+
+    def place(row: Row) -> tuple[int, int]:
+        case, system = row["case"], row["system"]
+        return (
+            names.index(case) if case in names else len(names),
+            systems.index(system) if system in systems else len(systems),
+        )
+
+    return sorted(rows.values(), key=place)
+
+
+def with_ratios(rows: Sequence[Row]) -> list[Row]:
+    """The rows with `ratio_to_ours`, the median over that of ours_cached in the same case, where both ran."""
+    ours = {row["case"]: row["seconds"]["median"] for row in rows if row["system"] == SYSTEMS[0] and "seconds" in row}
+    rows = [{name: value for name, value in row.items() if name != "ratio_to_ours"} for row in rows]
+    return [
+        row | {"ratio_to_ours": row["seconds"]["median"] / ours[row["case"]]}
+        if "seconds" in row and row["case"] in ours
+        else row
+        for row in rows
+    ]
+
+
+def table(result: Row) -> str:
+    """bench.md."""
+    lines = [
+        f"{result['machine']}; "
+        + ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
+        + f"; commit {result['commit']}.",
+        "",
+        "Seconds from tokenised rows in memory to the best weights saved, the teacher's answers included.",
+        "",
+        "| " + " | ".join(COLUMNS) + " |",
+        "|" + "---|" * len(COLUMNS),
+    ]
+    for row in result["cases"]:
+        if "error" in row:
+            lines.append(
+                f"| {row['case']} | {row['system']} | failed: {row['error'].replace('|', '/')} |"
+                + " |" * (len(COLUMNS) - 3)
+            )
+            continue
+        seconds, scaled = row["seconds"], row.get("extrapolated_from_steps")
+        spread = f"scaled up from {scaled} steps" if scaled else f"{seconds['min']:.1f} to {seconds['max']:.1f}"
+        score = f"{statistics.mean(row['dev_score']):.3f}" if row["dev_score"] else ""
+        ratio = f"{row['ratio_to_ours']:.2f}" if "ratio_to_ours" in row else ""
+        lines.append(
+            f"| {row['case']} | {row['system']} | {seconds['median']:.1f} ({spread}) | {ratio} | "
+            f"{row['samples_per_s']:.0f} | {row['tokens_per_s']:.0f} | {row['peak_memory_mib']:.0f} | "
+            f"{row['padding_share']:.0%} | {score} | {row['runs']} |"
+        )
+    if result.get("engine_overhead") is not None:
+        lines += [
+            "",
+            f"A step of {STEP_CASE} takes {result['engine_overhead']:+.1%} on DeepSpeed's engine against a bare "
+            f"PyTorch loop. It does {result['student_gflops']:.0f} GFLOP/s of needed arithmetic; a large bf16 matrix "
+            f"product does {result['bf16_matmul_gflops']:.0f}.",
+        ]
+    return "\n".join(lines) + "\n"
+
+
+def plot(result: Row, file: Path) -> None:
+    """Bars of seconds, a panel for each case."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in result["cases"] if "seconds" in row]
+    names = list(dict.fromkeys(row["case"] for row in rows))
+    if not names:
+        return
+    figure, panels = plt.subplots(len(names), 1, figsize=(8, 0.6 + 1.5 * len(names)), squeeze=False)
+    for panel, name in zip(panels[:, 0], names, strict=True):
+        chosen = [row for row in rows if row["case"] == name][::-1]
+        medians = [row["seconds"]["median"] for row in chosen]
+        spread = [
+            [row["seconds"]["median"] - row["seconds"]["min"] for row in chosen],
+            [row["seconds"]["max"] - row["seconds"]["median"] for row in chosen],
+        ]
+        colors = ["tab:blue" if row["system"].startswith("ours") else "lightgray" for row in chosen]
+        panel.barh([row["system"] for row in chosen], medians, xerr=spread, color=colors)
+        for position, row in enumerate(chosen):
+            ratio = f" ({row['ratio_to_ours']:.1f}x)" if "ratio_to_ours" in row else ""
+            scaled = ", scaled up" if row.get("extrapolated_from_steps") else ""
+            text = f"  {row['seconds']['median']:,.0f} s{ratio}{scaled}"
+            panel.text(row["seconds"]["max"], position, text, va="center")
+        panel.set_xlim(0, max(row["seconds"]["max"] for row in chosen) * 1.35)
+        panel.set_title(name, fontsize=10, loc="left")
+        panel.spines[["top", "right"]].set_visible(False)
+    panels[-1, 0].set_xlabel(f"seconds for {EPOCHS} epochs")
+    figure.suptitle(f"Distillation on {result['machine']}", fontsize=11)
+    figure.tight_layout()
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def save(out: Path, rows: Sequence[Row], facts: Row) -> None:
+    """Merge the rows into OUT/bench.json, and write table and plot anew from all that is there."""
+    file = out / "bench.json"
+    old = json.loads(file.read_text()) if file.exists() else {}
+    result = {
+        "machine": "",
+        "versions": {},
+        "commit": "",
+        "bf16_matmul_gflops": None,
+        "engine_overhead": None,
+        "student_gflops": None,
+        **old,
+        **facts,
+    }
+    result["cases"] = with_ratios(merge(old.get("cases", []), rows))
+    out.mkdir(parents=True, exist_ok=True)
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(result, indent=2) + "\n")
+    temporary.replace(file)
+    (out / "bench.md").write_text(table(result))
+    plot(result, out / "bench.png")
+
+
+# -- The command line --------------------------------------------------------------------------------------------------
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Options, all checked; argparse leaves with code 2 where one is wrong."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    parser.add_argument("--cases", default=",".join(CASES), help=f"comma-separated, of {', '.join(CASES)}; default all")
+    parser.add_argument("--systems", default=",".join(SYSTEMS), help=f"of {', '.join(SYSTEMS)}; default all")
+    parser.add_argument("--repeats", type=int, default=3, help="runs of each system, with seeds 0, 1, ...; default 3")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=0,
+        help="for each case: after the first round nothing is started that would end later; default 0, no limit",
+    )
+    parser.add_argument(
+        "--recipe_steps",
+        type=int,
+        help="the published recipe makes so many steps and is scaled up; 0: all, once; default 0, but "
+        f"{CASES['wide_n3'].recipe_steps} in wide_n3, and {BUDGET_RECIPE_STEPS} with --minutes",
+    )
+    parser.add_argument("--encoder", type=Path, default=Path("demo/encoder"), help="6 x 384; default demo/encoder")
+    parser.add_argument("--data_dir", default=os.environ.get("PEAKD_DATA_DIR", ""), help="as for train.py")
+    parser.add_argument("--out", type=Path, default=RESULTS, help="folder of the results; default benchmarks/results")
+    parser.add_argument("--work_dir", type=Path, default=Path("build/bench"), help="default build/bench")
+    parser.add_argument("--no_step", action="store_true", help="leave out the measurement of a single step")
+    arguments = parser.parse_args(argv)
+    for option, known in (("cases", CASES), ("systems", SYSTEMS)):
+        chosen = getattr(arguments, option).replace(",", " ").split()
+        unknown = [name for name in chosen if name not in known]
+        if unknown or not chosen:
+            parser.error(f"--{option} {' '.join(unknown) or 'nothing'}: choose from {', '.join(known)}")
+        setattr(arguments, option, [name for name in known if name in chosen])
+    if arguments.repeats < 1:
+        parser.error(f"--repeats {arguments.repeats}: each system must run at least once; set 1 or more")
+    if not 0 <= arguments.minutes < float("inf"):
+        parser.error(f"--minutes {arguments.minutes}: must be 0 (no limit) or more; leave it out for no limit")
+    if arguments.recipe_steps is not None and arguments.recipe_steps < 0:
+        parser.error(f"--recipe_steps {arguments.recipe_steps}: must be 0 (all) or more; leave it out for the default")
+    check_inputs(parser, arguments.encoder, arguments.data_dir, [CASES[case].task for case in arguments.cases])
+    problem = _problem_with(arguments.out)
+    if problem is not None:
+        parser.error(problem)
+    return arguments
+
+
+def check_inputs(parser: argparse.ArgumentParser, encoder: Path, data_dir: str, tasks: Sequence[str]) -> None:
+    """Leave with code 2 where encoder or data are not there."""
+    if not (encoder / "config.json").exists():
+        parser.error(
+            f"--encoder {encoder}: there is no config.json; make one with "
+            "`python -P -m peakd_ds.demo_data --out demo`, or name the folder of another 6 x 384 BERT"
+        )
+    for name in tasks:
+        if data_dir and not any((Path(data_dir) / name).glob("train-*.parquet")):
+            parser.error(
+                f"--data_dir {data_dir}: there is no {name}/train-*.parquet; give the folder that has it, or "
+                "leave it and PEAKD_DATA_DIR unset to read from the hub"
+            )
+
+
+def _problem_with(out: Path) -> str | None:
+    """Why results cannot go into the folder: they would mix machines, or what is there cannot be read."""
+    file = out / "bench.json"
+    if not file.exists():
+        return None
+    try:
+        old = json.loads(file.read_text())
+        there = old["machine"]
+        for row in old["cases"]:
+            row["case"], row["system"]
+    except (ValueError, KeyError, TypeError) as error:
+        return f"--out {out}: bench.json there is damaged ({error!r}); delete it, or take another folder"
+    if there != machine_here():
+        return f"--out {out}: its rows are of another machine ({there}), this is {machine_here()}; take another folder"
+    return None
+
+
+def machine_here() -> str:
+    return f"{machine('cpu').rsplit(',', 1)[0]}, {num_cores()} threads"
+
+
+def measure_case(arguments: argparse.Namespace, case: Case, where: Row, began: float) -> list[Row]:
+    """All rows of a case, whose minutes count from `began`."""
+    limit_s = arguments.minutes * 60 or float("inf")
+    work = arguments.work_dir.absolute()
+    print(f"{case.name}:", flush=True)
+    prepared = prepare(case, arguments.encoder.absolute(), arguments.data_dir, work)
+    max_steps = case.recipe_steps if not arguments.minutes else case.recipe_steps or BUDGET_RECIPE_STEPS
+    if arguments.recipe_steps is not None:
+        max_steps = arguments.recipe_steps or None
+
+    def run(system: str, seed: int) -> Row:
+        if system in BASELINES:
+            return run_baseline(system, prepared, seed, work, max_steps)
+        return run_ours(prepared, system.removeprefix("ours_"), seed, work)
+
+    def most_repeats(system: str) -> int:  # all its steps, in fp32 and padded to 128, take many times as long
+        return 1 if system == "published_recipe" and max_steps is None else arguments.repeats
+
+    runs = take_turns(
+        arguments.systems, arguments.repeats, run, most_repeats, lambda: limit_s - (time.perf_counter() - began)
+    )
+    return [summarize(prepared, system, runs[system], where) for system in arguments.systems]
+
+
+def measure_step(arguments: argparse.Namespace) -> Row:
+    """bench_step.py in a process of its own."""
+    work = arguments.work_dir.absolute()
+    prepared = prepare(CASES[STEP_CASE], arguments.encoder.absolute(), arguments.data_dir, work)
+    file = work / "step.json"
+    words = {
+        "task": prepared.case.data_name,
+        "data_dir": prepared.data_dir,
+        "teacher": prepared.teacher,
+        "encoder": prepared.encoder,
+        "num_stored_layers": prepared.case.num_stored_layers,
+        "output": file,
+    }
+    options = [word for name, value in words.items() for word in (f"--{name}", str(value))]
+    watch([sys.executable, str(HERE / "bench_step.py"), *options], work / "logs" / "step.log")
+    return json.loads(file.read_text())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse(argv)
+    with contextlib.suppress(AttributeError):
+        sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
+    os.environ |= NO_GPU  # what is asked here about the machine has the answer that runs get
+    facts: Row = {
+        "machine": machine_here(),
+        "versions": {name: version_of(name) for name in VERSIONS},
+        "commit": commit(),
+    }
+    where = {"date": datetime.date.today().isoformat(), "commit": facts["commit"]}
+    has_failed, began = False, time.perf_counter()
+    if not arguments.no_step:
+        try:
+            facts |= measure_step(arguments)
+            print(f"step: {', '.join(f'{name} {value}' for name, value in facts.items() if isinstance(value, float))}")
+        except RunFailed as error:
+            has_failed = True
+            print(f"step: failed: {error}")
+    for name in arguments.cases:
+        rows = measure_case(arguments, CASES[name], where, began)
+        has_failed |= any("error" in row for row in rows)
+        save(arguments.out, rows, facts)  # after each case, so that a stop loses one at most
+        began = time.perf_counter()
+    print((arguments.out / "bench.md").read_text())
+    return 1 if has_failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

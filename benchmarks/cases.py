@@ -1,0 +1,100 @@
+"""What the training benchmark compares: cases, systems, and the one recipe that all systems follow."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from peakd_ds.modeling import layer_pairs
+from peakd_ds.sps import execution_order
+
+SYSTEMS = ("ours_cached", "ours_online", "published_recipe", "hf_trainer", "textbrewer")
+BASELINES = SYSTEMS[2:]
+
+# The recipe, alike for all systems: AdamW, linear warm-up and decay; biases and LayerNorms are not decayed.
+EPOCHS = 6
+BATCH_SIZE = 32
+MAX_SEQ_LENGTH = 128
+LR = 1e-4
+WARMUP_RATIO = 0.1
+WEIGHT_DECAY = 0.01
+MAX_GRAD_NORM = 1.0
+DROPOUT = 0.1
+TEMPERATURE, ALPHA, BETA = 10.0, 0.7, 100.0
+
+TEACHER_EPOCHS, TEACHER_LR = 3, 5e-5
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: a task, the first so many of its rows, and the shapes of teacher and student."""
+
+    name: str
+    task: str
+    num_stored_layers: int
+    """n of the student, which runs 2n."""
+    num_train_rows: int | None = None
+    """None: all."""
+    num_dev_rows: int | None = None
+    is_wide: bool = False
+    """Teacher of 12 x 768 and student of random weights: for speed, never for a score."""
+    recipe_steps: int | None = None
+    """The published recipe stops after so many steps and is scaled up from there; None: it runs them all."""
+
+    @property
+    def data_name(self) -> str:
+        """Folder of its rows, a task name with the number of rows where they are not all."""
+        return self.task if self.num_train_rows is None else f"{self.task}_{self.num_train_rows}"
+
+    @property
+    def teacher_layers(self) -> int:
+        return 12 if self.is_wide else 6
+
+
+CASES = {
+    case.name: case
+    for case in (
+        Case("mrpc_n1", "mrpc", 1),
+        Case("mrpc_n3", "mrpc", 3),
+        Case("sst2_n1", "sst2", 1, num_train_rows=8000),
+        Case("sst2_n3", "sst2", 3, num_train_rows=8000),
+        # 12 steps an epoch: at 768 wide the published recipe takes some 14 s a step on two cores
+        Case("wide_n3", "mrpc", 3, num_train_rows=384, num_dev_rows=64, is_wide=True, recipe_steps=8),
+    )
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a baseline is asked to train; also the content of the file that it reads."""
+
+    task: str
+    """Name of the data folder, which is the task's with a suffix where rows were left out."""
+    data_dir: str
+    teacher: str
+    """Folder of the fine-tuned classifier."""
+    encoder: str
+    """Folder of the pretrained encoder that the student starts from."""
+    num_stored_layers: int
+    pairs: tuple[tuple[int, int], ...]
+    """(student layer, teacher layer) of the hidden-state loss, from 1; 0 is the embeddings."""
+    seed: int
+    bf16: bool
+    """Whether this machine multiplies bf16 matrices natively, by the test that ours makes."""
+    folder: str
+    """Receives the best weights."""
+    epochs: int = EPOCHS
+    max_steps: int | None = None
+    """Stop after so many steps and scale up; the published recipe only."""
+
+    @staticmethod
+    def read(file: Path) -> "Job":
+        values = json.loads(file.read_text())
+        return Job(**{**values, "pairs": tuple(tuple(pair) for pair in values["pairs"])})
+
+    def write(self, file: Path) -> None:
+        file.write_text(json.dumps(asdict(self), indent=2) + "\n")
+
+
+def pairs_of(case: Case) -> tuple[tuple[int, int], ...]:
+    """Layer pairs of `--layer_map skip`."""
+    return layer_pairs("skip", len(execution_order(case.num_stored_layers, "sps")), case.teacher_layers)
