@@ -232,8 +232,7 @@ def student_activations(matched: Any, teacher_hidden: int, batch: Batch) -> int:
     matched states with their gradients (kernels/fused.py has them early), and the pooler's rows.
     """
     encoder, is_cls = matched.student.config, matched.hidden_loss == "cls"
-    per_token = batch.element_size * encoder.hidden_size
-    depth = encoder.num_effective_layers
+    per_token, depth = batch.element_size * encoder.hidden_size, encoder.num_effective_layers
     first_only = is_cls or all(layer < depth for layer, _ in matched.pairs)
     layers = (depth - 1) * layer_bytes(encoder, batch) + layer_bytes(encoder, batch, first_only)
     taken = len(matched.pairs) * (batch.rows if is_cls else batch.tokens)
@@ -242,8 +241,8 @@ def student_activations(matched: Any, teacher_hidden: int, batch: Batch) -> int:
 
 
 def teacher_activations(encoder: BertConfig, matched: Any, batch: Batch) -> int:
-    """At most the bytes of a forward pass without graph: a layer at work, the states around it, and matched states."""
-    taken = len(matched.pairs) * (batch.rows if matched.hidden_loss == "cls" else batch.tokens)
+    """At most those of a forward pass without graph: a layer, states around it, two answers (teacher_ahead.py)."""
+    taken = 2 * len(matched.pairs) * (batch.rows if matched.hidden_loss == "cls" else batch.tokens)
     return layer_bytes(encoder, batch) + batch.element_size * encoder.hidden_size * (2 * batch.tokens + taken)
 
 

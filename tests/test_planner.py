@@ -70,7 +70,8 @@ def measure(argv: list[str]) -> tuple[dict[str, int], dict[str, int], scaling.Si
         before = storages()
         engine = ds_engine.training_engine(module, run.config, run.student_ds_config, 3, "distill")
         held, slots = {}, data.epoch_slots(len(run.train_rows), run.config.global_batch_size, 0, 0)[:3]
-        for number, batch in enumerate(data.global_batches(run.train, run.train_rows, slots, ACCUM)):
+        batches = data.global_batches(run.train, run.train_rows, slots, ACCUM)
+        for number, batch in enumerate(stage.answered(batches)):
             for micro in batch.micro_batches:
                 loss, _ = stage.loss(engine, micro, batch, False)
                 backward = loss.total * ds_engine.undo_averaging(engine)
