@@ -470,28 +470,33 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     for spec in fields(RunConfig):
-        meta = spec.metadata
-        facts = [meta["unit"], f"default {_shown_default(spec)}", meta["range"] and f"range {meta['range']}"]
-        text = f"{meta['help']} [{'; '.join(fact for fact in facts if fact)}]".replace("%", "%%")
-        if spec.type in (bool, bool | None):
-            parser.add_argument(f"--{spec.name}", action="store_true", default=spec.default, help=text)
-            parser.add_argument(
-                f"--no_{spec.name}",
-                dest=spec.name,
-                action="store_false",
-                default=spec.default,
-                help=f"the opposite of --{spec.name}",
-            )
-        else:
-            parser.add_argument(
-                f"--{spec.name}",
-                type=_value_type(spec),
-                default=spec.default,
-                choices=meta["choices"] or None,
-                help=text,
-                metavar=spec.name.upper() if not meta["choices"] else None,
-            )
+        add_setting(parser, spec)
     return parser
+
+
+def add_setting(parser: argparse.ArgumentParser, spec: Any) -> None:
+    """One field of RunConfig as an option, with its unit, default and range in the help."""
+    meta = spec.metadata
+    facts = [meta["unit"], f"default {_shown_default(spec)}", meta["range"] and f"range {meta['range']}"]
+    text = f"{meta['help']} [{'; '.join(fact for fact in facts if fact)}]".replace("%", "%%")
+    if spec.type in (bool, bool | None):
+        parser.add_argument(f"--{spec.name}", action="store_true", default=spec.default, help=text)
+        parser.add_argument(
+            f"--no_{spec.name}",
+            dest=spec.name,
+            action="store_false",
+            default=spec.default,
+            help=f"the opposite of --{spec.name}",
+        )
+    else:
+        parser.add_argument(
+            f"--{spec.name}",
+            type=_value_type(spec),
+            default=spec.default,
+            choices=meta["choices"] or None,
+            help=text,
+            metavar=spec.name.upper() if not meta["choices"] else None,
+        )
 
 
 def to_yaml(config: RunConfig) -> str:

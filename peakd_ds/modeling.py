@@ -192,33 +192,33 @@ def build_teacher(config: RunConfig, task: Task, encoder: Pretrained) -> SPSBert
 
     It shares no layers: it is of the student's class for the sake of packed rows.
     """
-    settings = _inherited(encoder.config) | task_head(task) | _dropout_settings(config.dropout)
     optional = () if encoder.is_classifier else NEW_WITH_A_TASK
-    return load_pretrained(
-        SPSBertForSequenceClassification,
-        encoder.path,
-        encoder.option,
-        optional,
-        config=SPSBertConfig(num_hidden_layers=encoder.config.num_hidden_layers, sharing="none", **settings),
-    )
+    settings = teacher_config(config, task, encoder.config)
+    return load_pretrained(SPSBertForSequenceClassification, encoder.path, encoder.option, optional, config=settings)
+
+
+def teacher_config(config: RunConfig, task: Task, encoder: BertConfig) -> SPSBertConfig:
+    """The teacher's sizes: all of `encoder`'s layers, none shared, and a head for the task."""
+    settings = _inherited(encoder) | task_head(task) | _dropout_settings(config.dropout)
+    return SPSBertConfig(num_hidden_layers=encoder.num_hidden_layers, sharing="none", **settings)
 
 
 def build_student(
     config: RunConfig, student_init: Pretrained, head: dict[str, Any]
 ) -> SPSBertForSequenceClassification:
     """A new student with `head` settings (`task_head` or `ptp_head`) and the encoder's weights, in fp32."""
-    settings = _inherited(student_init.config) | head | _dropout_settings(config.dropout)
-    student = SPSBertForSequenceClassification(
-        SPSBertConfig(
-            num_hidden_layers=config.num_hidden_layers,
-            sharing=config.sharing,
-            shuffle_qk=config.swaps_qk,
-            **settings,
-        )
-    )
+    student = SPSBertForSequenceClassification(student_config(config, student_init.config, head))
     encoder = load_pretrained(BertModel, student_init.path, student_init.option, NEW_WITH_A_TASK)
     init_from_encoder(student, encoder, config.init_layers or tuple(range(1, config.num_hidden_layers + 1)))
     return student
+
+
+def student_config(config: RunConfig, encoder: BertConfig, head: dict[str, Any]) -> SPSBertConfig:
+    """The student's sizes: those of `encoder`, with n stored layers and the `head` settings."""
+    settings = _inherited(encoder) | head | _dropout_settings(config.dropout)
+    return SPSBertConfig(
+        num_hidden_layers=config.num_hidden_layers, sharing=config.sharing, shuffle_qk=config.swaps_qk, **settings
+    )
 
 
 def load_teacher(config: RunConfig, task: Task, source: Pretrained, folder: Path) -> SPSBertForSequenceClassification:

@@ -109,7 +109,8 @@ def measure(config: RunConfig) -> Measured:
         logger = deepspeed.comm.comm.comms_logger
         deepspeed.comm.configure(enabled=True, prof_all=True, verbose=False)
         try:
-            for batch in data.global_batches(run.train, run.train_rows, slots, run.micro_and_accum[1]):
+            batches = data.global_batches(run.train, run.train_rows, slots, run.micro_and_accum[1])
+            for batch in stage.answered(batches):
                 logger.comms_dict = {}
                 for micro in batch.micro_batches:
                     loss, _ = stage.loss(engine, micro, batch, False)

@@ -337,9 +337,12 @@ def _missing(folder: Path, num_parts: int) -> list[int]:
 
 
 def _row_bytes(run: Run, layers: Sequence[int]) -> int:
-    """Bytes that one row takes in the files."""
-    element = 2 if run.config.dtype == "bf16" else 4
-    return 8 + 4 * run.task.num_labels + element * len(layers) * run.teacher_source.config.hidden_size
+    return row_bytes(run.task.num_labels, len(layers), run.teacher_source.config.hidden_size, run.config.dtype)
+
+
+def row_bytes(num_labels: int, num_layers: int, hidden: int, dtype: str) -> int:
+    """Bytes that one row takes in the files: row number, fp32 logits, [CLS] of so many layers."""
+    return 8 + 4 * num_labels + (2 if dtype == "bf16" else 4) * num_layers * hidden
 
 
 def _free_bytes(folder: Path) -> int:

@@ -1,0 +1,305 @@
+"""peakd-plan: its figures against what DeepSpeed's engines hold and send, and what it says to wrong input.
+
+Ranks over gloo run the distill stage itself, with a teacher and a student of 256; live tensors are counted by storage.
+"""
+
+import gc
+import json
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import save_encoder
+from transformers import AutoConfig, BertConfig, BertForSequenceClassification
+
+from peakd_ds import data, dist, ds_engine, engine_state, planner, run_lock, scaling, stages, train
+from peakd_ds.config import RunConfig, parse
+from peakd_ds.modeling import task_head
+from peakd_ds.packing import pack
+from peakd_ds.planner import Batch, Engine
+from peakd_ds.run import open_run
+from peakd_ds.run_log import RunLog
+from peakd_ds.tasks import get_task
+
+WITHIN = 0.01
+SLACK = 10_000
+"""Bytes besides, in engines that hold megabytes: inputs, norms, flags, AdamW's step counts."""
+BUCKET = 3_000_017
+"""reduce_bucket_size, a number that no tensor has; less than the student's parameters, more than the largest."""
+ACCUM = 2
+ENCODER = dict(num_hidden_layers=4, hidden_size=256, num_attention_heads=4, intermediate_size=1024, vocab_size=8000)
+
+
+@pytest.fixture(scope="module")
+def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_encoder(tmp_path_factory.mktemp("planner") / "teacher", task_head(get_task("rte")), **ENCODER)
+
+
+# -- What engines hold -------------------------------------------------------------------------------------------------
+
+
+def storages() -> dict[int, int]:
+    """Bytes of every live tensor's storage, by its address; gradients are reached through their parameters."""
+    found = {}
+    for thing in gc.get_objects():
+        if isinstance(thing, torch.Tensor) and thing.layout == torch.strided and thing.device.type == "cpu":
+            for tensor in (thing, thing.grad if thing.is_leaf else None):
+                if tensor is not None:
+                    found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+    return found
+
+
+def bytes_of(tensors: Any) -> dict[int, int]:
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
+
+
+def measure(argv: list[str]) -> tuple[dict[str, int], dict[str, int], scaling.Sizes]:
+    """Runs on every rank: what student and teacher hold in the third step, by the names of planner.py's fields."""
+    run = open_run(parse(argv))
+    with run_lock.owned(run.folder):
+        stage = stages.build_stage("distill", run, RunLog(run.folder))
+        teacher = run.teacher()
+        gathered = watch_gathering(teacher)
+        module = train.build(stage, run.config)
+        gc.collect()
+        before = storages()
+        engine = ds_engine.training_engine(module, run.config, run.student_ds_config, 3, "distill")
+        held, slots = {}, data.epoch_slots(len(run.train_rows), run.config.global_batch_size, 0, 0)[:3]
+        batches = data.global_batches(run.train, run.train_rows, slots, ACCUM)
+        for number, batch in enumerate(stage.answered(batches)):
+            for micro in batch.micro_batches:
+                loss, _ = stage.loss(engine, micro, batch, False)
+                backward = loss.total * ds_engine.undo_averaging(engine)
+                del loss
+                if number == 2:  # stage 3 is at its final order of gathers
+                    held = held_in_backward(engine, backward, before | bytes_of(teacher.parameters()))
+                else:
+                    engine.backward(backward)
+                engine.step()
+        sizes, parameters = scaling._sizes_of(run, engine), list(teacher.parameters())
+        shards = bytes_of(p.ds_tensor for p in parameters) if gathered else {}
+        host = shards if "offload" in run.config.teacher_ds_config else {}
+        weights = bytes_of(parameters) | ({} if host else shards)
+        engine.destroy()
+        run.drop_teacher()
+    of_teacher = {"weights": weights, "host": host}
+    return held, {k: sum(v.values()) for k, v in of_teacher.items()} | {"buffers": max(gathered, default=0)}, sizes
+
+
+def held_in_backward(engine: Any, loss: torch.Tensor, others: dict[int, int]) -> dict[str, int]:
+    """What is held when the backward pass ends; in fp32 at stage 1, when it starts to reduce. Without `others`."""
+    parameters, stage = list(engine.module.parameters()), engine.zero_optimization_stage()
+    bucket_bytes = BUCKET * (2 if engine.bfloat16_enabled() else 4)
+    whole = bytes_of(p.data for p in parameters if stage == 3 and not p.ds_persist)
+    found: list[dict[int, int]] = []
+
+    def look_and(original: Any, *args: Any, **kwargs: Any) -> Any:
+        found.append(storages())
+        return original(*args, **kwargs)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("reduce_gradients", "average_tensor"):
+            if stage in (1, 2) and hasattr(engine.optimizer, name):
+                patch.setattr(engine.optimizer, name, partial(look_and, getattr(engine.optimizer, name)))
+        engine.backward(loss)
+    gc.collect()
+    found.append(storages())
+    held = found[0] if stage == 1 else found[-1]
+    weights = bytes_of([*parameters, *(p.ds_tensor for p in parameters if stage == 3)])
+    masters = bytes_of(engine_state._master_tensors(engine))
+    moments = bytes_of(s[key] for s in engine.basic_optimizer.state.values() for key in engine_state.MOMENTS)
+    weights = {key: size for key, size in weights.items() if key not in whole or stage != 3 or dist.world_size() == 1}
+    known = masters.items() | moments.items() | weights.items() | whole.items() | others.items()  # addresses come again
+    return {
+        "weights": sum(weights.values()),
+        "masters": sum(size for key, size in masters.items() if key not in weights),
+        "moments": sum(moments.values()),
+        "gradients": sum(size for key, size in held.items() - known if size != bucket_bytes),
+        "buffers": max(list(live.values()).count(bucket_bytes) for live in found) * bucket_bytes
+        + sum(size for key, size in whole.items() if key not in weights),
+    }
+
+
+def watch_gathering(engine: Any) -> list[int]:
+    """At stage 3 a list that grows by what is gathered, whenever a layer starts; else an empty one."""
+    gathered: list[int] = []
+    if engine.zero_optimization_stage() == 3:
+        parameters = list(engine.module.parameters())
+        shards = bytes_of(p.ds_tensor for p in parameters)
+
+        def look(module: Any, args: Any) -> None:
+            flat = [part for handle in inflight(engine) for part in handle.partitions]
+            now = bytes_of([*(p.data for p in parameters if not p.ds_persist), *flat])
+            gathered.append(sum(size for key, size in now.items() if key not in shards))
+
+        for layer in engine.module.model.bert.encoder.layer:
+            layer.register_forward_pre_hook(look)
+    return gathered
+
+
+def inflight(engine: Any) -> list[Any]:
+    """Handles of gathers of several parameters, as long as one of these is not used yet."""
+    coordinator = engine.optimizer.get_param_coordinator()
+    found = coordinator._PartitionedParameterCoordinator__inflight_param_registry.values()
+    single = [one for handle in found for one in getattr(handle, "handles", [handle])]
+    return [handle for handle in single if hasattr(handle, "partitions")]
+
+
+CASES = [  # on one rank nothing is gathered; offload copies only on a GPU
+    *((2, stage, dtype, "teacher_zero0") for stage in (0, 1) for dtype in ("fp32", "bf16")),
+    *((2, stage, dtype, "teacher_zero3") for stage in (2, 3) for dtype in ("fp32", "bf16")),
+    (2, 1, "bf16", "teacher_zero3_offload"),
+    *((1, stage, dtype, "teacher_zero3") for stage, dtype in ((1, "fp32"), (2, "fp32"), (2, "bf16"), (3, "bf16"))),
+]
+
+
+@pytest.mark.parametrize(("world_size", "stage", "dtype", "teacher_name"), CASES)
+def test_memory(
+    pools, tiny_data: Path, tmp_path: Path, teacher: Path, world_size: int, stage: int, dtype: str, teacher_name: str
+) -> None:
+    ds_config = ds_engine.load_ds_config(f"zero{stage}_{dtype}", "student_ds_config")
+    ds_config["zero_optimization"]["reduce_bucket_size"] = BUCKET
+    (tmp_path / "student.json").write_text(json.dumps(ds_config))
+    words = "--task rte --num_hidden_layers 2 --no_ptp --stages distill --layer_map 1:1,2:2 --micro_batch_size 4"
+    paths = ["--teacher", str(teacher), "--data_dir", str(tiny_data), "--run_dir", str(tmp_path / "run")]
+    words += f" --global_batch_size {4 * ACCUM * world_size} --teacher_ds_config {teacher_name}"
+    argv = [*words.split(), *paths, "--student_ds_config", str(tmp_path / "student.json")]
+    answers = pools(world_size).run(measure, argv)
+
+    encoder = AutoConfig.from_pretrained(teacher)
+    frozen, matched = planner.build_on_meta(parse(argv), encoder, encoder)
+    student = Engine.of(matched, argv[-1], "student_ds_config", dtype, world_size)
+    frozen_engine = Engine.of(frozen, teacher_name, "teacher_ds_config", dtype, world_size)
+    planned, teacher_planned = vars(planner.student_memory(student)), vars(planner.teacher_memory(frozen_engine))
+    held, teacher_held = ({k: max(a[i][k] for a in answers) for k in answers[0][i]} for i in (0, 1))
+    print(f"\n{world_size} ranks, zero{stage}_{dtype}, {teacher_name}\n planned {planned} {teacher_planned}")
+    print(f" held    {held} {teacher_held}")
+    for name in held:
+        assert planned[name] == pytest.approx(held[name], rel=WITHIN, abs=SLACK), name
+    for name in ("weights", "host"):
+        assert teacher_planned[name] == pytest.approx(teacher_held[name], rel=WITHIN, abs=SLACK), f"teacher {name}"
+    assert teacher_held["buffers"] <= teacher_planned["buffers"] <= 2 * teacher_held["buffers"] + SLACK
+    sizes = planner.traffic_sizes(student, frozen_engine, ACCUM)
+    assert sizes == answers[0][2], "test_scaling.py checks the bytes of these sizes against DeepSpeed's comms logger"
+
+
+# -- Activations -------------------------------------------------------------------------------------------------------
+
+
+def settings(**others: Any) -> RunConfig:
+    return RunConfig(**(dict(task="rte", teacher="t", run_dir="r", num_hidden_layers=3) | others))
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+@pytest.mark.parametrize(("hidden_loss", "sharing"), [("cls", "sps"), ("cls", "none"), ("tokens", "sps")])
+def test_activations_are_bounded(single_rank: None, dtype: str, hidden_loss: str, sharing: str) -> None:
+    encoder = BertConfig(**ENCODER)
+    config = settings(hidden_loss=hidden_loss, sharing=sharing)
+    _, matched = planner.build_on_meta(config, encoder, encoder)
+    module = matched.to_empty(device="cpu").to(ds_engine.DTYPES[dtype]).train()
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    rows = [np.arange(5, 5 + length) for length in (64, 40, 50, 60)]
+    inputs = pack(rows, [row * 0 for row in rows], torch.device("cpu"))
+    weights, kept = bytes_of(module.parameters()), {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        kept[tensor.untyped_storage().data_ptr()] = tensor
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        module(**inputs)
+    measured = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in weights)
+    batch = Batch(4, 214, 64, ds_engine.DTYPES[dtype].itemsize, on_gpu=False)
+    bound = planner.student_activations(module, 256, batch)
+    print(f"{dtype} {hidden_loss} {sharing}: at most {bound:,}, kept {measured:,}, {bound / measured:.2f}")
+    assert measured <= bound <= 1.1 * measured
+
+
+def test_sharing_adds_activations_and_no_weights() -> None:
+    encoder = BertConfig(**ENCODER)
+    stored, shared = (planner.build_on_meta(settings(sharing=s), encoder, encoder)[1] for s in ("none", "sps"))
+    of_stored, of_shared = (Engine.of(model, "zero1_bf16", "", "bf16", 2) for model in (stored, shared))
+    assert of_stored == of_shared
+    assert shared.student.config.num_effective_layers == 2 * stored.student.config.num_effective_layers
+
+
+# -- The command -------------------------------------------------------------------------------------------------------
+
+SHAPES = ["--teacher_layers", "4", "--teacher_hidden", "128", "--task", "rte"]
+
+
+def test_json_and_table_say_the_same(capsys: pytest.CaptureFixture[str]) -> None:
+    planner.main([*SHAPES, "--world_size", "2", "--json"])
+    plan = json.loads(capsys.readouterr().out)
+    assert len(plan["choices"]) == 2 * 4 * 3
+    best = plan["choices"][plan["recommended"]["index"]]
+    planner.main([*SHAPES, "--world_size", "2"])
+    printed = capsys.readouterr().out
+    words = f"--student_ds_config {best['student']} --teacher_ds_config {best['teacher']}"
+    assert f"Take: {words}" in printed
+    assert best["total"] <= 80 * 2**30
+
+
+def test_json_is_all_there_is_on_stdout(env: dict[str, str]) -> None:
+    words = [sys.executable, "-m", "peakd_ds.planner", *SHAPES, "--json"]
+    env = {name: value for name, value in env.items() if name != "DS_ACCELERATOR"}
+    assert json.loads(subprocess.run(words, env=env, capture_output=True, check=True).stdout)["choices"]
+
+
+def test_small_gpus_get_no_recommendation(capsys: pytest.CaptureFixture[str]) -> None:
+    planner.main([*SHAPES, "--gpu_memory_gib", "0.1"])
+    assert "Take: none\nWhy: nothing fits in 92.2 MiB" in capsys.readouterr().out
+
+
+def test_a_folder_needs_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    encoder = BertConfig(**ENCODER)
+    encoder.save_pretrained(tmp_path)
+    planner.main(["--teacher", str(tmp_path), "--task", "rte", "--json"])
+    counted = json.loads(capsys.readouterr().out)["teacher_parameters"]
+    assert counted == sum(p.numel() for p in BertForSequenceClassification(encoder).parameters())
+
+
+def test_rows_shorter_than_the_longest_take_less(capsys: pytest.CaptureFixture[str]) -> None:
+    def activations(*words: str) -> int:
+        planner.main([*SHAPES, *words, "--json"])
+        return json.loads(capsys.readouterr().out)["choices"][0]["student_memory"]["activations"]
+
+    assert activations("--tokens_per_row", "40") < activations() == activations("--tokens_per_row", "128")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([*SHAPES, "--world_size", "0"], "--world_size 0 is outside"),
+        ([*SHAPES, "--world_size", "3"], "--global_batch_size 32 is not a multiple of the 3 ranks"),
+        ([*SHAPES, "--gpu_memory_gib", "-1"], "--gpu_memory_gib -1.0 is outside"),
+        ([*SHAPES, "--gpu_memory_gib", "nan"], "--gpu_memory_gib nan is outside"),
+        ([*SHAPES, "--micro_batch_size", "0"], "--micro_batch_size 0 is outside"),
+        ([*SHAPES, "--max_seq_length", "1000"], "longer than the 512 positions"),
+        ([*SHAPES, "--tokens_per_row", "200"], "--tokens_per_row 200.0 is outside"),
+        ([*SHAPES, "--layer_map", "9:1"], "out of range"),
+        (["--teacher_layers", "4"], "the teacher is not clear"),
+        (["--teacher_layers", "0", "--teacher_hidden", "128"], "--teacher_layers 0 is outside"),
+        (["--teacher_layers", "4", "--teacher_hidden", "100"], "not a multiple of 64"),
+        (["--teacher", "no/such/folder"], "neither a folder with config.json"),
+        ([*SHAPES, "--task", "nope"], "--task: unknown task 'nope'"),
+        ([*SHAPES, "--nonsense"], "unknown option --nonsense"),
+        ([*SHAPES, "--world_size", "many"], "invalid int value"),
+    ],
+)
+def test_wrong_input_is_one_line(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["peakd-plan", *words])
+    with pytest.raises(SystemExit) as stopped:
+        planner.cli()
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2
+    assert message in error
+    assert error.count("\n") == 1 and error.startswith("peakd-plan: error: ")
