@@ -170,9 +170,7 @@ def training_engine(module: nn.Module, config: RunConfig, ds_config: dict[str, A
     weights = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
     engine = _initialize(model=module, optimizer=optimizer, lr_scheduler=scheduler, config=ds_config)
     if dist.world_size() == 1 and zero_stage(ds_config) <= 1 and not hasattr(engine.optimizer, "reduce_gradients"):
-        engine.enable_backward_allreduce = (
-            False  # one rank has no one to average with; DeepSpeed would copy all the same
-        )
+        engine.enable_backward_allreduce = False  # no one to average with: DeepSpeed would copy all the same
     engine_state.create_adam_state(engine, 0)
     for name, parameter in engine.module.named_parameters():
         engine_state.write_full(engine, parameter, None, weights[name])  # DeepSpeed's came by way of bf16 or fp16
