@@ -131,7 +131,7 @@ def student_memory(engine: Engine) -> Memory:
 
     Stage 0: fp32 is torch's AdamW on the weights themselves; bf16 has fp32 copies (fp16/unfused_optimizer.py).
     Stage 1: AdamW works on an fp32 copy of this rank's part, also in fp32. bf16 is bf16_optimizer.py, which has fp32
-    gradients of all parameters (fp32_groups_gradients_flat) besides bf16's own, and no bucket; fp32 is
+    gradients of all parameters (fp32_groups_gradients_flat; bf16's own leave as they come) and no bucket; fp32 is
     zero/stage_1_and_2.py, which has the whole gradients when it starts to reduce them.
     Stage 2: zero/stage_1_and_2.py, where gradients leave as they come. In fp32 all that reach into this rank's part
     stay (copy_grads_in_partition), in bf16 a flat fp32 part (_build_compact_grad_partition_buffer).
@@ -153,7 +153,7 @@ def student_memory(engine: Engine) -> Memory:
     part = flat // world_size
     bucket *= 2 if zero.overlap_comm else 1
     if zero.stage == 1 and engine.dtype == "bf16":
-        gradients, bucket = FP32 * flat + e * n, 0
+        gradients, bucket = FP32 * flat, 0
     elif zero.stage == 1:
         gradients = e * n
     else:
