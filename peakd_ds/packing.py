@@ -63,7 +63,8 @@ def pack(input_ids: Sequence[np.ndarray], token_type_ids: Sequence[np.ndarray], 
     places = np.flatnonzero(mask)
 
     def on_device(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(device, non_blocking=True)
+        tensor = torch.from_numpy(values)
+        return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
 
     return {
         "input_ids": on_device(np.concatenate(input_ids).astype(np.int64)[None]),

@@ -6,6 +6,7 @@ that no rank has two collectives in flight in another order than its peers. On a
 it is asked in turn too.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import replace
@@ -31,7 +32,7 @@ def answered(
         clock: Measures its time, and how much of it the student had to wait for.
         is_ahead: Ask about each micro-batch before the one before it is used, over the end of a global batch too.
     """
-    stream = torch.cuda.Stream() if is_ahead and dist.on_gpu() else None
+    stream = _teacher_stream() if is_ahead and dist.on_gpu() else None
 
     def start(micro: MicroBatch) -> tuple[MicroBatch, Any]:
         """Queue the teacher's pass; `done` tells when the device has finished it."""
@@ -76,6 +77,12 @@ def answered(
 
     for batch, micros, first_of_next in following:
         yield replace(batch, micro_batches=ask_each(iter(micros), first_of_next))
+
+
+@functools.cache
+def _teacher_stream() -> torch.cuda.Stream:
+    """One for all epochs: the allocator keeps freed memory for each stream apart."""
+    return torch.cuda.Stream()
 
 
 def _one_ahead(
