@@ -76,6 +76,8 @@ def formula(sizes: Sizes) -> Traffic:
     n, accum = sizes.num_ranks, sizes.num_accum_steps
     params, small = sizes.student_params, sizes.student_small_params
     reduced = params * (accum if sizes.student_stage >= 2 else 1)  # shards of gradients cannot accumulate whole ones
+    if n == 1 and (sizes.student_stage == 0 or (sizes.student_stage == 1 and sizes.bytes_per_number == 2)):
+        reduced = 0  # ds_engine leaves it out; elsewhere DeepSpeed reduces with itself
     gathered = {0: 0, 1: params, 2: params, 3: accum * (params - small) + small}[sizes.student_stage]
     if sizes.teacher_stage == 3:
         gathered += accum * sizes.teacher_sharded_params
