@@ -2,7 +2,7 @@
 
 Why not PyTorch's: on a CPU its dropout draws one random number after another, for one element each, and takes three
 times as long as the matrix product beside it; its attention, when asked for dropout, computes in float32.
-`benchmarks/README.md` has the measurements. On a GPU PyTorch's are used.
+CHANGELOG.md has the measurements, under Tried. On a GPU PyTorch's are used.
 
 T tokens, B rows, H hidden size = heads * head size D; S the width that attention pads to.
 """

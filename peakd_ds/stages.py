@@ -146,12 +146,13 @@ def _distill_stage(run: Run, log: RunLog) -> Stage:
         return MatchedStudent(student, run.pairs, run.teacher_source.config.hidden_size, config.hidden_loss)
 
     def ask(micro: MicroBatch) -> teacher_ahead.Answer:
-        n, layers = micro.num_real, [j for _, j in run.pairs]
+        n, layers, needs_logits = micro.num_real, [j for _, j in run.pairs], config.alpha > 0
         if answers is not None:
-            return answers["train"].of(micro.rows[:n])
-        assert teacher is not None
-        logits, states = teacher(layers, config.hidden_loss, config.alpha > 0, **micro.inputs)
-        return logits[:n], [tensor[:n] for tensor in states]
+            logits, states = answers["train"].of(micro.rows[:n])
+        else:
+            assert teacher is not None
+            logits, states = teacher(layers, config.hidden_loss, needs_logits, **micro.inputs)
+        return logits[:n] if needs_logits else None, [tensor[:n] for tensor in states]
 
     def answered(batches: Iterator[GlobalBatch]) -> Iterator[GlobalBatch]:
         if not asks_teacher:

@@ -18,8 +18,8 @@ from peakd_ds import dist
 from peakd_ds.data import GlobalBatch, MicroBatch
 from peakd_ds.run_log import TeacherClock
 
-Answer = tuple[torch.Tensor, list[torch.Tensor]]
-"""The teacher's logits [B, C] and the states of its matched layers, for the rows that count."""
+Answer = tuple[torch.Tensor | None, list[torch.Tensor]]
+"""The teacher's logits [B, C], None where nothing reads them, and its matched states, for the rows that count."""
 
 
 def answered(
@@ -50,11 +50,10 @@ def answered(
             with clock.waiting():
                 torch.cuda.current_stream().wait_event(done)
             logits, states = micro.answer
-            for tensor in (logits, *states):
+            for tensor in states if logits is None else (logits, *states):
                 tensor.record_stream(torch.cuda.current_stream())
-            packing = micro.inputs["packing"]
-            for tensor in (*micro.inputs.values(), packing.starts, packing.places, packing.mask):
-                if tensor is not packing:
+            for tensor in (*micro.inputs.values(), *vars(micro.inputs["packing"]).values()):
+                if isinstance(tensor, torch.Tensor):
                     tensor.record_stream(stream)
         return micro
 

@@ -80,6 +80,15 @@ def test_a_cached_run_has_the_losses_of_an_online_run(argv: list[str], two_ranks
         assert ours == pytest.approx(theirs, rel=1e-4, abs=1e-5)
 
 
+def test_without_alpha_no_logits_are_read(argv: list[str], two_ranks, tmp_path: Path) -> None:
+    """The online teacher ends before its last layer then; what is no logit must not be logged as a soft loss."""
+    for mode in ("online", "cached"):
+        folder = tmp_path / mode
+        two_ranks.run(run_all, [*argv, "--alpha", "0", "--no_ptp", "--run_dir", str(folder), "--teacher_mode", mode])
+        assert len(losses(folder)) > 2
+        assert all(soft == 0 and hidden > 0 for _, _, soft, hidden in losses(folder))
+
+
 @pytest.mark.parametrize("select_on", ["holdout", "dev"])
 def test_later_runs_never_start_the_teacher(
     argv: list[str], tmp_path: Path, single_rank: None, monkeypatch: pytest.MonkeyPatch, select_on: str
