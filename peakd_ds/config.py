@@ -450,14 +450,16 @@ def parse(argv: Sequence[str]) -> RunConfig:
     return config
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Tells wrong options as UserError, in one line on all ranks together, where argparse would leave at once."""
+
     def error(self, message: str) -> NoReturn:
         raise UserError(message)
 
 
 def build_parser() -> argparse.ArgumentParser:
     """The command line, made from RunConfig's fields."""
-    parser = _Parser(
+    parser = Parser(
         prog="train.py",
         allow_abbrev=False,
         description="Distil a BERT classifier into a small student with shuffled parameter sharing (SPS) and "

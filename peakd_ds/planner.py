@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers import AutoConfig, BertConfig
 
-from peakd_ds.config import RunConfig, UserError, _Parser, add_setting, exit_with
+from peakd_ds.config import Parser, RunConfig, UserError, add_setting, exit_with
 from peakd_ds.packing import WIDTH_MULTIPLE
 from peakd_ds.sps import SPSBertForSequenceClassification
 from peakd_ds.tasks import get_task
@@ -388,7 +388,7 @@ def table(plan: dict[str, Any]) -> str:
 
 def build_parser() -> argparse.ArgumentParser:
     """The settings of a run that matter here, and what only a plan needs."""
-    parser = _Parser(prog="peakd-plan", allow_abbrev=False, description=(__doc__ or "").split("\n")[0])
+    parser = Parser(prog="peakd-plan", allow_abbrev=False, description=(__doc__ or "").split("\n")[0])
     for spec in SETTINGS:
         add_setting(parser, spec)
     parser.set_defaults(task="mnli")

@@ -26,7 +26,7 @@ from typing import NoReturn
 
 import yaml
 
-from peakd_ds.config import UserError, differences, exit_with
+from peakd_ds.config import Parser, UserError, differences, exit_with
 from peakd_ds.files import hidden_sibling
 from peakd_ds.grid import Element, Grid, read_grid
 
@@ -169,7 +169,7 @@ def submit(
 
 
 def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
-    parser = _Parser(
+    parser = Parser(
         prog="peakd-sweep",
         allow_abbrev=False,
         description="Run the elements of a grid one after another, or submit them to Slurm. Other options than these "
@@ -194,11 +194,6 @@ def _parse(argv: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         if value is not None and value < 1:
             raise UserError(f"--{name} {value} is outside its range >= 1; leave it out, or give 1 or more")
     return args, overrides
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(message)
 
 
 def _element_at(grid: Grid, number: int) -> Element:
