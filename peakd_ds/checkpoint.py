@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import warnings
-from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -100,7 +100,7 @@ def _prune(folder: Path, newest_name: str) -> None:
     """Keep the newest whole checkpoints and the best weights that they name.
 
     Damaged ones were skipped when the run started, and lie before or beyond the newest; they must not push out good
-    ones. Telling them costs reading one older checkpoint.
+    ones. Telling them costs reading one older checkpoint, if this process has not read or written it.
     """
     kept = [folder / newest_name]
     for candidate in _candidates(folder):
@@ -129,13 +129,14 @@ def gather(engine: Any, moment: str | None) -> dict[str, torch.Tensor]:
     """fp32 weights (`moment` None) or an Adam moment of every trained parameter (collective).
 
     Returns:
-        Tensors on the CPU by parameter name on rank 0; an empty dict elsewhere.
+        Tensors on the CPU by parameter name on rank 0, the engine's own where it has whole ones in fp32 there, so to
+        be written before the next step; an empty dict elsewhere.
     """
     whole = {}
     for name, parameter in engine.module.named_parameters():
         value = engine_state.read_full(engine, parameter, moment)
         if dist.is_main():
-            whole[name] = value.detach().to("cpu", torch.float32, copy=True).contiguous()
+            whole[name] = value.detach().to("cpu", torch.float32).contiguous()
     return whole
 
 
@@ -248,30 +249,48 @@ def _write_folder(target: Path, tensors: dict[str, dict[str, torch.Tensor]], pos
     shutil.rmtree(temporary, ignore_errors=True)
     temporary.mkdir(parents=True)
     try:
-        for name, group in tensors.items():
-            save_file(group, temporary / f"{name}.safetensors")
-        digests = {file.name: _sha256(file) for file in _synced(temporary)}
+        files = [temporary / f"{name}.safetensors" for name in tensors]
+        with ThreadPoolExecutor() as pool:  # one file is hashed while others go to the disk
+            list(pool.map(save_file, tensors.values(), files))
+            digests = dict(zip((file.name for file in files), pool.map(_synced_sha256, files), strict=True))
         text = json.dumps({"position": position, "sha256": digests}, indent=2)
         (temporary / "state.json").write_text(text)
         (temporary / "DONE").write_text(hashlib.sha256(text.encode()).hexdigest())
-        list(_synced(temporary))
+        for file in (temporary / "state.json", temporary / "DONE"):
+            _sync(file)
         replace_folder(target, temporary)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def _synced(folder: Path) -> Iterator[Path]:
-    """Its files, each flushed to the disk: a full disk or quota shows here and not after the rename."""
-    for file in sorted(folder.iterdir()):
-        with file.open("rb") as handle:
-            os.fsync(handle.fileno())
-        yield file
+def _sync(file: Path) -> None:
+    """Flush it to the disk: a full disk or quota shows here and not after the rename."""
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def _synced_sha256(file: Path) -> str:
+    _sync(file)
+    return _sha256(file)
+
+
+_digests: dict[tuple[int, ...], str] = {}
+"""Of files that this process has read: an older checkpoint is looked at in every save, and is the same file as then."""
 
 
 def _sha256(file: Path) -> str:
     with file.open("rb") as handle:
-        return hashlib.file_digest(handle, "sha256").hexdigest()
+        stat = os.fstat(handle.fileno())
+        key = (
+            stat.st_dev,
+            stat.st_ino,
+            stat.st_size,
+            stat.st_mtime_ns,
+        )  # a file keeps these when its folder is renamed
+        if key not in _digests:
+            _digests[key] = hashlib.file_digest(handle, "sha256").hexdigest()
+        return _digests[key]
 
 
 def _on_main_or_stop(write: Any, what: Path) -> None:

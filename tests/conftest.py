@@ -9,6 +9,7 @@ import random
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -72,19 +73,22 @@ def single_rank() -> None:
     torch.set_num_threads(1)  # sums in another order would differ in the last bit
 
 
-@pytest.fixture(scope="session")
-def pools() -> Iterator[Callable[[int], Any]]:
-    """`pools(world_size)` gives the session's pool of so many ranks."""
+@contextmanager
+def new_pools() -> Iterator[Callable[[int], Any]]:
+    """Pools of ranks by their number, started when asked for and stopped at the end."""
     from dist_harness import RankPool
 
     made: dict[int, RankPool] = {}
-
-    def pool_of(world_size: int) -> RankPool:
-        return made.setdefault(world_size, RankPool(world_size))
-
-    yield pool_of
+    yield lambda world_size: made.setdefault(world_size, RankPool(world_size))
     for pool in made.values():
         pool.stop()
+
+
+@pytest.fixture(scope="session")
+def pools() -> Iterator[Callable[[int], Any]]:
+    """`pools(world_size)` gives the session's pool of so many ranks."""
+    with new_pools() as pool_of:
+        yield pool_of
 
 
 @pytest.fixture(scope="session")

@@ -7,6 +7,7 @@ import gc
 import json
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import save_encoder
+from conftest import new_pools, save_encoder
 from torch._subclasses import FakeTensor
 from transformers import AutoConfig, BertConfig, BertForSequenceClassification
 
@@ -41,20 +42,30 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_encoder(tmp_path_factory.mktemp("planner") / "teacher", task_head(get_task("rte")), **ENCODER)
 
 
+@pytest.fixture(scope="module")
+def own_pools() -> Iterator[Callable[[int], Any]]:
+    """Ranks that hold nothing of other tests."""
+    with new_pools() as pool_of:
+        yield pool_of
+
+
 # -- What engines hold -------------------------------------------------------------------------------------------------
 
 
-def storages() -> dict[int, int]:
-    """Bytes of every live tensor's storage, by its address; gradients are reached through their parameters."""
-    found = {}
+def live_storages() -> list[torch.UntypedStorage]:
+    """Of every live tensor; gradients are reached through their parameters."""
+    found = []
     for thing in gc.get_objects():
         if isinstance(thing, FakeTensor) or not isinstance(thing, torch.Tensor):  # torch.compile's have no storage
             continue
         if thing.layout == torch.strided and thing.device.type == "cpu":
-            for tensor in (thing, thing.grad if thing.is_leaf else None):
-                if tensor is not None:
-                    found[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            found += [t.untyped_storage() for t in (thing, thing.grad if thing.is_leaf else None) if t is not None]
     return found
+
+
+def storages() -> dict[int, int]:
+    """Bytes of every live tensor's storage, by its address."""
+    return {storage.data_ptr(): storage.nbytes() for storage in live_storages()}
 
 
 def bytes_of(tensors: Any) -> dict[int, int]:
@@ -70,7 +81,8 @@ def measure(argv: list[str]) -> tuple[dict[str, int], dict[str, int], scaling.Si
         gathered = watch_gathering(teacher)
         module = train.build(stage, run.config)
         gc.collect()
-        before = storages()
+        kept = live_storages()  # as long as these live, nothing new can lie at their addresses
+        before = {storage.data_ptr(): storage.nbytes() for storage in kept}
         engine = ds_engine.training_engine(module, run.config, run.student_ds_config, 3, "distill")
         held, slots = {}, data.epoch_slots(len(run.train_rows), run.config.global_batch_size, 0, 0)[:3]
         batches = data.global_batches(run.train, run.train_rows, slots, ACCUM)
@@ -163,7 +175,14 @@ CASES = [  # on one rank nothing is gathered; offload copies only on a GPU
 
 @pytest.mark.parametrize(("world_size", "stage", "dtype", "teacher_name"), CASES)
 def test_memory(
-    pools, tiny_data: Path, tmp_path: Path, teacher: Path, world_size: int, stage: int, dtype: str, teacher_name: str
+    own_pools,
+    tiny_data: Path,
+    tmp_path: Path,
+    teacher: Path,
+    world_size: int,
+    stage: int,
+    dtype: str,
+    teacher_name: str,
 ) -> None:
     ds_config = ds_engine.load_ds_config(f"zero{stage}_{dtype}", "student_ds_config")
     ds_config["zero_optimization"]["reduce_bucket_size"] = BUCKET
@@ -172,7 +191,7 @@ def test_memory(
     paths = ["--teacher", str(teacher), "--data_dir", str(tiny_data), "--run_dir", str(tmp_path / "run")]
     words += f" --global_batch_size {4 * ACCUM * world_size} --teacher_ds_config {teacher_name}"
     argv = [*words.split(), *paths, "--student_ds_config", str(tmp_path / "student.json")]
-    answers = pools(world_size).run(measure, argv)
+    answers = own_pools(world_size).run(measure, argv)
 
     encoder = AutoConfig.from_pretrained(teacher)
     frozen, matched = planner.build_on_meta(parse(argv), encoder, encoder)
