@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import cases as recipe
-from cases import BASELINES, CASES, EPOCHS, SYSTEMS, Case, Job
+from bench_rows import Row, save
+from cases import BASELINES, CASES, EPOCHS, STEP_CASE, SYSTEMS, Case, Job
 from facts import commit, machine, version_of
 
 HERE = Path(__file__).parent
@@ -33,15 +34,8 @@ RESULTS = HERE / "results"
 STARTS, ENDS = "task ", "stage distill is over"
 """What our program's lines begin with where the clock starts (rows are tokenised, no model is loaded yet) and stops."""
 BUDGET_RECIPE_STEPS = 16
-STEP_CASE = "wide_n3"
 VERSIONS = ("torch", "transformers", "deepspeed", "accelerate", "textbrewer", "numpy", "datasets")
-COLUMNS = (
-    *("case", "system", "seconds: median (min to max)", "x ours", "samples/s", "tokens/s", "peak MiB", "padding"),
-    *("dev", "runs"),
-)
 NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-
-Row = dict[str, Any]
 
 
 class RunFailed(Exception):
@@ -335,133 +329,6 @@ def summarize(prepared: Prepared, system: str, runs: list[Row] | str, where: Row
         **({} if scaled is None else {"extrapolated_from_steps": scaled}),
         **where,
     }
-
-
-# -- Results -----------------------------------------------------------------------------------------------------------
-
-
-def merge(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
-    """Rows by case and system, the new ones in place of old ones; in the order of cases.py."""
-    rows = {(row["case"], row["system"]): row for row in (*old, *new)}
-    names, systems = list(CASES), list(SYSTEMS)
-
-    def place(row: Row) -> tuple[int, int]:
-        case, system = row["case"], row["system"]
-        return (
-            names.index(case) if case in names else len(names),
-            systems.index(system) if system in systems else len(systems),
-        )
-
-    return sorted(rows.values(), key=place)
-
-
-def with_ratios(rows: Sequence[Row]) -> list[Row]:
-    """The rows with `ratio_to_ours`, the median over that of ours_cached in the same case, where both ran."""
-    ours = {row["case"]: row["seconds"]["median"] for row in rows if row["system"] == SYSTEMS[0] and "seconds" in row}
-    rows = [{name: value for name, value in row.items() if name != "ratio_to_ours"} for row in rows]
-    return [
-        row | {"ratio_to_ours": row["seconds"]["median"] / ours[row["case"]]}
-        if "seconds" in row and row["case"] in ours
-        else row
-        for row in rows
-    ]
-
-
-def table(result: Row) -> str:
-    """bench.md."""
-    lines = [
-        f"{result['machine']}; "
-        + ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
-        + f"; commit {result['commit']}.",
-        "",
-        "Seconds from tokenised rows in memory to the best weights saved, the teacher's answers included.",
-        "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|" + "---|" * len(COLUMNS),
-    ]
-    for row in result["cases"]:
-        if "error" in row:
-            lines.append(
-                f"| {row['case']} | {row['system']} | failed: {row['error'].replace('|', '/')} |"
-                + " |" * (len(COLUMNS) - 3)
-            )
-            continue
-        seconds, scaled = row["seconds"], row.get("extrapolated_from_steps")
-        spread = f"scaled up from {scaled} steps" if scaled else f"{seconds['min']:.1f} to {seconds['max']:.1f}"
-        score = f"{statistics.mean(row['dev_score']):.3f}" if row["dev_score"] else ""
-        ratio = f"{row['ratio_to_ours']:.2f}" if "ratio_to_ours" in row else ""
-        lines.append(
-            f"| {row['case']} | {row['system']} | {seconds['median']:.1f} ({spread}) | {ratio} | "
-            f"{row['samples_per_s']:.0f} | {row['tokens_per_s']:.0f} | {row['peak_memory_mib']:.0f} | "
-            f"{row['padding_share']:.0%} | {score} | {row['runs']} |"
-        )
-    if result.get("engine_overhead") is not None:
-        lines += [
-            "",
-            f"A step of {STEP_CASE} takes {result['engine_overhead']:+.1%} on DeepSpeed's engine against a bare "
-            f"PyTorch loop. It does {result['student_gflops']:.0f} GFLOP/s of needed arithmetic; a large bf16 matrix "
-            f"product does {result['bf16_matmul_gflops']:.0f}.",
-        ]
-    return "\n".join(lines) + "\n"
-
-
-def plot(result: Row, file: Path) -> None:
-    """Bars of seconds, a panel for each case."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    rows = [row for row in result["cases"] if "seconds" in row]
-    names = list(dict.fromkeys(row["case"] for row in rows))
-    if not names:
-        return
-    figure, panels = plt.subplots(len(names), 1, figsize=(8, 0.6 + 1.5 * len(names)), squeeze=False)
-    for panel, name in zip(panels[:, 0], names, strict=True):
-        chosen = [row for row in rows if row["case"] == name][::-1]
-        medians = [row["seconds"]["median"] for row in chosen]
-        spread = [
-            [row["seconds"]["median"] - row["seconds"]["min"] for row in chosen],
-            [row["seconds"]["max"] - row["seconds"]["median"] for row in chosen],
-        ]
-        colors = ["tab:blue" if row["system"].startswith("ours") else "lightgray" for row in chosen]
-        panel.barh([row["system"] for row in chosen], medians, xerr=spread, color=colors)
-        for position, row in enumerate(chosen):
-            ratio = f" ({row['ratio_to_ours']:.1f}x)" if "ratio_to_ours" in row else ""
-            scaled = ", scaled up" if row.get("extrapolated_from_steps") else ""
-            text = f"  {row['seconds']['median']:,.0f} s{ratio}{scaled}"
-            panel.text(row["seconds"]["max"], position, text, va="center")
-        panel.set_xlim(0, max(row["seconds"]["max"] for row in chosen) * 1.35)
-        panel.set_title(name, fontsize=10, loc="left")
-        panel.spines[["top", "right"]].set_visible(False)
-    panels[-1, 0].set_xlabel(f"seconds for {EPOCHS} epochs")
-    figure.suptitle(f"Distillation on {result['machine']}", fontsize=11)
-    figure.tight_layout()
-    figure.savefig(file, dpi=110)
-    plt.close(figure)
-
-
-def save(out: Path, rows: Sequence[Row], facts: Row) -> None:
-    """Merge the rows into OUT/bench.json, and write table and plot anew from all that is there."""
-    file = out / "bench.json"
-    old = json.loads(file.read_text()) if file.exists() else {}
-    result = {
-        "machine": "",
-        "versions": {},
-        "commit": "",
-        "bf16_matmul_gflops": None,
-        "engine_overhead": None,
-        "student_gflops": None,
-        **old,
-        **facts,
-    }
-    result["cases"] = with_ratios(merge(old.get("cases", []), rows))
-    out.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, indent=2) + "\n")
-    temporary.replace(file)
-    (out / "bench.md").write_text(table(result))
-    plot(result, out / "bench.png")
 
 
 # -- The command line --------------------------------------------------------------------------------------------------

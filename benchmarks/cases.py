@@ -61,6 +61,8 @@ CASES = {
         Case("wide_n3", "mrpc", 3, num_train_rows=768, num_dev_rows=64, is_wide=True, recipe_steps=8),
     )
 }
+STEP_CASE = "wide_n3"
+"""Where a single step is measured."""
 
 
 @dataclass(frozen=True)

@@ -36,6 +36,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets import ClassLabel, Features, Value
 
+from peakd_ds.files import whole_file
+
 LABEL_NAMES = ("negative", "positive")
 FEATURES = Features({"sentence": Value("string"), "label": ClassLabel(names=list(LABEL_NAMES)), "idx": Value("int32")})
 NEUTRAL_BELOW = 0.5  # ratings with a smaller absolute value are left out: too faint to label
@@ -276,13 +278,8 @@ def read_split(path: Path) -> list[Example]:
 
 def write_whole(path: Path, content: bytes) -> None:
     """Write a file under a temporary name and rename it, so that a file of this name is always whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
+    with whole_file(path) as temporary:
         temporary.write_bytes(content)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def fetch_encoder(folder: Path) -> None:

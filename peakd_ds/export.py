@@ -6,7 +6,6 @@ plain BERT of the effective depth, which loads with transformers alone.
 
 import copy
 import importlib
-import os
 import shutil
 import warnings
 from collections.abc import Iterable, Mapping
@@ -18,7 +17,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from peakd_ds.files import hidden_sibling, replace_folder
+from peakd_ds.files import hidden_sibling, replace_folder, whole_file
 from peakd_ds.sps import SPSBertConfig, SPSBertForSequenceClassification, execution_order
 
 ONNX_TOLERANCE = 1e-4
@@ -208,10 +207,7 @@ def export_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file
     reference = copy.deepcopy(model).cpu().float().eval()
     reference.config.return_dict = False  # a tuple (logits,): the graph's outputs
     traced = _random_inputs(tokenizer, reference.config, num_rows=2, num_tokens=8)
-    file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    new = hidden_sibling(file, "new")
-    try:
+    with whole_file(Path(file)) as new:
         with warnings.catch_warnings():
             # Every input has the same two axes, and the exporter warns once for each name it sees again.
             warnings.filterwarnings("ignore", message=".*axis name.*will not be used", category=UserWarning)
@@ -236,9 +232,6 @@ def export_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file
                 f"the ONNX model's logits differ from PyTorch's by {difference:.2e}, over {ONNX_TOLERANCE}; "
                 "nothing was written; export with other versions of torch or onnxruntime"
             )
-        os.replace(new, file)
-    finally:
-        new.unlink(missing_ok=True)
     return difference
 
 

@@ -1,6 +1,7 @@
 """Files and folders that are whole whenever they can be seen: written under another name, then renamed."""
 
 import contextlib
+import os
 import secrets
 import shutil
 from collections.abc import Iterator
@@ -9,10 +10,8 @@ from pathlib import Path
 
 def write_atomically(file: Path, text: str) -> None:
     """Write a text file so that whoever reads it finds the old text or the new one, whole."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(file)
+    with whole_file(file) as temporary:
+        temporary.write_text(text)
 
 
 @contextlib.contextmanager
@@ -23,6 +22,19 @@ def whole_file(file: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.replace(file)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def create_file(file: Path, text: str) -> bool:
+    """Write a text file that is whole from its first moment; False, and nothing is changed, if there is one."""
+    temporary = hidden_sibling(file, "new")
+    try:
+        temporary.write_text(text)
+        os.link(temporary, file)  # fails if the file exists, on NFS too
+        return True
+    except FileExistsError:
+        return False
     finally:
         temporary.unlink(missing_ok=True)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from peakd_ds.config import UserError
+from peakd_ds.files import create_file
 from peakd_ds.slurm_job import job_name
 
 NAME = "lock.json"
@@ -32,24 +33,17 @@ def take(run_dir: Path) -> None:
     """
     global _held
     file, me = run_dir / NAME, _describe_me()
-    temporary = run_dir / f".{NAME}.{me['token']}"
-    temporary.write_text(json.dumps(me, indent=2) + "\n")
-    try:
-        for _ in range(10):
-            try:
-                os.link(temporary, file)  # fails if the file exists, on NFS too
-                break
-            except FileExistsError:
-                owner = _read(file)
-                reason = None if owner is None else _why_alive(owner, me)
-                if reason is not None:
-                    raise UserError(
-                        f"--run_dir {run_dir} is in use: {reason}; wait for its end or take another --run_dir "
-                        f"(if you know that it is over, delete {file})"
-                    ) from None
-                file.unlink(missing_ok=True)
-    finally:
-        temporary.unlink(missing_ok=True)
+    for _ in range(10):
+        if create_file(file, json.dumps(me, indent=2) + "\n"):
+            break
+        owner = _read(file)
+        reason = None if owner is None else _why_alive(owner, me)
+        if reason is not None:
+            raise UserError(
+                f"--run_dir {run_dir} is in use: {reason}; wait for its end or take another --run_dir "
+                f"(if you know that it is over, delete {file})"
+            )
+        file.unlink(missing_ok=True)
     _held = (file, me["token"])
     check()
 
@@ -98,7 +92,7 @@ def _describe_me() -> dict[str, Any]:
         "token": secrets.token_hex(8),
         "host": socket.gethostname(),
         "pid": os.getpid(),
-        "process_start": _process_start(os.getpid()),
+        "process_start": process_start(os.getpid()),
         "cluster": env.get("SLURM_CLUSTER_NAME"),
         "job": job_name(),
         "step": env.get("SLURM_STEP_ID"),
@@ -119,7 +113,7 @@ def _why_alive(owner: dict[str, Any], me: dict[str, Any]) -> str | None:
     if same_job and owner["restart"] != me["restart"]:
         is_later = owner["restart"] > me["restart"]
         return f"{name} is a later start of this job, whose start {me['restart']} is over" if is_later else None
-    if owner["host"] == me["host"] and owner["process_start"] != _process_start(owner["pid"]):
+    if owner["host"] == me["host"] and owner["process_start"] != process_start(owner["pid"]):
         return None
     if owner["job"] is not None and owner["cluster"] == me["cluster"]:
         is_running = _is_step_running(owner["job"], owner["step"])
@@ -140,7 +134,7 @@ def _is_step_running(job: str, step: str | None) -> bool | None:
     return bool(done.stdout.strip())
 
 
-def _process_start(pid: int) -> str | None:
+def process_start(pid: int) -> str | None:
     """When a process of this host began, in clock ticks since boot; None if there is none (or no /proc)."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from peakd_ds import dist, run_lock, slurm_job
 from peakd_ds.config import UserError
+from peakd_ds.files import write_atomically
 
 TERMS = ("loss", "hard_loss", "soft_loss", "hidden_loss")
 
@@ -169,9 +170,7 @@ class RunLog:
         if not file.exists():
             return
         kept = [line for line in file.read_text().splitlines() if _is_kept(line, stage, step)]
-        temporary = file.with_name(file.name + ".tmp")
-        temporary.write_text("".join(line + "\n" for line in kept))
-        temporary.replace(file)
+        write_atomically(file, "".join(line + "\n" for line in kept))
 
 
 def _is_kept(line: str, stage: str, step: int) -> bool:

@@ -17,6 +17,7 @@ from peakd_ds import checkpoint, dist, ds_engine, figures, glue_eval, modeling, 
 from peakd_ds.config import STAGES
 from peakd_ds.data import GlobalBatch, MicroBatch, Split
 from peakd_ds.export import export_model, unroll
+from peakd_ds.files import whole_file
 from peakd_ds.kernels import DistillationLoss, distillation_loss
 from peakd_ds.modeling import MatchedStudent
 from peakd_ds.run import Run
@@ -232,9 +233,8 @@ def _ptp_labels_of(run: Run, log: RunLog) -> dict[str, torch.Tensor]:
         thresholds = {"t_correct": str(t_correct), "t_wrong": str(t_wrong)}
 
         def write() -> None:
-            file.parent.mkdir(parents=True, exist_ok=True)
-            save_file({"train": of_train, "selection": of_selection}, file.with_suffix(".tmp"), metadata=thresholds)
-            file.with_suffix(".tmp").replace(file)
+            with whole_file(file) as temporary:
+                save_file({"train": of_train, "selection": of_selection}, temporary, metadata=thresholds)
 
         dist.on_main(write)
 

@@ -27,7 +27,7 @@ from typing import NoReturn
 import yaml
 
 from peakd_ds.config import Parser, UserError, differences, exit_with
-from peakd_ds.files import hidden_sibling
+from peakd_ds.files import write_atomically
 from peakd_ds.grid import Element, Grid, read_grid
 
 TRAIN = Path(__file__).with_name("train.py")
@@ -131,7 +131,7 @@ def record(grid_file: str, grid: Grid) -> None:
     if Path(grid_file).resolve().parent == target.parent.resolve():
         return  # a copy that `submit` made, and by then the grid was recorded
     names = [element.name for element in grid.elements]
-    _replace_file(target, json.dumps(names, indent=0) + "\n")
+    write_atomically(target, json.dumps(names, indent=0) + "\n")
 
 
 def submit(
@@ -158,7 +158,7 @@ def submit(
     stem = f"{Path(grid_file).stem}-{hashlib.sha256(content).hexdigest()[:8]}"
     copy = Path(grid.folder) / "grids" / f"{stem}.yaml"
     if copy.resolve() != Path(grid_file).resolve():
-        _replace_file(copy, content.decode())
+        write_atomically(copy, content.decode())
     array = _ranges(numbers) + (f"%{at_once}" if at_once else "")
     command = ["sbatch", f"--array={array}", *options, str(ARRAY_SCRIPT), str(copy), *words]
     print(shlex.join(command), flush=True)
@@ -263,14 +263,6 @@ def _ranges(numbers: Sequence[int]) -> str:
         else:
             groups.append([number])
     return ",".join(f"{group[0]}-{group[-1]}" if len(group) > 1 else str(group[0]) for group in groups)
-
-
-def _replace_file(file: Path, text: str) -> None:
-    """As `write_atomically`, for elements of an array that do it at the same time."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    temporary = hidden_sibling(file, "new")
-    temporary.write_text(text)
-    temporary.replace(file)
 
 
 def cli() -> None:

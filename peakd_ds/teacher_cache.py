@@ -35,11 +35,12 @@ from torch import Tensor
 
 from peakd_ds import dist
 from peakd_ds.config import UserError
-from peakd_ds.data import NUM_SHARDS, Split
-from peakd_ds.files import hidden_sibling, write_atomically
+from peakd_ds.data import NUM_SHARDS, Split, tokenizer_digest
+from peakd_ds.files import create_file, hidden_sibling, whole_file, write_atomically
 from peakd_ds.run import Run
+from peakd_ds.run_lock import process_start
 
-FORMAT = 1
+FORMAT = 2
 POLL_S = 2.0
 SILENT_S = 1800.0  # a builder on another host touches its lock at every part; after so long it is taken for dead
 SPARE_BYTES = 64 * 2**20  # free space to leave, which checkpoints and exports also need
@@ -172,18 +173,15 @@ def _identity(run: Run, split_name: str, split: Split) -> dict[str, Any]:
     source = Path(run.teacher_source.path) if run.teacher_source.is_classifier else run.folder / "teacher"
     if not source.is_dir():
         source = Path(snapshot_download(str(run.teacher_source.path), allow_patterns=["*.safetensors", "config.json"]))
-    tokenizer = json.dumps(
-        [run.tokenizer.get_vocab(), run.tokenizer.init_kwargs.get("do_lower_case"), run.task.text_columns],
-        sort_keys=True,
-    )
     return {
         "format": FORMAT,
         "task": run.task.name,
+        "texts": list(run.task.text_columns),
         "split": split_name,
         "rows": len(split),
         "data": json.loads((run.folder / "data.json").read_text())[split_name],
         "max_seq_length": run.config.max_seq_length,
-        "tokenizer": hashlib.sha256(tokenizer.encode()).hexdigest(),
+        "tokenizer": tokenizer_digest(run.tokenizer),
         "teacher": _sha256(*sorted(source.glob("*.safetensors")), source / "config.json"),
         "dtype": run.config.dtype,
     }
@@ -305,14 +303,12 @@ def _ask(
 def _write_part(folder: Path, part: int, tensors: dict[str, Tensor], digest: str) -> None:
     file = folder / f"part-{part:02d}.safetensors"
     content = save(tensors, metadata={"manifest": digest})
-    temporary = hidden_sibling(file, "new")
     try:
-        temporary.write_bytes(content)
-        temporary.replace(file)
-        write_atomically(_checksum_file(file), f"{hashlib.sha256(content).hexdigest()}  {file.name}\n")
+        with whole_file(file) as temporary:
+            temporary.write_bytes(content)
+        with whole_file(_checksum_file(file)) as temporary:
+            temporary.write_text(f"{hashlib.sha256(content).hexdigest()}  {file.name}\n")
     except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
         raise UserError(
             f"{file} cannot be written ({error.strerror or error}); free space or set --teacher_cache to another disk: "
             "the parts that are whole are kept, and the same command goes on from them"
@@ -403,16 +399,8 @@ def _building(folder: Path, say: Say) -> Iterator[None]:
 def _take(file: Path, token: str) -> str | None:
     """Take the lock: None if it is ours now, else who has it. A dead owner's lock is put aside first."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    me = {"host": socket.gethostname(), "pid": os.getpid(), "began": _process_start(os.getpid()), "token": token}
-    temporary = hidden_sibling(file, "mine")
-    temporary.write_text(json.dumps(me))
-    try:
-        os.link(temporary, file)  # fails if the file exists, on NFS too
-        return None
-    except FileExistsError:
-        return _owner_or_remove(file)
-    finally:
-        temporary.unlink(missing_ok=True)
+    me = {"host": socket.gethostname(), "pid": os.getpid(), "began": process_start(os.getpid()), "token": token}
+    return None if create_file(file, json.dumps(me)) else _owner_or_remove(file)
 
 
 def _owner_or_remove(file: Path) -> str:
@@ -433,7 +421,7 @@ def _owner_or_remove(file: Path) -> str:
                 "then start again"
             )
         return name
-    if began is not None and began == _process_start(owner["pid"]):
+    if began is not None and began == process_start(owner["pid"]):
         return name
     aside = hidden_sibling(file, "dead")
     with contextlib.suppress(FileNotFoundError):
@@ -443,11 +431,3 @@ def _owner_or_remove(file: Path) -> str:
                 os.link(aside, file)
         aside.unlink()
     return f"{name}, which is gone"
-
-
-def _process_start(pid: int) -> str | None:
-    """When a process of this host began, in clock ticks since boot; None if there is none."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return None

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import FlopCounterMode
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
 import baselines
+import bench_rows
 import bench_scaling
 import bench_step
 import bench_train
@@ -284,7 +285,7 @@ def test_saving_one_case_keeps_the_others(prepared: bench_train.Prepared, tmp_pa
             ("mrpc_n1", "ours_cached", [run_row(20.0)]),
         )
     ]
-    bench_train.save(out, rows, facts | {"engine_overhead": 0.1, "student_gflops": 9.0, "bf16_matmul_gflops": 99.0})
+    bench_rows.save(out, rows, facts | {"engine_overhead": 0.1, "student_gflops": 9.0, "bf16_matmul_gflops": 99.0})
     first = json.loads((out / "bench.json").read_text())
     assert [(row["case"], row["system"]) for row in first["cases"]] == [
         ("mrpc_n1", "ours_cached"),
@@ -295,7 +296,7 @@ def test_saving_one_case_keeps_the_others(prepared: bench_train.Prepared, tmp_pa
     assert first["cases"][1]["ratio_to_ours"] == 2.0 and first["cases"][2]["error"] == "KeyError: 'a|b'"
 
     again = bench_train.summarize(prepared, "ours_cached", [run_row(10.0)], {"commit": "new"})
-    bench_train.save(out, [again], facts)
+    bench_rows.save(out, [again], facts)
     second = json.loads((out / "bench.json").read_text())
     assert len(second["cases"]) == 4 and second["engine_overhead"] == 0.1
     assert second["cases"][0]["commit"] == "new" and second["cases"][0]["seconds"]["median"] == 10.0
@@ -304,7 +305,7 @@ def test_saving_one_case_keeps_the_others(prepared: bench_train.Prepared, tmp_pa
     table = (out / "bench.md").read_text()
     assert "failed: KeyError: 'a/b'" in table and "| mrpc_n1 | hf_trainer | 40.0 (40.0 to 40.0) | 4.00 |" in table
     widths = {line.count("|") for line in table.splitlines() if line.startswith("|")}
-    assert widths == {len(bench_train.COLUMNS) + 1}
+    assert widths == {len(bench_rows.COLUMNS) + 1}
     assert (out / "bench.png").stat().st_size > 1000
 
 

@@ -41,7 +41,7 @@ def test_the_run_folder_holds_what_it_should(finished: Path) -> None:
     names = "config.yaml tb metrics.jsonl checkpoints teacher student student_unrolled results.json README.md".split()
     assert [name for name in names if not (finished / name).exists()] == []
     assert (finished / "loss_curves.png").read_bytes().startswith(b"\x89PNG")
-    assert not list(finished.rglob("*.tmp"))
+    assert not [*finished.rglob("*.tmp"), *finished.rglob(".*.new-*")]
     assert not [file for file in finished.rglob("*") if file.suffix in (".pt", ".bin", ".pkl")], "no pickles"
 
 

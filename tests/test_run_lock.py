@@ -36,7 +36,7 @@ def test_taken_and_given_back(tmp_path: Path) -> None:
 
 def test_live_process_keeps_it(tmp_path: Path) -> None:
     child = subprocess.Popen(["sleep", "60"])
-    owned_by(tmp_path, pid=child.pid, process_start=run_lock._process_start(child.pid))
+    owned_by(tmp_path, pid=child.pid, process_start=run_lock.process_start(child.pid))
     with pytest.raises(UserError, match=f"is in use: process {child.pid} on .* wait for its end or take another"):
         run_lock.take(tmp_path)
     child.kill()

@@ -1,20 +1,24 @@
 """The teacher's answers in files: equal to asking it, whole or refused, and built by one start at a time."""
 
 import errno
+import hashlib
 import json
 import os
+import re
 import shutil
+import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
 import torch
-from conftest import save_encoder
+from conftest import ROOT, save_encoder
 
-from peakd_ds import dist, stages, teacher_cache, train
+from peakd_ds import dist, run_lock, stages, teacher_cache, train
 from peakd_ds.config import UserError, parse
 from peakd_ds.modeling import task_head
 from peakd_ds.run import Run, open_run
@@ -251,8 +255,6 @@ def test_auto_says_why(
     run = open_run(parse([*argv, "--run_dir", str(tmp_path / "run"), "--teacher_mode", "auto"]))
     answers = teacher_cache.answers_of(run, said.append)
     assert (answers is not None) == choice.startswith("cached")
-    import re
-
     assert re.search(choice, said[0])
 
 
@@ -261,30 +263,9 @@ def test_auto_says_why(
 
 def lock_of(folder: Path, pid: int, host: str = socket.gethostname()) -> Path:
     folder.mkdir(parents=True)
-    owner = {"host": host, "pid": pid, "began": teacher_cache._process_start(pid), "token": "other"}
+    owner = {"host": host, "pid": pid, "began": run_lock.process_start(pid), "token": "other"}
     (folder / "lock.json").write_text(json.dumps(owner))
     return folder / "lock.json"
-
-
-def test_a_second_start_waits_for_the_first(
-    argv: list[str], tmp_path: Path, single_rank: None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It then reads what the first has built, without a teacher of its own."""
-    answers_of(opened(argv, tmp_path / "first"))
-    built, cache = tmp_path / "built", tmp_path / "cache" / "train"
-    cache.rename(built)
-    lock = lock_of(cache, os.getpid())
-
-    def first_ends(seconds: float) -> None:
-        shutil.copytree(built, cache, dirs_exist_ok=True)
-        lock.unlink()
-
-    run, said = opened(argv, tmp_path / "second"), []
-    monkeypatch.setattr(teacher_cache.time, "sleep", first_ends)
-    monkeypatch.setattr(run, "teacher", no_engine)
-    assert teacher_cache.answers_of(run, said.append) is not None
-    assert any(f"is being built by process {os.getpid()} on {socket.gethostname()}; waiting" in line for line in said)
-    assert not lock.exists()
 
 
 def test_a_dead_builder_s_lock_is_taken(argv: list[str], tmp_path: Path, single_rank: None, monkeypatch) -> None:
@@ -302,3 +283,115 @@ def test_another_host_s_silent_lock_is_told(argv: list[str], tmp_path: Path, sin
     with pytest.raises(UserError, match=r"process 1 on elsewhere has built nothing for .* minutes; delete the file"):
         answers_of(opened(argv, tmp_path / "run"))
     assert lock.exists() and dist.is_main()
+
+
+# -- Real processes ----------------------------------------------------------------------------------------------------
+
+
+class Start:
+    """A run in a process of its own, in its own folder, with the cache `folder`."""
+
+    def __init__(self, argv: list[str], run_dir: Path, env: dict[str, str], in_front: Sequence[str] = ()):
+        self.log = run_dir.with_suffix(".log")
+        words = [*argv, "--epochs", "1", "--no_ptp", "--run_dir", str(run_dir), "--teacher_mode", "cached"]
+        with self.log.open("w") as log:
+            command = [*in_front, sys.executable, "-m", "peakd_ds", *words]
+            self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
+
+    def said(self) -> str:
+        return self.log.read_text()
+
+    def wait_until(self, is_there: Callable[[], bool]) -> None:
+        deadline = time.monotonic() + 120
+        while not is_there():
+            assert self.process.poll() is None and time.monotonic() < deadline, self.said()
+            time.sleep(0.001)
+
+    def hold_while_building(self, folder: Path) -> None:
+        """Stop it, as Ctrl-Z does, when it has built some parts and not all."""
+        self.wait_until((folder / "part-02.sha256").exists)
+        self.process.send_signal(signal.SIGSTOP)
+        assert (folder / "lock.json").exists() and not (folder / "part-63.sha256").exists()
+
+
+@pytest.fixture
+def start(argv: list[str], tmp_path: Path, env: dict[str, str]) -> Iterator[Callable[..., Start]]:
+    """`start(name, *in_front)`; what still runs at the end is killed."""
+    made: list[Start] = []
+
+    def started(name: str, *in_front: str) -> Start:
+        made.append(Start(argv, tmp_path / name, env, in_front))
+        return made[-1]
+
+    yield started
+    for one in made:
+        one.process.kill()
+        one.process.wait()
+
+
+def whole_parts(folder: Path) -> dict[str, int]:
+    """Names of parts that are what their checksums say, and when each was written."""
+    return {
+        file.name: file.stat().st_mtime_ns
+        for file in folder.glob("part-*.safetensors")
+        if (checksum := file.with_suffix(".sha256")).exists()
+        and checksum.read_text().split()[0] == hashlib.sha256(file.read_bytes()).hexdigest()
+    }
+
+
+def test_of_two_starts_one_builds(start: Callable[..., Start], tmp_path: Path) -> None:
+    """The other says for whom it waits, and reads what the first has built."""
+    folder = tmp_path / "cache" / "train"
+    first = start("first")
+    first.hold_while_building(folder)
+    second = start("second")
+    second.wait_until(lambda: f"is being built by process {first.process.pid} on " in second.said())
+    first.process.send_signal(signal.SIGCONT)
+    assert (first.process.wait(120), second.process.wait(120)) == (0, 0), first.said() + second.said()
+    assert f"{folder}: built in" in first.said() and f"{folder}: built in" not in second.said()
+    assert losses(tmp_path / "first") == losses(tmp_path / "second")
+    assert len(whole_parts(folder)) == 64 and not list(folder.glob(".*")) and not (folder / "lock.json").exists()
+
+
+def test_a_killed_build_goes_on(start: Callable[..., Start], tmp_path: Path) -> None:
+    folder = tmp_path / "cache" / "train"
+    killed = start("run")
+    killed.hold_while_building(folder)
+    killed.process.kill()
+    assert killed.process.wait(120) == -signal.SIGKILL
+    kept = whole_parts(folder)
+    again = start("run")
+    assert again.process.wait(120) == 0, again.said()
+    assert f"{len(kept)} of 64 parts are there" in again.said()
+    assert kept.items() <= whole_parts(folder).items() and len(whole_parts(folder)) == 64
+    assert not list(folder.glob(".*")) and not (folder / "lock.json").exists()
+
+
+def test_a_disk_that_fills_up(start: Callable[..., Start], tmp_path: Path) -> None:
+    """A file system of 80 MiB, mounted for this start alone, which something else fills during the build."""
+    own_mounts = ("unshare", "--user", "--map-root-user", "--mount")
+    mount = 'mount -t tmpfs -o size=80m tmpfs "$0" && exec "$@"'
+    (tmp_path / "cache").mkdir()
+    trial = [*own_mounts, "sh", "-c", mount, str(tmp_path / "cache"), "true"]
+    if shutil.which("unshare") is None or subprocess.run(trial).returncode != 0:
+        pytest.skip("no mounts of one's own here")
+    run = start("run", *own_mounts, "sh", "-c", mount, str(tmp_path / "cache"))
+    disk = Path(f"/proc/{run.process.pid}/root{tmp_path}/cache")
+    run.hold_while_building(disk / "train")
+    opened = os.open(disk, os.O_RDONLY)  # keeps the disk when the run is gone
+    try:
+        with pytest.raises(OSError, match="No space left"), (disk / "others").open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+        run.process.send_signal(signal.SIGCONT)
+        assert run.process.wait(120) == 1
+        assert re.search(
+            r"cannot be written \(No space left on device\); free space or set --teacher_cache", run.said()
+        )
+        assert "Traceback" not in run.said()
+        left = Path(f"/proc/self/fd/{opened}/train")
+        names = {file.name for file in left.iterdir()}
+        assert 3 <= len(whole_parts(left)) == sum(name.endswith(".sha256") for name in names) < 64
+        assert "lock.json" not in names and not any(name.startswith(".") for name in names), "half a file is left"
+    finally:
+        os.close(opened)
