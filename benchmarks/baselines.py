@@ -190,6 +190,8 @@ def published_recipe(job: Job) -> Outcome:
             scheduler.step()
             optimizer.zero_grad()
             outcome.steps += 1
+            if outcome.steps == 1:
+                warmed_up = time.perf_counter()
             outcome.positions += batch["input_ids"].numel()
             outcome.tokens += int(batch["attention_mask"].sum())
         before = time.perf_counter()
@@ -201,8 +203,10 @@ def published_recipe(job: Job) -> Outcome:
         if job.max_steps is not None:  # the rows asked about are one short epoch
             ended = time.perf_counter()
             asking_s = (asked - loaded) / len(answers) * steps_per_epoch
-            step_s = (ended - asked - evaluation_s) / outcome.steps
-            outcome.seconds = loaded - outcome.began + asking_s + job.epochs * (step_s * steps_per_epoch + evaluation_s)
+            first_s = warmed_up - asked  # what the first step makes is made once
+            step_s = (ended - warmed_up - evaluation_s) / (outcome.steps - 1) if outcome.steps > 1 else first_s
+            steps_s = first_s + step_s * (job.epochs * steps_per_epoch - 1)
+            outcome.seconds = loaded - outcome.began + asking_s + steps_s + job.epochs * evaluation_s
             outcome.extrapolated_from_steps, outcome.dev_score = outcome.steps, None
             break
     return outcome

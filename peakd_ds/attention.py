@@ -9,6 +9,7 @@ T tokens, B rows, H hidden size = heads * head size D; S the width that attentio
 
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -131,8 +132,9 @@ class _CpuDropout(torch.autograd.Function):
 def _draw(like: Tensor, p: float) -> tuple[Tensor, float]:
     """Zeros with probability p and ones, in the shape and dtype of `like`, and what makes their mean 1."""
     num_dropped = round(p * _LEVELS)  # of so many levels
-    words = torch.empty(-(-like.numel() // 4), dtype=torch.int64).random_(torch.iinfo(torch.int64).min, None)
-    levels = words.view(torch.int16)[: like.numel()].view(like.shape)
+    seed = int(torch.empty((), dtype=torch.int64).random_())  # so torch's generator alone says which mask is drawn
+    words = np.random.SFC64(seed).random_raw(-(-like.numel() // 4))
+    levels = torch.from_numpy(words.view(np.int16))[: like.numel()].view(like.shape)
     keep = torch.empty_like(like, memory_format=torch.contiguous_format)
     torch.ge(levels, num_dropped - _LEVELS // 2, out=keep)  # straight into numbers: a product with bools is slow
     return keep, _LEVELS / max(_LEVELS - num_dropped, 1)

@@ -107,7 +107,8 @@ def _prune(folder: Path, newest_name: str) -> None:
         if candidate.name < newest_name and len(kept) < NUM_KEPT and _damage_with_best(candidate) is None:
             kept.append(candidate)
     kept_best = {best_folder(folder, _position(candidate)["best_epoch"]) for candidate in kept}
-    for old in (set(_candidates(folder)) - set(kept)) | (set(folder.glob("best-????")) - kept_best):
+    of_killed_saves = {*folder.glob("step-*.tmp"), *folder.glob("best-*.tmp"), *folder.glob(".*.old-*")}
+    for old in (set(_candidates(folder)) - set(kept)) | (set(folder.glob("best-????")) - kept_best) | of_killed_saves:
         shutil.rmtree(old, ignore_errors=True)
 
 

@@ -97,8 +97,8 @@ class Split:
             rows = np.flatnonzero(np.isin(self.node_of, (ON_ALL_NODES, dist.node_rank())))[:1]
         columns = self.rows[rows]
         return MicroBatch(
-            inputs=pack(columns["input_ids"], columns["token_type_ids"], dist.device()),
-            labels=self.labels[rows].to(dist.device(), non_blocking=True),
+            inputs=pack(columns["input_ids"], columns["token_type_ids"]),
+            labels=dist.to_device(self.labels[rows]),
             rows=torch.from_numpy(rows),
             num_real=num_real,
         )

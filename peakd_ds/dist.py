@@ -218,6 +218,11 @@ def on_main(action: Callable[[], T]) -> T:
     return broadcast(agree(lambda: action() if is_main() else None))  # type: ignore[return-value]
 
 
+def to_device(tensor: torch.Tensor) -> torch.Tensor:
+    """A host tensor on this rank's device; the host does not wait for the copy, which pinned memory alone allows."""
+    return tensor if device().type == "cpu" else tensor.pin_memory().to(device(), non_blocking=True)
+
+
 def seed_everything(*words: object) -> None:
     """Seed torch, numpy's legacy generator and random from `words`, for example (seed, stage, step, rank)."""
     import numpy

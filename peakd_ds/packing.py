@@ -14,6 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from peakd_ds import dist
+
 WIDTH_MULTIPLE = 32
 """Attention pads to a multiple of this. A CPU's vectors hold 32 bf16: its softmax of 77 columns takes twice the time of
 one of 96."""
@@ -50,8 +52,9 @@ class Packing:
         return padded.flatten(0, 1).index_select(0, self.places)
 
 
-def pack(input_ids: Sequence[np.ndarray], token_type_ids: Sequence[np.ndarray], device: torch.device) -> dict[str, Any]:
-    """Inputs of a packed forward pass: input_ids, token_type_ids, position_ids, int64 [1, T], and `packing`.
+def pack(input_ids: Sequence[np.ndarray], token_type_ids: Sequence[np.ndarray]) -> dict[str, Any]:
+    """Inputs of a packed forward pass, on this rank's device: input_ids, token_type_ids, position_ids, int64 [1, T],
+    and `packing`.
 
     Args:
         input_ids: Token ids of each row, from [CLS] on.
@@ -63,8 +66,7 @@ def pack(input_ids: Sequence[np.ndarray], token_type_ids: Sequence[np.ndarray], 
     places = np.flatnonzero(mask)
 
     def on_device(values: np.ndarray) -> Tensor:
-        tensor = torch.from_numpy(values)
-        return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+        return dist.to_device(torch.from_numpy(values))
 
     return {
         "input_ids": on_device(np.concatenate(input_ids).astype(np.int64)[None]),

@@ -69,6 +69,11 @@ class Run:
         has_ptp, beta = self.config.ptp and not self.task.is_regression, self.config.beta if self.pairs else 0.0
         return replace(self.config, ptp=has_ptp, beta=beta).method
 
+    @property
+    def loss_reads_teacher(self) -> bool:
+        """Whether the distill stage's loss has a term that compares with the teacher."""
+        return self.config.alpha > 0 or (self.config.beta > 0 and bool(self.pairs))
+
     def has_teacher(self) -> bool:
         """Whether there is a trained teacher (collective): given as a classifier, or this run's own."""
         return self.teacher_source.is_classifier or dist.on_main((self.folder / "teacher" / "config.json").exists)

@@ -204,7 +204,7 @@ class StepMeter:
         self.pair_distances = None
 
     def add(self, loss: Any, pair_distances: torch.Tensor | None, num_positions: int) -> None:
-        """A micro-batch's loss shares and its number of padded positions."""
+        """A micro-batch's loss shares and the number of positions computed."""
         self.terms += torch.stack([term.detach().float() for term in loss])
         self.num_positions += num_positions
         if pair_distances is not None:
@@ -283,8 +283,9 @@ class TeacherClock:
 
     def take(self) -> tuple[float, float]:
         """(seconds of the teacher, seconds of waiting for it) so far; waits for the device, so only on log steps."""
-        if self.passes:
+        if self.passes or self.waits:
             torch.cuda.synchronize()
+        if self.passes:
             self.seconds = sum(start.elapsed_time(end) for start, end in self.passes) / 1000
         waited = sum(start.elapsed_time(end) for start, end in self.waits) / 1000 if self.waits else self.seconds
         seconds, self.seconds, self.passes, self.waits = self.seconds, 0.0, [], []

@@ -98,7 +98,7 @@ def _ptp_stage(run: Run, log: RunLog) -> Stage:
 
     def loss(engine: Any, micro: MicroBatch, batch: GlobalBatch, closely: bool) -> tuple[DistillationLoss, None]:
         logits = engine(**micro.inputs).logits[: micro.num_real]
-        labels = ptp_labels["train"][micro.rows[: micro.num_real]].to(logits.device)
+        labels = dist.to_device(ptp_labels["train"][micro.rows[: micro.num_real]])
         return _hard_loss(run, engine, logits, labels, batch), None
 
     def evaluate(module: nn.Module) -> dict[str, float]:
@@ -133,10 +133,11 @@ def _ptp_stage(run: Run, log: RunLog) -> Stage:
 def _distill_stage(run: Run, log: RunLog) -> Stage:
     """Train the student, its PTP head dropped for a new one, on labels, teacher logits and teacher hidden states."""
     config = run.config
-    asks_teacher = config.alpha > 0 or config.beta > 0
     answers = teacher_cache.answers_of(run, log.say)
-    teacher = run.teacher() if asks_teacher and answers is None else None
+    teacher = run.teacher() if run.loss_reads_teacher and answers is None else None
     teacher_logits = _teacher_logits(run, answers, *run.selection) if run.has_teacher() else None
+    if teacher is None:
+        run.drop_teacher()  # it was asked about the rows that pick epochs, and no more
     if config.beta > 0 and not run.pairs:
         log.say(f"--layer_map {config.layer_map} matches no layer pair at these depths: the hidden-state loss is 0")
 
@@ -156,7 +157,7 @@ def _distill_stage(run: Run, log: RunLog) -> Stage:
         return logits[:n] if needs_logits else None, [tensor[:n] for tensor in states]
 
     def answered(batches: Iterator[GlobalBatch]) -> Iterator[GlobalBatch]:
-        if not asks_teacher:
+        if not run.loss_reads_teacher:
             return batches
         is_ahead = teacher is not None and dist.on_gpu() and ds_engine.zero_stage(run.teacher_ds_config) == 0
         return teacher_ahead.answered(batches, ask, run.teacher_clock, is_ahead)
@@ -257,7 +258,7 @@ def _teacher_logits(
     """float32 [N, C] over rows of the split of that name, on the CPU: from the cache or (collective) the teacher."""
     if answers is None:
         return run.teacher_logits(split, rows)
-    return answers[name].of(torch.from_numpy(rows))[0].cpu()
+    return answers[name].logits(torch.from_numpy(rows))
 
 
 def _hard_loss(

@@ -33,7 +33,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from peakd_ds import dist
+from peakd_ds import dist, preempt
 from peakd_ds.config import UserError
 from peakd_ds.data import NUM_SHARDS, Split, tokenizer_digest
 from peakd_ds.files import create_file, hidden_sibling, whole_file, write_atomically
@@ -59,6 +59,10 @@ class Answers:
     columns: list[int]
     """Where each layer that was asked for stands in `cls`."""
 
+    def logits(self, rows: Tensor) -> Tensor:
+        """Logits float32 [N, C] of int64 rows [N], on the CPU; nothing else is read."""
+        return torch.cat([part["logits"] for part in self.parts])[rows]
+
     def of(self, rows: Tensor) -> tuple[Tensor, list[Tensor]]:
         """Logits float32 [B, C] of int64 rows [B] and, for each layer asked for, [CLS] vectors [B, H], on the device.
 
@@ -79,8 +83,8 @@ class Answers:
         else:
             found_logits = torch.stack([part["logits"][i] for part, i in found])
             found_cls = torch.stack([part["cls"][i] for part, i in found])
-        found_cls = found_cls.to(dist.device(), non_blocking=True)
-        return found_logits.to(dist.device(), non_blocking=True), [found_cls[:, column] for column in self.columns]
+        found_cls = dist.to_device(found_cls)
+        return dist.to_device(found_logits), [found_cls[:, column] for column in self.columns]
 
 
 def answers_of(run: Run, say: Say) -> dict[str, Answers] | None:
@@ -101,7 +105,7 @@ def _choose(run: Run, say: Say) -> bool:
     """Whether this run reads the teacher's answers from a cache (collective); says why where it is `auto` to choose."""
     config = run.config
     has_ptp = "ptp" in config.stages and config.ptp and not run.task.is_regression
-    if config.teacher_mode == "online" or not (config.alpha > 0 or config.beta > 0 or has_ptp):
+    if config.teacher_mode == "online" or not (run.loss_reads_teacher or has_ptp):
         return False
     if config.teacher_mode == "cached":
         return True
@@ -272,10 +276,12 @@ def _build(run: Run, folder: Path, manifest: dict[str, Any], split: Split, missi
         def write(part: int | None = part, tensors: dict[str, Tensor] = tensors) -> None:
             if part is not None:
                 _write_part(folder, part, tensors, _digest(manifest))
+            if dist.is_main():
+                with contextlib.suppress(FileNotFoundError):  # deleted by a user, who was told that they may
+                    os.utime(folder / "lock.json")
 
         dist.agree(write)
-        if dist.is_main():
-            os.utime(folder / "lock.json")
+        preempt.leave_if(preempt.stop_agreed())
     say(f"teacher cache {folder}: built in {time.perf_counter() - start:.1f} s")
 
 
@@ -388,11 +394,12 @@ def _building(folder: Path, say: Say) -> Iterator[None]:
         if not has_told:
             say(f"teacher cache {folder} is being built by {owner}; waiting for it (if it is over, delete {file})")
             has_told = True
+        preempt.leave_if(preempt.stop_agreed())
         time.sleep(POLL_S)
     try:
         yield
     finally:  # not a collective: one rank alone may have raised
-        if dist.is_main():
+        if dist.is_main() and _is_mine(file, token):
             file.unlink(missing_ok=True)
 
 
@@ -401,6 +408,14 @@ def _take(file: Path, token: str) -> str | None:
     file.parent.mkdir(parents=True, exist_ok=True)
     me = {"host": socket.gethostname(), "pid": os.getpid(), "began": process_start(os.getpid()), "token": token}
     return None if create_file(file, json.dumps(me)) else _owner_or_remove(file)
+
+
+def _is_mine(file: Path, token: str) -> bool:
+    """Whether the lock still is this start's; a user may have deleted it, and another start taken it since."""
+    try:
+        return json.loads(file.read_text())["token"] == token
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def _owner_or_remove(file: Path) -> str:

@@ -50,12 +50,12 @@ def train(stage: Stage, run: Run, log: RunLog) -> None:
     _, num_accum_steps = run.micro_and_accum
     num_steps = epochs * len(data.epoch_slots(len(run.train_rows), config.global_batch_size, config.seed, 0))
 
-    module = build(stage, config)
+    module = dist.agree(lambda: build(stage, config))
     resumed_from, skipped = checkpoint.newest(folder)
     for warning in skipped:
         log.say(f"warning: {warning}")
     if resumed_from is not None:
-        checkpoint.load_weights(module, resumed_from)
+        dist.agree(lambda: checkpoint.load_weights(module, resumed_from))
     engine = ds_engine.training_engine(module, config, run.student_ds_config, num_steps, stage.name)
     state = checkpoint.TrainState() if resumed_from is None else checkpoint.restore(engine, resumed_from)
     share_to_loss = ds_engine.undo_averaging(engine)
@@ -121,8 +121,8 @@ def train(stage: Stage, run: Run, log: RunLog) -> None:
         meter.restart_clock()
 
     engine.destroy()
-    best = build(stage, config)
-    checkpoint.load_weights(best, checkpoint.best_folder(folder, state.best_epoch))
+    best = dist.agree(lambda: build(stage, config))
+    dist.agree(lambda: checkpoint.load_weights(best, checkpoint.best_folder(folder, state.best_epoch)))
     stage.finish(best.to(dist.device()).eval())
     log.say(
         f"stage {stage.name} is over: {stage.score} {state.best_score:.4f} on {run.selection[0]} picks epoch "

@@ -402,7 +402,7 @@ def test_needed_arithmetic_is_what_torch_counts(num_stored: int) -> None:
     )
     model, rows, length = SPSBertForSequenceClassification(config), 4, WIDTH_MULTIPLE  # so attention pads nothing
     ids = np.random.default_rng(0).integers(50, size=(rows, length))
-    inputs = pack(list(ids), [np.zeros_like(row) for row in ids], torch.device("cpu"))
+    inputs = pack(list(ids), [np.zeros_like(row) for row in ids])
     with FlopCounterMode(display=False) as counter:
         model(**inputs).logits.sum().backward()
     counted = counter.get_total_flops()

@@ -311,6 +311,15 @@ def test_what_a_kill_leaves_behind_is_no_checkpoint(folder: Path) -> None:
     assert checkpoint.newest(folder) == (None, [])
 
 
+def test_the_next_save_removes_what_a_kill_leaves_behind(
+    folder: Path, config: RunConfig, new_engine: Callable[..., Any]
+) -> None:
+    for name in ("step-00000009.tmp", "best-0001.tmp", ".step-00000003.old-00ff00ff"):
+        (folder / name).mkdir()
+    checkpoint.save(folder, new_engine("zero1_fp32", build(config)), TrainState(step=4))
+    assert names(folder) == ["latest", "step-00000003", "step-00000004"] and not list(folder.glob(".*"))
+
+
 def test_a_damaged_newer_one_does_not_push_out_good_ones(
     folder: Path, config: RunConfig, new_engine: Callable[..., Any]
 ) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from peakd_ds import data, dist, ds_engine, stages, train
-from peakd_ds.config import parse
+from peakd_ds.config import UserError, parse
 from peakd_ds.run import open_run
 from peakd_ds.run_log import RunLog
 
@@ -57,6 +57,38 @@ def test_all_student_stages_beside(two_ranks, argv: list[str], tmp_path: Path, t
     for stage in range(4):
         tolerance = 1e-4 if dtype == "fp32" else 5e-2
         assert run(stage, teacher, dtype) == pytest.approx(plain, rel=tolerance), f"student at stage {stage}"
+
+
+def losses_by_adding(argv: list[str]) -> list[float]:
+    """The same with DeepSpeed's own way of summing bf16 gradients."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ds_engine, "_copy_first_gradients", lambda optimizer: None)
+        return losses(argv)
+
+
+def test_copying_the_first_gradients_changes_nothing(two_ranks, argv: list[str], tmp_path: Path) -> None:
+    """Over two micro-batches a step, of which the second is added."""
+    words = [*argv, "--student_ds_config", "zero1_bf16"]
+    copied, added = (
+        two_ranks.run(function, [*words, "--run_dir", str(tmp_path / function.__name__)])
+        for function in (losses, losses_by_adding)
+    )
+    assert copied == added and copied[0][-1] < copied[0][0]
+
+
+def fail_on_one(argv: list[str]) -> str:
+    """Runs on every rank: what a run says whose model cannot be read on the second."""
+    with pytest.MonkeyPatch.context() as patch:
+        if dist.rank() == 1:
+            patch.setattr(train, "build", lambda stage, config: Path("/no/such/model").read_bytes())
+        with pytest.raises(UserError) as caught:
+            train.main(parse(argv))
+    return str(caught.value)
+
+
+def test_a_model_that_one_rank_cannot_read_stops_all(two_ranks, argv: list[str]) -> None:
+    told = two_ranks.run(fail_on_one, argv)
+    assert told[0] == told[1] and told[0].startswith("rank 1: ") and "/no/such/model" in told[0]
 
 
 @pytest.mark.parametrize(("world_size", "expected"), [(1, (6, 8)), (2, (6, 4)), (4, (6, 2)), (16, (3, 1))])

@@ -266,7 +266,7 @@ def test_an_encoder_that_lacks_weights(tiny_encoder: Path, tmp_path: Path) -> No
 @pytest.fixture
 def inputs() -> dict[str, Any]:
     ids = [np.random.default_rng(n).integers(5, 50, n) for n in (7, 4, 5)]
-    return pack(ids, [np.zeros_like(row) for row in ids], torch.device("cpu"))
+    return pack(ids, [np.zeros_like(row) for row in ids])
 
 
 @pytest.mark.parametrize("hidden_loss", ["cls", "tokens"])

@@ -16,7 +16,6 @@ from peakd_ds.modeling import ask
 from peakd_ds.packing import WIDTH_MULTIPLE, pack, padded
 from peakd_ds.sps import SPSBertConfig, SPSBertForSequenceClassification
 
-CPU = torch.device("cpu")
 LENGTHS = (5, 9, 1, 33, 2)
 
 
@@ -35,7 +34,7 @@ def make_model(sharing: str = "sps", num_layers: int = 2, **settings: Any) -> SP
 
 def test_packed_inputs_are_the_rows_one_after_another() -> None:
     ids, types = make_rows(LENGTHS)
-    inputs = pack(ids, types, CPU)
+    inputs = pack(ids, types)
     packing = inputs["packing"]
     assert inputs["input_ids"].tolist() == [np.concatenate(ids).tolist()]
     assert inputs["token_type_ids"].tolist() == [np.concatenate(types).tolist()]
@@ -46,7 +45,7 @@ def test_packed_inputs_are_the_rows_one_after_another() -> None:
 
 def test_padded_inputs_are_what_a_tokenizer_pads() -> None:
     ids, types = make_rows(LENGTHS)
-    inputs = padded(pack(ids, types, CPU))
+    inputs = padded(pack(ids, types))
     assert all(tensor.shape == (5, 33) for tensor in inputs.values())
     for row, length in enumerate(LENGTHS):
         assert inputs["input_ids"][row].tolist() == ids[row].tolist() + [0] * (33 - length)
@@ -56,7 +55,7 @@ def test_padded_inputs_are_what_a_tokenizer_pads() -> None:
 
 @pytest.mark.parametrize("lengths", [LENGTHS, (7,), (32, 32), (1, 1, 1)])
 def test_padding_and_unpadding_undo_each_other(lengths: tuple[int, ...]) -> None:
-    packing = pack(*make_rows(lengths), CPU)["packing"]
+    packing = pack(*make_rows(lengths))["packing"]
     tokens = torch.randn(sum(lengths), 3, 2)
     wide = packing.pad(tokens)
     assert torch.equal(packing.unpad(wide), tokens)
@@ -76,7 +75,7 @@ def assert_same(ours: list[Tensor], theirs: list[Tensor], tolerance: float) -> N
 def check_against_padded(model: SPSBertForSequenceClassification, lengths: Sequence[int], hidden_loss: str) -> None:
     """Logits, states of every layer and all gradients, in double precision: fp32 would show the order of sums."""
     model = model.double()
-    inputs = pack(*make_rows(lengths), CPU)
+    inputs = pack(*make_rows(lengths))
     packing, layers = inputs["packing"], range(1, model.config.num_effective_layers + 1)
     logits, hidden = ask(model, inputs, layers, hidden_loss)
     ours = [logits, *(states.flatten(0, -2) for states in hidden)]
@@ -113,7 +112,7 @@ def test_packed_equals_a_plain_bert_in_fp32() -> None:
     """Within 1e-6, and without sharing any of our code with it."""
     model = make_model("sps", 3)
     plain = unroll(model)
-    inputs = pack(*make_rows(LENGTHS), CPU)
+    inputs = pack(*make_rows(LENGTHS))
     assert_same([model(**inputs).logits], [plain(**padded(inputs)).logits], 1e-6)
 
 
@@ -128,7 +127,7 @@ def test_the_last_layer_computes_first_tokens_alone() -> None:
     model, widths = make_model("none"), []
     for layer in model.bert.encoder.layer:
         layer.intermediate.register_forward_hook(lambda module, inputs, output: widths.append(output.shape[1]))
-    inputs = pack(*make_rows(LENGTHS), CPU)
+    inputs = pack(*make_rows(LENGTHS))
     model(**inputs)
     ask(model, inputs, [2], "cls")
     ask(model, inputs, [1], "tokens")
@@ -141,7 +140,7 @@ def test_without_logits_the_pass_ends_after_the_last_layer_that_is_read() -> Non
     model, runs = make_model("sps", 2), []
     for number, layer in enumerate(model.bert.encoder.layer):
         layer.register_forward_hook(lambda module, inputs, output, number=number: runs.append(number))
-    inputs = pack(*make_rows(LENGTHS), CPU)
+    inputs = pack(*make_rows(LENGTHS))
     _, whole = ask(model, inputs, [1, 3], "cls")
     _, short = ask(model, inputs, [1, 3], "cls", logits=False)
     assert runs == [0, 1, 0, 1] + [0, 1, 0]
@@ -151,7 +150,7 @@ def test_without_logits_the_pass_ends_after_the_last_layer_that_is_read() -> Non
 def test_states_alone_have_a_gradient() -> None:
     """Where nothing reads what lies above the layer that is looked at."""
     model = make_model("sps", 1)
-    inputs = pack(*make_rows(LENGTHS), CPU)
+    inputs = pack(*make_rows(LENGTHS))
     weight, answers = model.bert.encoder.layer[0].attention.self.query.weight, []
     for is_packed in (True, False):
         model.zero_grad()
@@ -216,7 +215,7 @@ def test_attention_with_dropout_has_the_gradient_of_its_formula(
     is_first_only: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Softmax(Q K^T / sqrt(D)), dropped with the mask that was drawn, times V; all in double precision."""
-    packing, heads = pack(*make_rows(LENGTHS), CPU)["packing"], 2
+    packing, heads = pack(*make_rows(LENGTHS))["packing"], 2
     num_tokens = sum(LENGTHS)
     torch.manual_seed(0)
     query, key, value = (torch.randn(num_tokens, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
@@ -248,7 +247,7 @@ def test_attention_with_dropout_has_the_gradient_of_its_formula(
 
 
 def test_bf16_attention_is_as_near_as_bf16_allows() -> None:
-    packing = pack(*make_rows(LENGTHS), CPU)["packing"]
+    packing = pack(*make_rows(LENGTHS))["packing"]
     torch.manual_seed(0)
     states = [torch.randn(sum(LENGTHS), 64) for _ in range(3)]
     exact = attend(*states, packing, 4, 0.25, 0.0)

@@ -227,7 +227,7 @@ def test_activations_are_bounded(single_rank: None, dtype: str, hidden_loss: str
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     rows = [np.arange(5, 5 + length) for length in (64, 40, 50, 60)]
-    inputs = pack(rows, [row * 0 for row in rows], torch.device("cpu"))
+    inputs = pack(rows, [row * 0 for row in rows])
     weights, kept = bytes_of(module.parameters()), {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:

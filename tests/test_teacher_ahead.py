@@ -23,7 +23,7 @@ def make_batches(sizes: list[int], log: list[str]) -> Iterator[GlobalBatch]:
             for number in rows:
                 log.append(f"made {number}")
                 ids = [np.full(3, number)]
-                inputs = pack(ids, ids, torch.device("cpu"))
+                inputs = pack(ids, ids)
                 yield MicroBatch(inputs, torch.zeros(1), torch.tensor([number]), 1)
 
         yield GlobalBatch(micros(), num_items=num_micros, num_tokens=3 * num_micros)

@@ -66,7 +66,9 @@ def test_answers_are_the_teacher_s(
 ) -> None:
     run = opened(argv, tmp_path / "run", "--dtype", dtype)
     micro = run.train.micro_batch(torch.randperm(90, generator=torch.Generator().manual_seed(1))[:16].numpy())
-    logits, hidden = answers_of(run).of(micro.rows)
+    answers = answers_of(run)
+    logits, hidden = answers.of(micro.rows)
+    assert torch.equal(answers.logits(micro.rows), logits)
     with torch.no_grad():
         online_logits, online_hidden = run.teacher()((1, 2, 3), **micro.inputs)
     assert logits.dtype == torch.float32 and {h.dtype for h in hidden} == {online_logits.dtype}
@@ -215,7 +217,7 @@ def test_a_row_that_is_not_there(argv: list[str], tmp_path: Path, single_rank: N
         ("--max_seq_length 64", "max_seq_length 128 there, 64 here"),
         ("--dtype bf16", "dtype fp32 there, bf16 here"),
         ("--layer_map 1:4", r"layers \[1, 2, 3\] there, \[4\] here"),
-        ("format", "format 0 there, 1 here"),
+        ("format", "format 0 there, 2 here"),
     ],
 )
 def test_another_cache_is_refused(
@@ -230,7 +232,7 @@ def test_another_cache_is_refused(
     elif "sst2" in change:
         more += ["--teacher", str(tiny_teacher("sst2"))]
     elif change == "format":
-        manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 0'))
+        manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 0'))
     before = {file: file.read_bytes() for file in manifest.parent.iterdir()}
     with pytest.raises(UserError, match=f"{difference}.*nothing was changed there: take another --teacher_cache"):
         answers_of(opened(argv, tmp_path / "other_run", *more))
@@ -275,6 +277,16 @@ def test_a_dead_builder_s_lock_is_taken(argv: list[str], tmp_path: Path, single_
     monkeypatch.setattr(teacher_cache, "POLL_S", 0.0)
     answers_of(opened(argv, tmp_path / "run"))
     assert not lock.exists() and not list(lock.parent.glob(".*"))
+
+
+def test_a_lock_that_another_start_has_taken_is_kept(argv: list[str], tmp_path: Path, single_rank: None) -> None:
+    """A user may delete a lock, as the message says, while its start goes on."""
+    lock = tmp_path / "cache" / "train" / "lock.json"
+    with teacher_cache._building(lock.parent, print):
+        lock.unlink()
+        (tmp_path / "cache" / "train").rmdir()
+        lock_of(tmp_path / "cache" / "train", os.getpid())
+    assert json.loads(lock.read_text())["token"] == "other"
 
 
 def test_another_host_s_silent_lock_is_told(argv: list[str], tmp_path: Path, single_rank: None) -> None:
@@ -353,12 +365,19 @@ def test_of_two_starts_one_builds(start: Callable[..., Start], tmp_path: Path) -
     assert len(whole_parts(folder)) == 64 and not list(folder.glob(".*")) and not (folder / "lock.json").exists()
 
 
-def test_a_killed_build_goes_on(start: Callable[..., Start], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 128 + signal.SIGTERM)]
+)
+def test_a_stopped_build_goes_on(
+    start: Callable[..., Start], tmp_path: Path, number: signal.Signals, code: int
+) -> None:
     folder = tmp_path / "cache" / "train"
-    killed = start("run")
-    killed.hold_while_building(folder)
-    killed.process.kill()
-    assert killed.process.wait(120) == -signal.SIGKILL
+    stopped = start("run")
+    stopped.hold_while_building(folder)
+    stopped.process.send_signal(number)
+    stopped.process.send_signal(signal.SIGCONT)
+    assert stopped.process.wait(120) == code, stopped.said()
+    assert (number is signal.SIGKILL) == (folder / "lock.json").exists()
     kept = whole_parts(folder)
     again = start("run")
     assert again.process.wait(120) == 0, again.said()
@@ -384,7 +403,7 @@ def test_a_disk_that_fills_up(start: Callable[..., Start], tmp_path: Path) -> No
             while True:
                 file.write(bytes(4096))
         run.process.send_signal(signal.SIGCONT)
-        assert run.process.wait(120) == 1
+        assert run.process.wait(120) == 2
         assert re.search(
             r"cannot be written \(No space left on device\); free space or set --teacher_cache", run.said()
         )

@@ -132,6 +132,10 @@ def test_good_input_is_taken(program: Program) -> None:
             "--dtype fp32 --student_ds_config zero2_bf16",
             ["--dtype fp32 does not fit", "which is bf16; set --dtype bf16"],
         ),
+        (
+            "--dtype fp32 --teacher_ds_config zero3_bf16",
+            ["zero3_bf16 enables bf16, but the run is in fp32", "set --dtype"],
+        ),
         ("--student_ds_config zero9", ["--student_ds_config zero9 is neither a file nor one of", "zero1_fp32"]),
         ("--teacher_ds_config no/such.json", ["--teacher_ds_config no/such.json is neither a file nor"]),
     ],
