@@ -20,7 +20,7 @@ help:
 	@echo "make test    run the tests (PYTEST_ARGS='-k name -x')"
 	@echo "make test-cluster  run the tests on a Slurm cluster of several hosts inside this machine (slurm-wlm, munge)"
 	@echo "make checks  lint, format and types"
-	@echo "make bench   train with ours and with what people use instead, hours (CASES=mrpc_n1: that one, MINUTES=15 at most)"
+	@echo "make bench   train with ours and with what people use instead, hours (CASES=mrpc_n1: that one; MINUTES=15 for repeats)"
 	@echo "make bench-scaling  what a step of ours costs by samples, length, layers and ranks"
 	@echo "make bench-loss  time the fused loss against PyTorch's; see benchmarks/README.md"
 	@echo "make clean   remove what these targets made, except .venv and demo/"

@@ -16,7 +16,8 @@
 # Network interface between nodes (`ip addr`), where the right one is not found by itself.
 #PEAKD_INTERFACE=ib0
 
-# A disk of the node's own, and the same path on each. Build and data caches go there.
+# A disk of the node's own, and the same path on each. Compiled ops and shards go there; tokenised rows stay in the run
+# folder.
 #PEAKD_SCRATCH=/scratch/$USER
 
 # How the MPI workers of shard_glue.sh are started. Where `srun --mpi=list` has no pmix, or it finds no PMIx library (on
