@@ -164,7 +164,10 @@ def is_patience_over(config: RunConfig, state: TrainState) -> bool:
 
 
 def grad_norm(engine: DeepSpeedEngine) -> float | None:
-    """Global gradient norm before clipping; None where DeepSpeed has none (stage 0) or fp16 has skipped the step."""
+    """Global gradient norm before clipping; None where fp16 has skipped the step, and at stage 0 where DeepSpeed has none
+    (fp32) or leaves the loss scale in it (fp16)."""
+    if engine.fp16_enabled() and engine.zero_optimization_stage() == 0:
+        return None
     norm = engine.get_global_grad_norm()
     return None if norm is None or not math.isfinite(norm) else float(norm)
 
