@@ -164,8 +164,8 @@ def is_patience_over(config: RunConfig, state: TrainState) -> bool:
 
 
 def grad_norm(engine: DeepSpeedEngine) -> float | None:
-    """Global gradient norm before clipping; None where fp16 has skipped the step, and at stage 0 in fp32, where there is
-    none, and in fp16, where DeepSpeed leaves the loss scale in it."""
+    """Global gradient norm before clipping; None where fp16 has skipped the step, and at stage 0 where there is none
+    (fp32) or the loss scale is still in it (fp16)."""
     if engine.fp16_enabled() and engine.zero_optimization_stage() == 0:
         return None
     norm = engine.get_global_grad_norm()
