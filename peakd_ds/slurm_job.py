@@ -216,6 +216,7 @@ def decide(
     cause: str,
     num_idle_starts: int,
     bad_before: Collection[str] = (),
+    restart: int = 0,
 ) -> Verdict:
     """From the ranks' notes, preflight's bad nodes and Slurm's word to what becomes of the job.
 
@@ -224,11 +225,14 @@ def decide(
         cause: Who failed and why, in one line.
         num_idle_starts: Starts of this job in a row, this one included, that have saved nothing new.
         bad_before: Nodes that an earlier start of this job has found bad.
+        restart: Number of this start.
     """
     how = {told["how"] for told in notes}
     state = job.get("JobState", "RUNNING")
     if how == {"finished"}:
         return Verdict("done", "the run is finished")
+    if int(job.get("Restarts", restart)) > restart:  # scontrol answered late: this host was cut off
+        return Verdict("fail", f"start {job['Restarts']} of this job has begun and is left alone")
     if state != "RUNNING" and job.get("Reason") != "TimeLimit":
         # A user's scancel, or Slurm's own requeueing: scontrol tells neither, and a requeue now would defy the first.
         return Verdict("fail", f"Slurm is ending the job ({state}); what was saved is kept")
@@ -271,7 +275,9 @@ def close_start(start: Path) -> int:
     bad_nodes = json.loads(_read(start / "bad_nodes.json") or "{}")
     earlier = [file for file in start.parent.glob(f"{facts['job']}-*/bad_nodes.json") if file.parent != start]
     bad_before = {node for file in earlier for node in json.loads(file.read_text())}
-    verdict = decide(notes, bad_nodes, job, cause, _num_idle_starts(start.parent, facts["job"]), bad_before)
+    verdict = decide(
+        notes, bad_nodes, job, cause, _num_idle_starts(start.parent, facts["job"]), bad_before, facts["restart"]
+    )
     print(f"run {start.parents[1]}, job {facts['job']}, start {facts['restart']}: {verdict.reason}", flush=True)
     if verdict.action == "requeue":
         print(f"requeued, to go on from {', '.join(position(start.parents[1])) or 'the beginning'}", flush=True)

@@ -50,6 +50,14 @@ def test_second_start_in_a_row_without_progress_is_the_last() -> None:
         assert verdict.action == "fail" and "saved nothing new" in verdict.reason
 
 
+def test_a_start_that_was_cut_off_leaves_a_later_one_alone() -> None:
+    """Its host hears of Slurm again when the job, requeued meanwhile, is running elsewhere."""
+    lost = [{"how": "lost", "rank": 0, "world_size": 2, "host": "node1", "cause": "silent", "at": 1.0}]
+    assert decide(lost, {}, RUNNING | {"Restarts": "1"}, "silent", 1, restart=1).action == "requeue"
+    verdict = decide(lost, {}, RUNNING | {"Restarts": "1"}, "silent", 1, restart=0)
+    assert verdict.action == "fail" and "start 1 of this job has begun" in verdict.reason
+
+
 def test_bad_nodes_are_left_out_unless_all_are_bad() -> None:
     verdict = decide([], {"node2": "no GPU"}, RUNNING, "", 2)
     assert (verdict.action, verdict.exclude) == ("requeue", ["node2"]) and "node2 (no GPU)" in verdict.reason
