@@ -8,6 +8,8 @@ from typing import Any
 
 from cases import CASES, EPOCHS, STEP_CASE, SYSTEMS
 
+from peakd_ds.files import write_atomically
+
 COLUMNS = (
     *("case", "system", "seconds: median (min to max)", "x ours", "samples/s", "tokens/s", "peak MiB", "padding"),
     *("dev", "runs"),
@@ -132,9 +134,6 @@ def save(out: Path, rows: Sequence[Row], facts: Row) -> None:
         **facts,
     }
     result["cases"] = with_ratios(merge(old.get("cases", []), rows))
-    out.mkdir(parents=True, exist_ok=True)
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result, indent=2) + "\n")
-    temporary.replace(file)
+    write_atomically(file, json.dumps(result, indent=2) + "\n")
     (out / "bench.md").write_text(table(result))
     plot(result, out / "bench.png")

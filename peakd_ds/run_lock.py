@@ -80,10 +80,15 @@ def owned(run_dir: Path) -> Iterator[None]:
         if _held is not None:
             file, token = _held
             _held = None
-            with contextlib.suppress(OSError):
-                owner = _read(file)
-                if owner is not None and owner["token"] == token:
-                    file.unlink()
+            give_back(file, token)
+
+
+def give_back(file: Path, token: str) -> None:
+    """Delete a lock that still is this start's; a user may have deleted it, and another start taken it since."""
+    with contextlib.suppress(OSError, KeyError, TypeError):
+        owner = _read(file)
+        if owner is not None and owner["token"] == token:
+            file.unlink()
 
 
 def _describe_me() -> dict[str, Any]:

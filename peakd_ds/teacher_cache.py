@@ -38,7 +38,7 @@ from peakd_ds.config import UserError
 from peakd_ds.data import NUM_SHARDS, Split, tokenizer_digest
 from peakd_ds.files import create_file, hidden_sibling, whole_file, write_atomically
 from peakd_ds.run import Run
-from peakd_ds.run_lock import process_start
+from peakd_ds.run_lock import give_back, process_start
 
 FORMAT = 2
 POLL_S = 2.0
@@ -312,8 +312,7 @@ def _write_part(folder: Path, part: int, tensors: dict[str, Tensor], digest: str
     try:
         with whole_file(file) as temporary:
             temporary.write_bytes(content)
-        with whole_file(_checksum_file(file)) as temporary:
-            temporary.write_text(f"{hashlib.sha256(content).hexdigest()}  {file.name}\n")
+        write_atomically(_checksum_file(file), f"{hashlib.sha256(content).hexdigest()}  {file.name}\n")
     except OSError as error:
         raise UserError(
             f"{file} cannot be written ({error.strerror or error}); free space or set --teacher_cache to another disk: "
@@ -399,8 +398,8 @@ def _building(folder: Path, say: Say) -> Iterator[None]:
     try:
         yield
     finally:  # not a collective: one rank alone may have raised
-        if dist.is_main() and _is_mine(file, token):
-            file.unlink(missing_ok=True)
+        if dist.is_main():
+            give_back(file, token)
 
 
 def _take(file: Path, token: str) -> str | None:
@@ -408,14 +407,6 @@ def _take(file: Path, token: str) -> str | None:
     file.parent.mkdir(parents=True, exist_ok=True)
     me = {"host": socket.gethostname(), "pid": os.getpid(), "began": process_start(os.getpid()), "token": token}
     return None if create_file(file, json.dumps(me)) else _owner_or_remove(file)
-
-
-def _is_mine(file: Path, token: str) -> bool:
-    """Whether the lock still is this start's; a user may have deleted it, and another start taken it since."""
-    try:
-        return json.loads(file.read_text())["token"] == token
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
 
 
 def _owner_or_remove(file: Path) -> str:
