@@ -12,7 +12,7 @@ from peakd_ds.files import write_atomically
 
 COLUMNS = (
     *("case", "system", "seconds: median (min to max)", "x ours", "samples/s", "tokens/s", "peak MiB", "padding"),
-    *("dev", "runs"),
+    *("TFLOP (x ours)", "dev", "runs"),
 )
 
 Row = dict[str, Any]
@@ -34,15 +34,21 @@ def merge(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
 
 
 def with_ratios(rows: Sequence[Row]) -> list[Row]:
-    """The rows with `ratio_to_ours`, the median over that of ours_cached in the same case, where both ran."""
-    ours = {row["case"]: row["seconds"]["median"] for row in rows if row["system"] == SYSTEMS[0] and "seconds" in row}
-    rows = [{name: value for name, value in row.items() if name != "ratio_to_ours"} for row in rows]
-    return [
-        row | {"ratio_to_ours": row["seconds"]["median"] / ours[row["case"]]}
-        if "seconds" in row and row["case"] in ours
-        else row
-        for row in rows
-    ]
+    """The rows with `ratio_to_ours`, the median over that of ours_cached in the same case, and `tflop_ratio_to_ours`,
+    where both ran."""
+    ours = {row["case"]: row for row in rows if row["system"] == SYSTEMS[0] and "seconds" in row}
+
+    def ratios(row: Row) -> Row:
+        if "seconds" not in row or row["case"] not in ours:
+            return {}
+        other = ours[row["case"]]
+        return {
+            "ratio_to_ours": row["seconds"]["median"] / other["seconds"]["median"],
+            "tflop_ratio_to_ours": row["tflop"] / other["tflop"],
+        }
+
+    kept = [{name: value for name, value in row.items() if not name.endswith("ratio_to_ours")} for row in rows]
+    return [row | ratios(row) for row in kept]
 
 
 def table(result: Row) -> str:
@@ -53,6 +59,7 @@ def table(result: Row) -> str:
         + f"; commit {result['commit']}.",
         "",
         "Seconds from tokenised rows in memory to the best weights saved, the teacher's answers included.",
+        "TFLOP: of the matrix products that the system computes; its ratio is what the seconds' would be at one rate.",
         "",
         "| " + " | ".join(COLUMNS) + " |",
         "|" + "---|" * len(COLUMNS),
@@ -67,11 +74,13 @@ def table(result: Row) -> str:
         seconds, scaled = row["seconds"], row.get("extrapolated_from_steps")
         spread = f"scaled up from {scaled} steps" if scaled else f"{seconds['min']:.1f} to {seconds['max']:.1f}"
         score = f"{statistics.mean(row['dev_score']):.3f}" if row["dev_score"] else ""
-        ratio = f"{row['ratio_to_ours']:.2f}" if "ratio_to_ours" in row else ""
+        ratio, arithmetic = "", f"{row['tflop']:.1f}"
+        if "ratio_to_ours" in row:
+            ratio, arithmetic = f"{row['ratio_to_ours']:.2f}", f"{arithmetic} ({row['tflop_ratio_to_ours']:.2f})"
         lines.append(
             f"| {row['case']} | {row['system']} | {seconds['median']:.1f} ({spread}) | {ratio} | "
             f"{row['samples_per_s']:.0f} | {row['tokens_per_s']:.0f} | {row['peak_memory_mib']:.0f} | "
-            f"{row['padding_share']:.0%} | {score} | {row['runs']} |"
+            f"{row['padding_share']:.0%} | {arithmetic} | {score} | {row['runs']} |"
         )
     if result.get("engine_overhead") is not None:
         lines += [

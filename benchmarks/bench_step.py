@@ -15,41 +15,24 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import cases as recipe
 import numpy as np
 import torch
+from arithmetic import step_flops
 from torch import Tensor, nn
-from transformers import PretrainedConfig
 
-from peakd_ds import data, dist, ds_engine, modeling
+from peakd_ds import data, dist, ds_engine, modeling, vocabulary
 from peakd_ds.config import UserError, exit_with, parse
 from peakd_ds.kernels import distillation_loss
 from peakd_ds.run import Run, open_run
 from peakd_ds.run_log import quiet_libraries
 
-WARM_UP_STEPS = 3
+WARM_UP_STEPS, PROFILED_STEPS = 3, 5
 MATMUL_SIZE = 4096
-
-
-def needed_flops(config: PretrainedConfig, num_effective_layers: int, lengths: Sequence[int]) -> int:
-    """Multiplications and additions of matrix products, forward and backward, for rows of so many tokens.
-
-    The last layer needs keys and values of all tokens, all else of [CLS] alone. The backward pass has two products
-    for each of the forward pass: the embeddings are trained, so every input needs its gradient too.
-    """
-    hidden, inner = config.hidden_size, config.intermediate_size
-    projection, feed_forward = 2 * hidden * hidden, 4 * hidden * inner  # a token's
-    forward = 0
-    for length in lengths:
-        attention = 4 * length * hidden  # a query's scores and weighted values
-        forward += (num_effective_layers - 1) * length * (4 * projection + feed_forward + attention)
-        forward += 2 * length * projection + 2 * projection + feed_forward + attention
-        forward += projection + 2 * hidden * config.num_labels  # pooler and classifier
-    return 3 * forward
 
 
 def matmul_gflops(size: int = MATMUL_SIZE, rounds: int = 10) -> float:
@@ -93,8 +76,8 @@ class BareLoop:
             master.grad = None
 
 
-def measure(run: Run, num_batches: int) -> dict[str, float]:
-    """Times of both on the same batches, in turn."""
+def measure(run: Run, num_batches: int, is_profiled: bool) -> dict[str, float]:
+    """Times of both on the same batches, in turn; then, if asked for, what the engine's step consists of, printed."""
     config = run.config
     dtype = ds_engine.DTYPES[config.dtype]
     num_steps = num_batches + WARM_UP_STEPS
@@ -102,7 +85,9 @@ def measure(run: Run, num_batches: int) -> dict[str, float]:
     def build() -> modeling.MatchedStudent:
         torch.manual_seed(0)
         student = modeling.build_student(config, run.student_init, modeling.task_head(run.task))
-        return modeling.MatchedStudent(student, run.pairs, run.teacher_source.config.hidden_size, "cls")
+        module = modeling.MatchedStudent(student, run.pairs, run.teacher_source.config.hidden_size, "cls")
+        vocabulary.trim(module, run.used_tokens)
+        return module
 
     bare = BareLoop(build(), dtype, num_steps)
     engine = ds_engine.training_engine(build(), config, run.student_ds_config, num_steps, "bench")
@@ -154,11 +139,17 @@ def measure(run: Run, num_batches: int) -> dict[str, float]:
             taken[step.__name__] = time.perf_counter() - began
         if number >= WARM_UP_STEPS:
             depth = run.student_depth
-            flops = needed_flops(engine.module.student.config, depth, run.train.lengths[micro.rows.numpy()].tolist())
+            lengths = run.train.lengths[micro.rows.numpy()].tolist()
+            flops = step_flops(engine.module.student.config, depth, lengths, is_last_whole=False)
             ratios.append(taken["engine_step"] / taken["bare_step"])
             rates.append(flops / taken["engine_step"] / 1e9)
             engine_ms.append(taken["engine_step"] * 1e3)
             bare_ms.append(taken["bare_step"] * 1e3)
+    if is_profiled:
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profiler:
+            for _ in range(PROFILED_STEPS):  # of the last batch
+                engine_step()
+        print(profiler.key_averages().table(sort_by="self_cpu_time_total", row_limit=25, max_name_column_width=45))
     return {
         "bf16_matmul_gflops": matmul_gflops(),
         "engine_overhead": statistics.median(ratios) - 1,
@@ -176,6 +167,7 @@ def main() -> None:
     parser.add_argument("--encoder", required=True, help="what the student starts from")
     parser.add_argument("--num_stored_layers", type=int, default=3, help="n of the student; default 3")
     parser.add_argument("--batches", type=int, default=40, help="timed batches; default 40")
+    parser.add_argument("--profile", action="store_true", help="also print torch.profiler's table of the engine's step")
     parser.add_argument("--output", type=Path, required=True, help="JSON file")
     arguments = parser.parse_args()
     if arguments.num_stored_layers < 1:
@@ -204,7 +196,7 @@ def main() -> None:
         }
         words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
         try:
-            result = measure(open_run(parse([*words, "--no_ptp"])), arguments.batches)
+            result = measure(open_run(parse([*words, "--no_ptp"])), arguments.batches, arguments.profile)
         except UserError as error:
             exit_with(error, "bench_step.py")
     arguments.output.write_text(json.dumps(result, indent=2) + "\n")

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import cases as recipe
+from arithmetic import run_flops
 from bench_rows import Row, save
 from cases import BASELINES, CASES, EPOCHS, STEP_CASE, SYSTEMS, Case, Job
 from facts import commit, machine, version_of
@@ -50,9 +51,8 @@ class Prepared:
     data_dir: Path
     teacher: Path
     encoder: Path
-    num_rows: int
-    num_tokens: int
-    """In all training rows, without padding."""
+    lengths: tuple[int, ...]
+    """Tokens of each training row."""
 
 
 # -- Preparing, which is not timed -------------------------------------------------------------------------------------
@@ -85,7 +85,7 @@ def prepare(case: Case, encoder: Path, data_dir: str, work: Path, teacher_of: st
         teacher = student_init = _wide_model(case, encoder, work)
     else:
         teacher, student_init = _fine_tuned(teacher_of or case.data_name, encoder, work), encoder
-    return Prepared(case, work / "data", teacher, student_init, len(lengths), sum(lengths))
+    return Prepared(case, work / "data", teacher, student_init, tuple(lengths))
 
 
 def _fine_tuned(data_name: str, encoder: Path, work: Path) -> Path:
@@ -322,13 +322,25 @@ def summarize(prepared: Prepared, system: str, runs: list[Row] | str, where: Row
         "seconds": {"median": median, "min": min(seconds), "max": max(seconds)},
         "dev_score": [] if prepared.case.is_wide else [score for score in scores if score is not None],
         "peak_memory_mib": statistics.median(run["peak_memory_mib"] for run in runs),
-        "padding_share": statistics.mean(run["padding_share"] for run in runs),
-        "samples_per_s": EPOCHS * prepared.num_rows / median,
-        "tokens_per_s": EPOCHS * prepared.num_tokens / median,
+        "padding_share": (padding_share := statistics.mean(run["padding_share"] for run in runs)),
+        "samples_per_s": EPOCHS * len(prepared.lengths) / median,
+        "tokens_per_s": EPOCHS * sum(prepared.lengths) / median,
+        "tflop": tflop(prepared, system, padding_share),
         "runs": len(runs),
         **({} if scaled is None else {"extrapolated_from_steps": scaled}),
         **where,
     }
+
+
+def tflop(prepared: Prepared, system: str, padding_share: float) -> float:
+    """10^12 multiplications and additions of the matrix products that a run of the system computes."""
+    from transformers import AutoConfig
+
+    from peakd_ds.sps import execution_order
+
+    teacher, student = (AutoConfig.from_pretrained(folder) for folder in (prepared.teacher, prepared.encoder))
+    depth = len(execution_order(prepared.case.num_stored_layers, "sps"))
+    return run_flops(system, teacher, student, depth, prepared.lengths, padding_share) / 1e12
 
 
 # -- The command line --------------------------------------------------------------------------------------------------

@@ -13,9 +13,11 @@ import pytest
 import torch
 from conftest import ROOT
 from torch.utils.flop_counter import FlopCounterMode
+from transformers import BertConfig, BertForSequenceClassification
 
 sys.path.insert(0, str(ROOT / "benchmarks"))
 
+import arithmetic
 import baselines
 import bench_rows
 import bench_scaling
@@ -257,8 +259,8 @@ def test_nothing_but_the_first_round_is_started_without_time(monkeypatch: pytest
 
 
 @pytest.fixture
-def prepared(tmp_path: Path) -> bench_train.Prepared:
-    return bench_train.Prepared(cases.CASES["mrpc_n1"], tmp_path, tmp_path, tmp_path, num_rows=100, num_tokens=5000)
+def prepared(tmp_path: Path, tiny_teacher, tiny_encoder: Path) -> bench_train.Prepared:
+    return bench_train.Prepared(cases.CASES["mrpc_n1"], tmp_path, tiny_teacher("sst2"), tiny_encoder, (50,) * 100)
 
 
 def test_row_of_several_runs(prepared: bench_train.Prepared) -> None:
@@ -301,6 +303,7 @@ def test_saving_one_case_keeps_the_others(prepared: bench_train.Prepared, tmp_pa
     assert len(second["cases"]) == 4 and second["engine_overhead"] == 0.1
     assert second["cases"][0]["commit"] == "new" and second["cases"][0]["seconds"]["median"] == 10.0
     assert second["cases"][1] == first["cases"][1] | {"ratio_to_ours": 4.0}
+    assert second["cases"][0]["tflop_ratio_to_ours"] == 1 < second["cases"][1]["tflop_ratio_to_ours"]
     assert second["cases"][2:] == first["cases"][2:]
     table = (out / "bench.md").read_text()
     assert "failed: KeyError: 'a/b'" in table and "| mrpc_n1 | hf_trainer | 40.0 (40.0 to 40.0) | 4.00 |" in table
@@ -339,7 +342,7 @@ def test_our_program_runs_from_the_driver(
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
     monkeypatch.setattr(bench_train, "EPOCHS", 2)
     case = cases.Case("tiny", "sst2", 1)
-    inputs = bench_train.Prepared(case, tiny_data, tiny_teacher("sst2"), tiny_encoder, 90, 900)
+    inputs = bench_train.Prepared(case, tiny_data, tiny_teacher("sst2"), tiny_encoder, (10,) * 90)
     row = bench_train.run_ours(inputs, "cached", 1, tmp_path)
     # 64 shards of 1 or 2 rows: batches of 32, 32, 13 and 13
     told = (tmp_path / "logs" / "tiny-cached-1.log").read_text()
@@ -377,7 +380,7 @@ def test_cases_prepare_their_first_rows(tiny_data: Path, tiny_encoder: Path, tmp
     )
     assert kept["train"]["sentence"] == whole["train"]["sentence"][:40] and len(kept["validation"]) == 7
     lengths = np.array([len(text.split()) + 2 for text in kept["train"]["sentence"]])  # each word is in the vocabulary
-    assert (prepared.num_rows, prepared.num_tokens) == (40, lengths.sum())
+    assert prepared.lengths == tuple(lengths)
 
 
 def test_layer_pairs_of_the_cases() -> None:
@@ -407,7 +410,34 @@ def test_needed_arithmetic_is_what_torch_counts(num_stored: int) -> None:
         model(**inputs).logits.sum().backward()
     counted = counter.get_total_flops()
     assert counted > 1e6
-    assert bench_step.needed_flops(config, 2 * num_stored, [length] * rows) == counted
+    assert arithmetic.step_flops(config, 2 * num_stored, [length] * rows, is_last_whole=False) == counted
+
+
+@pytest.mark.parametrize("is_last_whole", [False, True])
+def test_arithmetic_of_a_plain_forward_pass(is_last_whole: bool) -> None:
+    sizes = dict(vocab_size=50, hidden_size=32, num_hidden_layers=3, num_attention_heads=2, intermediate_size=48)
+    config = BertConfig(**sizes, num_labels=3, attn_implementation="eager")
+    model, ids = BertForSequenceClassification(config), torch.randint(50, (4, 8))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        model(ids)
+    counted = counter.get_total_flops()
+    reckoned = arithmetic.forward_flops(config, 3, [8] * 4, is_last_whole)
+    assert reckoned == counted if is_last_whole else 0.7 * counted < reckoned < 0.9 * counted
+
+
+def test_arithmetic_of_the_systems() -> None:
+    teacher, student = BertConfig(num_hidden_layers=12), BertConfig()
+    lengths, each = [64] * 5, {}
+    for system in cases.SYSTEMS:
+        padding = 0.0 if system.startswith("ours") else 0.5
+        each[system] = arithmetic.run_flops(system, teacher, student, 6, lengths, padding)
+    asked = arithmetic.forward_flops(teacher, 12, lengths, False)
+    learnt = cases.EPOCHS * arithmetic.step_flops(student, 6, lengths, False)
+    assert (each["ours_cached"], each["ours_online"]) == (asked + learnt, cases.EPOCHS * asked + learnt)
+    asked = arithmetic.forward_flops(teacher, 12, [128] * 5, True)  # half of it padding
+    learnt = cases.EPOCHS * arithmetic.step_flops(student, 6, [128] * 5, True)
+    assert each["published_recipe"] == asked + learnt
+    assert each["hf_trainer"] == each["textbrewer"] == cases.EPOCHS * asked + learnt
 
 
 def test_bare_loop_takes_the_step_of_plain_adamw() -> None:
