@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from peakd_ds.config import UserError
-from peakd_ds.files import create_file
+from peakd_ds.files import create_file, hidden_sibling
 from peakd_ds.slurm_job import job_name
 
 NAME = "lock.json"
@@ -36,14 +36,15 @@ def take(run_dir: Path) -> None:
     for _ in range(10):
         if create_file(file, json.dumps(me, indent=2) + "\n"):
             break
-        owner = _read(file)
+        text = _text(file)
+        owner = _parse(text)
         reason = None if owner is None else _why_alive(owner, me)
         if reason is not None:
             raise UserError(
                 f"--run_dir {run_dir} is in use: {reason}; wait for its end or take another --run_dir "
                 f"(if you know that it is over, delete {file})"
             )
-        file.unlink(missing_ok=True)
+        remove_dead(file, text)
     _held = (file, me["token"])
     check()
 
@@ -89,6 +90,17 @@ def give_back(file: Path, token: str) -> None:
         owner = _read(file)
         if owner is not None and owner["token"] == token:
             file.unlink()
+
+
+def remove_dead(file: Path, text: str) -> None:
+    """Delete a lock with this text, whose owner is over; one that another start has put in its place stays."""
+    aside = hidden_sibling(file, "dead")
+    with contextlib.suppress(FileNotFoundError):
+        file.rename(aside)
+        if _text(aside) != text:
+            with contextlib.suppress(FileExistsError):
+                os.link(aside, file)
+        aside.unlink()
 
 
 def _describe_me() -> dict[str, Any]:
@@ -148,7 +160,18 @@ def process_start(pid: int) -> str | None:
 
 
 def _read(file: Path) -> dict[str, Any] | None:
+    return _parse(_text(file))
+
+
+def _text(file: Path) -> str:
     try:
-        return json.loads(file.read_text())
-    except (FileNotFoundError, ValueError):
+        return file.read_text()
+    except FileNotFoundError:
+        return ""
+
+
+def _parse(text: str) -> dict[str, Any] | None:
+    try:
+        return json.loads(text)
+    except ValueError:
         return None

@@ -36,9 +36,9 @@ from torch import Tensor
 from peakd_ds import dist, preempt
 from peakd_ds.config import UserError
 from peakd_ds.data import NUM_SHARDS, Split, tokenizer_digest
-from peakd_ds.files import create_file, hidden_sibling, whole_file, write_atomically
+from peakd_ds.files import create_file, whole_file, write_atomically
 from peakd_ds.run import Run
-from peakd_ds.run_lock import give_back, process_start
+from peakd_ds.run_lock import give_back, process_start, remove_dead
 
 FORMAT = 2
 POLL_S = 2.0
@@ -264,9 +264,9 @@ def _build(run: Run, folder: Path, manifest: dict[str, Any], split: Split, missi
     In a round each rank has one part or none, and all make the same number of forward passes: sharded engines talk to
     each other in every pass.
     """
-    teacher, micro_batch_size = run.teacher(), run.micro_and_accum[0]
+    teacher = run.teacher()
     bounds, layers, start = _bounds(len(split)), manifest["layers"], time.perf_counter()
-    num_passes = -(-int(np.diff(bounds).max()) // micro_batch_size)
+    num_passes = -(-int(np.diff(bounds).max()) // run.eval_batch_size)
     share = np.array_split(missing, dist.world_size())[dist.rank()]
     for turn in range(-(-len(missing) // dist.world_size())):
         part = int(share[turn]) if turn < len(share) else None
@@ -429,11 +429,5 @@ def _owner_or_remove(file: Path) -> str:
         return name
     if began is not None and began == process_start(owner["pid"]):
         return name
-    aside = hidden_sibling(file, "dead")
-    with contextlib.suppress(FileNotFoundError):
-        file.rename(aside)
-        if aside.read_text() != text:  # another start was quicker: give its lock back
-            with contextlib.suppress(FileExistsError):
-                os.link(aside, file)
-        aside.unlink()
+    remove_dead(file, text)
     return f"{name}, which is gone"

@@ -52,6 +52,29 @@ def test_dead_process_does_not(tmp_path: Path) -> None:
     run_lock.check()
 
 
+def test_another_start_that_was_quicker_keeps_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two starts find the same dead owner; one asks Slurm about it while the other takes the folder."""
+    child, quicker = subprocess.Popen(["true"]), subprocess.Popen(["sleep", "60"])
+    child.wait()
+    owned_by(tmp_path, pid=child.pid)
+    seen, why_alive = [], run_lock._why_alive
+
+    def slow(owner: dict[str, Any], me: dict[str, Any]) -> str | None:
+        reason = why_alive(owner, me)
+        if not seen:
+            owned_by(tmp_path, pid=quicker.pid, process_start=run_lock.process_start(quicker.pid))
+        seen.append(owner["pid"])
+        return reason
+
+    monkeypatch.setattr(run_lock, "_why_alive", slow)
+    with pytest.raises(UserError, match=f"is in use: process {quicker.pid} on "):
+        run_lock.take(tmp_path)
+    quicker.kill()
+    quicker.wait()
+    assert seen == [child.pid, quicker.pid]
+    assert [file.name for file in tmp_path.iterdir()] == ["lock.json"]
+
+
 def test_another_process_with_the_number_of_a_dead_one(tmp_path: Path) -> None:
     owned_by(tmp_path, process_start="1")
     run_lock.take(tmp_path)
