@@ -4,6 +4,8 @@ A checkpoint is a folder of tensors by parameter name in safetensors (fp32 weigh
 file (position, schedule, scores, checksums): no pickle, no shards. It is written under a temporary name, its DONE
 marker last, and then renamed, so a folder with its final name is whole unless the disk damaged it later.
 
+Of the word embeddings it has those that are trained (vocabulary.py).
+
     checkpoints/STAGE/step-00000120/   weights.safetensors exp_avg.safetensors exp_avg_sq.safetensors state.json DONE
     checkpoints/STAGE/best-0003/       weights.safetensors of the best epoch, state.json, DONE
     checkpoints/STAGE/latest           name of the newest folder, for people and other programs
@@ -22,7 +24,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peakd_ds import dist, engine_state, run_lock
@@ -47,6 +49,8 @@ class TrainState:
     best_epoch: int = 0
     """Epochs done when the best score was reached; 0: none yet."""
     epochs_without_better: int = 0
+    decay: float = 1.0
+    """What weight decay has left of a weight without gradients, such as those that vocabulary.py leaves out."""
 
 
 # -- Saving ------------------------------------------------------------------------------------------------------------
@@ -160,13 +164,12 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
 
 
 def load_weights(module: nn.Module, checkpoint: Path) -> None:
-    """Put a checkpoint's weights into a module that no engine has yet.
+    """Put a checkpoint's weights into a module that no engine has yet (collective).
 
     Raises:
-        UserError: names or shapes differ, with the first that does.
+        UserError: names or shapes differ, with the first that does, or a rank cannot read the file.
     """
-    with safe_open(checkpoint / "weights.safetensors", framework="pt") as file:
-        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+    stored = dist.agree(lambda: load_file(checkpoint / "weights.safetensors"))
     parameters = dict(module.named_parameters())
     for name in sorted(parameters.keys() | stored.keys()):
         shapes = [list(tensors[name].shape) if name in tensors else "absent" for tensors in (stored, parameters)]
@@ -195,6 +198,12 @@ def restore(engine: Any, checkpoint: Path) -> TrainState:
     engine_state.set_loss_scaler(engine, position["loss_scaler"])
     engine.global_steps = position["step"]
     engine.global_samples = position["step"] * engine.train_batch_size()
+    return state_of(checkpoint)
+
+
+def state_of(checkpoint: Path) -> TrainState:
+    """Where the stage stood when the checkpoint, or the best weights, were written."""
+    position = _position(checkpoint)
     return TrainState(**{name: position[name] for name in asdict(TrainState())})
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForSequenceClassification
 
-from peakd_ds import data, dist, modeling
+from peakd_ds import data, dist, modeling, slurm_job
 from peakd_ds.config import UserError, exit_with
 from peakd_ds.data import Split
 from peakd_ds.packing import padded
@@ -160,7 +160,8 @@ def main(argv: Sequence[str]) -> None:
 def cli() -> None:
     """Console script."""
     try:
-        main(sys.argv[1:])
+        with slurm_job.noted(tells_end=False):
+            main(sys.argv[1:])
     except (UserError, OSError) as error:
         exit_with(error, "peakd-eval")
 

@@ -39,7 +39,7 @@ def _judge_teacher(run: Run) -> tuple[dict[str, Any] | None, dict[str, torch.Ten
         return None, {}
     engine = run.teacher()
     metrics, logits, speed = glue_eval.evaluate(
-        lambda inputs: engine(**inputs)[0], run.task, run.dev, run.micro_and_accum[0]
+        lambda inputs: engine(**inputs)[0], run.task, run.dev, run.eval_batch_size
     )
     num_params = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters())
     return {
@@ -65,7 +65,7 @@ def _judge_student(run: Run, teacher_logits: dict[str, torch.Tensor]) -> dict[st
     student = SPSBertForSequenceClassification.from_pretrained(folder)
     nn.Module.to(student, dist.device(), DTYPES[run.config.dtype]).eval()  # transformers' own `to` has no types
     metrics, logits, speed = glue_eval.evaluate(
-        lambda inputs: student(**inputs).logits, run.task, run.dev, run.micro_and_accum[0]
+        lambda inputs: student(**inputs).logits, run.task, run.dev, run.eval_batch_size
     )
     agreement = None
     if teacher_logits:

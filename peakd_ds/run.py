@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from peakd_ds import checkpoint, data, dist, ds_engine, glue_eval, modeling, shard
+from peakd_ds import checkpoint, data, dist, ds_engine, glue_eval, modeling, shard, vocabulary
 from peakd_ds.config import RunConfig, UserError, differences, to_yaml
 from peakd_ds.data import Split
 from peakd_ds.export import require_onnx
@@ -23,6 +23,8 @@ from peakd_ds.modeling import Pretrained
 from peakd_ds.run_log import TeacherClock
 from peakd_ds.sps import execution_order
 from peakd_ds.tasks import Task, get_task
+
+EVAL_ROWS = 4  # to one of a training micro-batch
 
 
 @dataclass
@@ -35,16 +37,18 @@ class Run:
     teacher_source: Pretrained
     student_init: Pretrained
     tokenizer: PreTrainedTokenizerBase
-    train: Split
-    train_rows: np.ndarray
-    """Rows of `train` that are trained on."""
-    selection: tuple[str, Split, np.ndarray]
-    """(holdout or dev, split, rows) that picks the best epoch of every stage."""
-    dev: dict[str, Split]
     student_ds_config: dict[str, Any]
     teacher_ds_config: dict[str, Any]
     pairs: tuple[tuple[int, int], ...]
     """Matched (student, teacher) layers, 1-based."""
+    train: Split = field(init=False)
+    train_rows: np.ndarray = field(init=False)
+    """Rows of `train` that are trained on."""
+    selection: tuple[str, Split, np.ndarray] = field(init=False)
+    """(holdout or dev, split, rows) that picks the best epoch of every stage."""
+    dev: dict[str, Split] = field(init=False)
+    used_tokens: torch.Tensor = field(init=False)
+    """Ids of the tokens that occur in `train` and the rows that pick epochs, int64 [K]."""
     teacher_clock: TeacherClock = field(default_factory=TeacherClock)
     answers: Any = None
     """What teacher_cache.py has opened: split name -> Answers; None where the teacher is asked online."""
@@ -57,6 +61,12 @@ class Run:
     @property
     def micro_and_accum(self) -> tuple[int, int]:
         return ds_engine.batch_plan(self.config.global_batch_size, self.config.micro_batch_size, dist.world_size())
+
+    @property
+    def eval_batch_size(self) -> int:
+        """Rows of a forward pass without gradients, which keeps one layer's states at a time, where a training step
+        keeps every layer's: more rows make fewer and larger products."""
+        return EVAL_ROWS * self.micro_and_accum[0]
 
     @property
     def student_depth(self) -> int:
@@ -102,7 +112,7 @@ class Run:
             lambda inputs: teacher(**inputs)[0],
             split,
             rows,
-            self.micro_and_accum[0],
+            self.eval_batch_size,
             self.task.num_labels,
         )
         return logits
@@ -118,11 +128,11 @@ def open_run(config: RunConfig) -> Run:
         UserError: on every rank, with value, rule and remedy.
     """
 
-    def look() -> tuple:
+    def look() -> tuple[Run, dict[str, Any], dict[str, str], Any]:
         task = get_task(config.task)
         dtype, student_ds_config, teacher_ds_config = ds_engine.resolve(config)
         resolved = replace(config, dtype=dtype)
-        _check_run_folder(resolved)
+        check_run_folder(resolved)
         _check_loss_backend(config)
         ds_engine.batch_plan(config.global_batch_size, config.micro_batch_size, dist.world_size())
         teacher = modeling.find_encoder(config.teacher, "teacher")
@@ -145,68 +155,45 @@ def open_run(config: RunConfig) -> Run:
         elif config.select_on == "holdout":
             data.check_holdout(task, len(splits["train"]))
         _check_same_data(resolved, fingerprints)
-        return (
-            task,
+        run = Run(
             resolved,
-            student_ds_config,
-            teacher_ds_config,
+            task,
             teacher,
             student_init,
             tokenizer,
-            pairs,
-            splits,
-            fingerprints,
-            shards,
+            student_ds_config,
+            teacher_ds_config,
+            pairs if config.beta > 0 else (),
         )
+        return run, splits, fingerprints, shards
 
     is_sharded = config.data_placement == "sharded"
     if is_sharded:
         dist.check_nodes()
-    (
-        task,
-        config,
-        student_ds_config,
-        teacher_ds_config,
-        teacher,
-        student_init,
-        tokenizer,
-        pairs,
-        splits,
-        fingerprints,
-        shards,
-    ) = dist.agree(look)
-    train = None if shards is None else shard.load(config, shards)
+    run, splits, fingerprints, shards = dist.agree(look)
+    config, train = run.config, None if shards is None else shard.load(config, shards)
     cache = None if config.dry_run else Path(config.run_dir) / "cache"
     if not config.dry_run:
         dist.on_main(lambda: _create_run_folder(config, fingerprints))
-    if train is None:
-        train = data.tokenize(task, splits["train"], tokenizer, config.max_seq_length, cache)
-    dev = {
-        name: data.tokenize(task, splits[name], tokenizer, config.max_seq_length, cache) for name in task.eval_splits
-    }
-    train_rows = np.arange(len(train))
+
+    def tokenized(name: str) -> Split:
+        return data.tokenize(run.task, splits[name], run.tokenizer, config.max_seq_length, cache)
+
+    run.train = tokenized("train") if train is None else train
+    run.dev = {name: tokenized(name) for name in run.task.eval_splits}
+    run.train_rows = np.arange(len(run.train))
     if config.select_on == "holdout":
-        train_rows, holdout_rows = data.split_holdout(len(train))
-        selection = ("holdout", train, holdout_rows)
+        run.train_rows, holdout_rows = data.split_holdout(len(run.train))
+        run.selection = ("holdout", run.train, holdout_rows)
     else:
-        selection = ("dev", dev[task.eval_splits[0]], np.arange(len(dev[task.eval_splits[0]])))
-    return Run(
-        config,
-        task,
-        teacher,
-        student_init,
-        tokenizer,
-        train,
-        train_rows,
-        selection,
-        dev,
-        student_ds_config,
-        teacher_ds_config,
-        pairs if config.beta > 0 else (),
-    )
+        first = run.task.eval_splits[0]
+        run.selection = ("dev", run.dev[first], np.arange(len(run.dev[first])))
+    run.used_tokens = vocabulary.used_tokens((run.train, run.selection[1]), len(run.tokenizer))
+    return run
 
 
-def _check_run_folder(config: RunConfig) -> None:
+def check_run_folder(config: RunConfig) -> None:
+    """Raise UserError where the run folder holds a run with other settings, or cannot be written."""
     folder = Path(config.run_dir)
     saved = folder / "config.yaml"
     if saved.exists():

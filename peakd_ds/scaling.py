@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from peakd_ds import slurm_job
 from peakd_ds.config import RunConfig, UserError, exit_with, parse
 
 NUM_STEPS = 3
@@ -293,7 +294,8 @@ def main(argv: Sequence[str]) -> None:
 def cli() -> None:
     """What launchers start."""
     try:
-        main(sys.argv[1:])
+        with slurm_job.noted(tells_end=False):
+            main(sys.argv[1:])
     except (UserError, OSError) as error:
         exit_with(error, "peakd_ds.scaling")
 

@@ -13,7 +13,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from peakd_ds import checkpoint, dist, ds_engine, figures, glue_eval, modeling, ptp, teacher_ahead, teacher_cache
+from peakd_ds import (
+    checkpoint,
+    dist,
+    ds_engine,
+    figures,
+    glue_eval,
+    modeling,
+    ptp,
+    run_lock,
+    teacher_ahead,
+    teacher_cache,
+)
 from peakd_ds.config import STAGES
 from peakd_ds.data import GlobalBatch, MicroBatch, Split
 from peakd_ds.export import export_model, unroll
@@ -234,6 +245,7 @@ def _ptp_labels_of(run: Run, log: RunLog) -> dict[str, torch.Tensor]:
         thresholds = {"t_correct": str(t_correct), "t_wrong": str(t_wrong)}
 
         def write() -> None:
+            run_lock.check()
             with whole_file(file) as temporary:
                 save_file({"train": of_train, "selection": of_selection}, temporary, metadata=thresholds)
 
@@ -281,7 +293,7 @@ def _hard_loss(
 
 def _predict_selection(run: Run, forward: glue_eval.Forward, num_columns: int) -> torch.Tensor:
     _, split, rows = run.selection
-    return glue_eval.predict(forward, split, rows, run.micro_and_accum[0], num_columns)[0]
+    return glue_eval.predict(forward, split, rows, run.eval_batch_size, num_columns)[0]
 
 
 def _task_metrics(run: Run, logits: torch.Tensor) -> dict[str, float]:

@@ -13,12 +13,24 @@ import sys
 from deepspeed import DeepSpeedEngine
 from torch import nn
 
-from peakd_ds import checkpoint, data, dist, ds_engine, jit_lock, preempt, report, run_lock, slurm_job, stages
+from peakd_ds import (
+    checkpoint,
+    data,
+    dist,
+    ds_engine,
+    jit_lock,
+    preempt,
+    report,
+    run_lock,
+    slurm_job,
+    stages,
+    vocabulary,
+)
 from peakd_ds.checkpoint import TrainState
 from peakd_ds.config import STAGES, RunConfig, UserError, exit_with, parse, to_yaml
 from peakd_ds.kernels import choose_backend
 from peakd_ds.modeling import has_unnamed_labels
-from peakd_ds.run import Run, open_run
+from peakd_ds.run import Run, check_run_folder, open_run
 from peakd_ds.run_log import RunLog, StepMeter
 from peakd_ds.stages import Stage
 
@@ -32,6 +44,7 @@ def main(config: RunConfig) -> None:
     if config.dry_run:
         return
     with run_lock.owned(run.folder):
+        dist.on_main(lambda: check_run_folder(run.config))  # another start may have begun it in the meantime
         for name in STAGES:
             if name not in config.stages:
                 continue
@@ -50,12 +63,13 @@ def train(stage: Stage, run: Run, log: RunLog) -> None:
     _, num_accum_steps = run.micro_and_accum
     num_steps = epochs * len(data.epoch_slots(len(run.train_rows), config.global_batch_size, config.seed, 0))
 
-    module = dist.agree(lambda: build(stage, config))
+    module = build(stage, config)
+    vocabulary.trim(module, run.used_tokens)
     resumed_from, skipped = checkpoint.newest(folder)
     for warning in skipped:
         log.say(f"warning: {warning}")
     if resumed_from is not None:
-        dist.agree(lambda: checkpoint.load_weights(module, resumed_from))
+        checkpoint.load_weights(module, resumed_from)
     engine = ds_engine.training_engine(module, config, run.student_ds_config, num_steps, stage.name)
     state = checkpoint.TrainState() if resumed_from is None else checkpoint.restore(engine, resumed_from)
     share_to_loss = ds_engine.undo_averaging(engine)
@@ -81,6 +95,7 @@ def train(stage: Stage, run: Run, log: RunLog) -> None:
                 meter.add(loss, pair_distances, micro.inputs["input_ids"].numel())
             state.step += 1
             state.batch += 1
+            state.decay *= 1 - lr * config.weight_decay if engine.was_step_applied() else 1
             meter.end_step(state.step, batch.num_items, batch.num_tokens)
             log.advance()
 
@@ -121,8 +136,11 @@ def train(stage: Stage, run: Run, log: RunLog) -> None:
         meter.restart_clock()
 
     engine.destroy()
-    best = dist.agree(lambda: build(stage, config))
-    dist.agree(lambda: checkpoint.load_weights(best, checkpoint.best_folder(folder, state.best_epoch)))
+    best, best_folder = build(stage, config), checkpoint.best_folder(folder, state.best_epoch)
+    whole_table = vocabulary.trim(best, run.used_tokens)
+    checkpoint.load_weights(best, best_folder)
+    vocabulary.restore(best, whole_table, run.used_tokens, checkpoint.state_of(best_folder).decay)
+    dist.on_main(run_lock.check)
     stage.finish(best.to(dist.device()).eval())
     log.say(
         f"stage {stage.name} is over: {stage.score} {state.best_score:.4f} on {run.selection[0]} picks epoch "
@@ -142,9 +160,9 @@ def train(stage: Stage, run: Run, log: RunLog) -> None:
 
 
 def build(stage: Stage, config: RunConfig) -> nn.Module:
-    """The stage's module; new weights (heads, projections) come from the seed, the same on every rank."""
+    """The stage's module (collective); new weights (heads, projections) come from the seed, the same on every rank."""
     dist.seed_everything(config.seed, stage.name, "weights")
-    return stage.build()
+    return dist.agree(stage.build)
 
 
 def evaluate(stage: Stage, engine: DeepSpeedEngine, run: Run, state: TrainState, log: RunLog) -> dict[str, float]:
@@ -195,6 +213,7 @@ def plan(run: Run) -> str:
             f"student: {config.num_hidden_layers} stored layers run as {run.student_depth} of "
             f"{run.student_init.config.hidden_size}, ZeRO stage {ds_engine.zero_stage(run.student_ds_config)}, "
             f"layer pairs {pairs}",
+            f"vocabulary: {len(run.used_tokens):,} of {len(run.tokenizer):,} tokens occur and are trained",
             f"loss: {loss_backend(config)}",
             *unnamed,
             *(f"warning: {jit_lock.describe(lock)}" for lock in jit_lock.stale_locks()),

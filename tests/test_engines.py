@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from peakd_ds import data, dist, ds_engine, stages, train
+from peakd_ds import data, dist, ds_engine, modeling, stages, train
 from peakd_ds.config import UserError, parse
 from peakd_ds.run import open_run
 from peakd_ds.run_log import RunLog
@@ -80,7 +80,7 @@ def fail_on_one(argv: list[str]) -> str:
     """Runs on every rank: what a run says whose model cannot be read on the second."""
     with pytest.MonkeyPatch.context() as patch:
         if dist.rank() == 1:
-            patch.setattr(train, "build", lambda stage, config: Path("/no/such/model").read_bytes())
+            patch.setattr(modeling, "build_student", lambda *_: Path("/no/such/model").read_bytes())
         with pytest.raises(UserError) as caught:
             train.main(parse(argv))
     return str(caught.value)

@@ -1,0 +1,118 @@
+"""Training the tokens that occur, and no others, gives the model that training the whole table gives."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from peakd_ds import dist, train, vocabulary
+from peakd_ds.config import parse
+from peakd_ds.data import ON_ALL_NODES, Split
+
+WORDS = "--task sst2 --num_hidden_layers 2 --epochs 2 --global_batch_size 16 --log_steps 1 --lr 3e-3 --weight_decay 0.5"
+
+
+class Rows:
+    def __init__(self, ids: list[list[int]]):
+        self.ids = ids
+
+    def __getitem__(self, rows: np.ndarray) -> dict[str, list[np.ndarray]]:
+        return {"input_ids": [np.array(self.ids[row]) for row in rows]}
+
+
+def split_of(ids: list[list[int]], nodes: list[int] | None = None) -> Split:
+    lengths = np.array([len(row) for row in ids])
+    return Split(Rows(ids), lengths, torch.zeros(len(ids)), np.array(nodes or [ON_ALL_NODES] * len(ids)))
+
+
+def test_tokens_of_all_splits(single_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocabulary, "_CHUNK", 2)  # more rows than one look takes
+    splits = split_of([[2, 7], [2, 9, 3], [2, 3]]), split_of([[2, 5]])
+    assert vocabulary.used_tokens(splits, 12).tolist() == [2, 3, 5, 7, 9]
+
+
+def used_on_two_nodes() -> list[int]:
+    """Runs on each of two ranks, each a node of its own; some rows are on both."""
+    os.environ["LOCAL_WORLD_SIZE"], before = "1", os.environ["LOCAL_WORLD_SIZE"]
+    local_rank, dist._local_rank = dist._local_rank, 0
+    try:
+        mine = dist.node_rank()
+        rows = [[2], [5], [9], [4]] if mine == 0 else [[2], [6], [0], [4]]  # of the third and others' rows: nothing
+        split = split_of(rows, [ON_ALL_NODES, mine, 0 if mine == 0 else 5, ON_ALL_NODES])
+        return vocabulary.used_tokens([split], 12).tolist()
+    finally:
+        os.environ["LOCAL_WORLD_SIZE"], dist._local_rank = before, local_rank
+
+
+def test_tokens_of_all_nodes(two_ranks) -> None:
+    assert two_ranks.run(used_on_two_nodes) == [[2, 4, 5, 6, 9]] * 2
+
+
+@pytest.mark.parametrize("padding_idx", [None, 0, 4])
+def test_same_embeddings_and_gradients(padding_idx: int | None) -> None:
+    whole, tokens = nn.Embedding(10, 4, padding_idx=padding_idx), torch.tensor([2, 4, 7])
+    used, ids = vocabulary.UsedEmbedding(whole, tokens), torch.tensor([[7, 2], [4, 7]])
+    weights = torch.randn(2, 2, 4)
+    for table in (whole, used):
+        (table(ids) * weights).sum().backward()
+    assert torch.equal(whole(ids), used(ids))
+    assert whole.weight.grad is not None and used.weight.grad is not None
+    assert torch.equal(whole.weight.grad[tokens], used.weight.grad)
+    assert used.state_dict().keys() == {"weight"} and used.weight.shape == (3, 4)
+    with pytest.raises(IndexError):
+        used(torch.tensor([3]))
+
+
+def test_restored_table(single_rank: None) -> None:
+    model = nn.ModuleDict({"embeddings": nn.ModuleDict({"word_embeddings": nn.Embedding(5, 2)})})
+    first, tokens = model["embeddings"]["word_embeddings"].weight.detach().clone(), torch.tensor([1, 4])
+    whole = vocabulary.trim(model, tokens)
+    assert model["embeddings"]["word_embeddings"].weight.shape == (2, 2)
+    nn.init.constant_(model["embeddings"]["word_embeddings"].weight, 9.0)
+    vocabulary.restore(model, whole, tokens, decay=0.5)
+    restored = model["embeddings"]["word_embeddings"].weight
+    assert torch.equal(restored[tokens], torch.full((2, 2), 9.0))
+    assert torch.equal(restored[[0, 2, 3]], first[[0, 2, 3]] / 2)
+
+
+def run(argv: list[str], is_whole: bool) -> None:
+    """A run of all stages on this rank; with the whole table if asked for."""
+    trim, restore = vocabulary.trim, vocabulary.restore
+    if is_whole:
+        vocabulary.trim, vocabulary.restore = (lambda *_: {}), (lambda *_: None)
+    try:
+        train.main(parse(argv))
+    finally:
+        vocabulary.trim, vocabulary.restore = trim, restore
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_run_equals_one_with_the_whole_table(
+    dtype: str, tiny_data: Path, tiny_encoder: Path, two_ranks, tmp_path: Path
+) -> None:
+    """All stages, two ranks: losses, exported weights, those of tokens that never occur too."""
+    argv = [*WORDS.split(), "--dtype", dtype, "--teacher", str(tiny_encoder), "--data_dir", str(tiny_data)]
+    folders = [tmp_path / name for name in ("used", "whole")]
+    for folder, is_whole in zip(folders, (False, True), strict=True):
+        two_ranks.run(run, [*argv, "--run_dir", str(folder)], is_whole)
+    records = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()] for f in folders]
+    losses, norms = ([[r[key] for r in told if "loss" in r] for told in records] for key in ("loss", "grad_norm"))
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5 if dtype == "fp32" else 1e-2)
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4 if dtype == "fp32" else 5e-2)
+    for name in ("teacher", "student"):
+        used, whole = (load_file(folder / name / "model.safetensors") for folder in folders)
+        assert used.keys() == whole.keys()
+        for key in used:
+            torch.testing.assert_close(used[key], whole[key], rtol=1e-4, atol=1e-5 if dtype == "fp32" else 1e-2)
+    table = "bert.embeddings.word_embeddings.weight"
+    saved = load_file(next((folders[0] / "checkpoints" / "distill").glob("best-*")) / "weights.safetensors")
+    num_used, num_all = len(saved[f"student.{table}"]), len(whole[table])
+    assert 10 < num_used < num_all  # so something was left out
+    untouched = (load_file(tiny_encoder / "model.safetensors")["embeddings.word_embeddings.weight"])[1]
+    decay = used[table][1] / untouched  # [UNK] is in no row
+    assert 0.5 < decay.mean() < 0.99 and torch.allclose(decay, decay.mean().expand(32), rtol=1e-5)
