@@ -30,7 +30,7 @@ from torch import nn
 from peakd_ds import dist, engine_state, run_lock
 from peakd_ds.config import UserError
 from peakd_ds.engine_state import MOMENTS
-from peakd_ds.files import replace_folder, write_atomically
+from peakd_ds.files import replace_folder, sha256_of, write_atomically
 
 NUM_KEPT = 2
 
@@ -290,17 +290,11 @@ _digests: dict[tuple[int, ...], str] = {}
 
 
 def _sha256(file: Path) -> str:
-    with file.open("rb") as handle:
-        stat = os.fstat(handle.fileno())
-        key = (
-            stat.st_dev,
-            stat.st_ino,
-            stat.st_size,
-            stat.st_mtime_ns,
-        )  # a file keeps these when its folder is renamed
-        if key not in _digests:
-            _digests[key] = hashlib.file_digest(handle, "sha256").hexdigest()
-        return _digests[key]
+    stat = file.stat()
+    key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)  # the same when its folder is renamed
+    if key not in _digests:
+        _digests[key] = sha256_of(file)
+    return _digests[key]
 
 
 def _on_main_or_stop(write: Any, what: Path) -> None:

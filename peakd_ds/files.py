@@ -1,6 +1,7 @@
 """Files and folders that are whole whenever they can be seen: written under another name, then renamed."""
 
 import contextlib
+import hashlib
 import os
 import secrets
 import shutil
@@ -37,6 +38,12 @@ def create_file(file: Path, text: str) -> bool:
         return False
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def sha256_of(file: Path) -> str:
+    """The file's SHA-256 in hexadecimal."""
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def hidden_sibling(path: Path, role: str) -> Path:

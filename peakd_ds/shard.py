@@ -37,7 +37,7 @@ from transformers import PreTrainedTokenizerBase
 from peakd_ds import data, dist, modeling
 from peakd_ds.config import RunConfig, UserError, exit_with
 from peakd_ds.data import NUM_SHARDS, Split
-from peakd_ds.files import whole_file, write_atomically
+from peakd_ds.files import sha256_of, whole_file, write_atomically
 from peakd_ds.tasks import Task, get_task
 
 T = TypeVar("T")
@@ -272,7 +272,7 @@ def _staged_folder(manifest: Manifest, scratch: Path | None) -> Path:
 
 
 def _is_whole(file: Path, record: FileRecord) -> bool:
-    return file.exists() and file.stat().st_size == record.num_bytes and _sha256(file) == record.sha256
+    return file.exists() and file.stat().st_size == record.num_bytes and sha256_of(file) == record.sha256
 
 
 def _check_whole(manifest: Manifest, name: str) -> None:
@@ -427,11 +427,6 @@ def _write_index(folder: Path, files: dict[str, np.ndarray], label_dtype: Any) -
 
 def _shard_name(number: int) -> str:
     return f"shard-{number:02d}.safetensors"
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 # -- The program -------------------------------------------------------------------------------------------------------

@@ -36,7 +36,7 @@ from torch import Tensor
 from peakd_ds import dist, preempt
 from peakd_ds.config import UserError
 from peakd_ds.data import NUM_SHARDS, Split, tokenizer_digest
-from peakd_ds.files import create_file, whole_file, write_atomically
+from peakd_ds.files import create_file, sha256_of, whole_file, write_atomically
 from peakd_ds.run import Run
 from peakd_ds.run_lock import give_back, process_start, remove_dead
 
@@ -177,6 +177,7 @@ def _identity(run: Run, split_name: str, split: Split) -> dict[str, Any]:
     source = Path(run.teacher_source.path) if run.teacher_source.is_classifier else run.folder / "teacher"
     if not source.is_dir():
         source = Path(snapshot_download(str(run.teacher_source.path), allow_patterns=["*.safetensors", "config.json"]))
+    files = [*sorted(source.glob("*.safetensors")), source / "config.json"]
     return {
         "format": FORMAT,
         "task": run.task.name,
@@ -186,7 +187,7 @@ def _identity(run: Run, split_name: str, split: Split) -> dict[str, Any]:
         "data": json.loads((run.folder / "data.json").read_text())[split_name],
         "max_seq_length": run.config.max_seq_length,
         "tokenizer": tokenizer_digest(run.tokenizer),
-        "teacher": _sha256(*sorted(source.glob("*.safetensors")), source / "config.json"),
+        "teacher": hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest(),
         "dtype": run.config.dtype,
     }
 
@@ -223,14 +224,6 @@ def _check_manifest(folder: Path, identity: dict[str, Any], layers: list[int]) -
 
 def _short(value: Any) -> str:
     return value[:12] if isinstance(value, str) else str(value)
-
-
-def _sha256(*files: Path) -> str:
-    digests = []
-    for file in files:
-        with file.open("rb") as opened:
-            digests.append(hashlib.file_digest(opened, "sha256").hexdigest())
-    return digests[0] if len(digests) == 1 else hashlib.sha256("".join(digests).encode()).hexdigest()
 
 
 def _digest(manifest: dict[str, Any]) -> str:
@@ -363,7 +356,8 @@ def _open_parts(folder: Path, manifest: dict[str, Any], bounds: np.ndarray) -> l
     for part in range(len(bounds) - 1):
         file = folder / f"part-{part:02d}.safetensors"
         remedy = f"delete {file}, and the same command builds this part again"
-        if part % dist.world_size() == dist.rank() and _checksum_file(file).read_text().split()[:1] != [_sha256(file)]:
+        is_verified_here = part % dist.world_size() == dist.rank()
+        if is_verified_here and _checksum_file(file).read_text().split()[:1] != [sha256_of(file)]:
             raise UserError(f"{file} is damaged (its checksum differs); {remedy}")
         try:
             with safe_open(file, framework="pt") as opened:

@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import ROOT, save_encoder
 
-from peakd_ds import dist, run_lock, stages, teacher_cache, train
+from peakd_ds import dist, files, run_lock, stages, teacher_cache, train
 from peakd_ds.config import UserError, parse
 from peakd_ds.modeling import task_head
 from peakd_ds.run import Run, open_run
@@ -186,7 +186,7 @@ def _lose_a_row(file: Path) -> None:
         tensors = {name: part.get_tensor(name)[:-1].clone() for name in ("rows", "logits", "cls")}
         metadata = part.metadata()
     save_file(tensors, file, metadata=metadata)
-    file.with_suffix(".sha256").write_text(f"{teacher_cache._sha256(file)}  {file.name}\n")
+    file.with_suffix(".sha256").write_text(f"{files.sha256_of(file)}  {file.name}\n")
 
 
 @pytest.mark.parametrize(
