@@ -13,11 +13,11 @@ import json
 import os
 import shutil
 import socket
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from math import gcd
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import datasets
 import numpy as np
@@ -68,11 +68,39 @@ class GlobalBatch:
     """Non-padded tokens in the global batch, over all ranks."""
 
 
-class TokenRows(Protocol):
-    """Token ids by row number."""
+class TokenRows:
+    """Token ids by row number, in arrays of many rows each. Mapped from files, the ranks of a node share one copy."""
 
-    def __getitem__(self, rows: np.ndarray, /) -> Any:
-        """Columns input_ids and token_type_ids of the given rows: for each row an array of its tokens."""
+    COLUMNS = ("input_ids", "token_type_ids")
+
+    def __init__(self, parts: Iterable[tuple[np.ndarray, dict[str, np.ndarray]]], lengths: np.ndarray):
+        """
+        Args:
+            parts: Numbers of some rows, and the tokens of these rows one after another, in each of the COLUMNS.
+            lengths: Token counts of all rows, int64 [N].
+        """
+        self._lengths = lengths
+        self._parts: list[dict[str, np.ndarray]] = []
+        self._part_of = np.full(len(lengths), -1)
+        self._start = np.zeros(len(lengths), np.int64)
+        for number, (rows, columns) in enumerate(parts):
+            self._part_of[rows] = number
+            self._start[rows] = np.cumsum(lengths[rows]) - lengths[rows]
+            self._parts.append(columns)
+
+    def __getitem__(self, rows: np.ndarray, /) -> dict[str, list[np.ndarray]]:
+        """The COLUMNS of the given rows: for each row an array of its tokens."""
+        assert (self._part_of[rows] >= 0).all(), "these rows are on another node"
+        found: dict[str, list[np.ndarray]] = {name: [] for name in self.COLUMNS}
+        for row in rows:
+            tokens = slice(self._start[row], self._start[row] + self._lengths[row])
+            for name, arrays in found.items():
+                arrays.append(self._parts[self._part_of[row]][name][tokens])
+        return found
+
+    def all_ids(self) -> Iterator[np.ndarray]:
+        """Ids of all tokens of the rows that are here, array by array."""
+        return (columns["input_ids"] for columns in self._parts)
 
 
 @dataclass
@@ -307,9 +335,17 @@ def eval_batches(split: Split, rows: np.ndarray, micro_batch_size: int) -> Itera
 
 
 def _whole_split(task: Task, rows: datasets.Dataset) -> Split:
+    def parts() -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+        first = 0
+        for batch in rows.data.to_batches():
+            columns = {name: batch.column(name).flatten().to_numpy() for name in TokenRows.COLUMNS}
+            yield np.arange(first, first + len(batch)), columns
+            first += len(batch)
+
+    lengths = _column(rows, "length")
     return Split(
-        rows.with_format("numpy"),
-        _column(rows, "length"),
+        TokenRows(parts(), lengths),
+        lengths,
         torch.from_numpy(_column(rows, "label").astype(label_dtype(task))),
         np.full(len(rows), ON_ALL_NODES),
     )

@@ -36,7 +36,7 @@ from transformers import PreTrainedTokenizerBase
 
 from peakd_ds import data, dist, modeling
 from peakd_ds.config import RunConfig, UserError, exit_with
-from peakd_ds.data import NUM_SHARDS, Split
+from peakd_ds.data import NUM_SHARDS, Split, TokenRows
 from peakd_ds.files import sha256_of, whole_file, write_atomically
 from peakd_ds.tasks import Task, get_task
 
@@ -168,38 +168,16 @@ def load(config: RunConfig, manifest: Manifest) -> Split:
         for other in range(num_nodes):
             for name in shards_of_node(other, num_nodes):
                 node_of[rows[name]] = other
-        held_here = ShardedRows((folder / name for name in names), lengths)
+        held_here = TokenRows((_rows_of(folder / name) for name in names), lengths)
         return Split(held_here, lengths, index["labels"], node_of)
 
     return dist.agree(open_files)
 
 
-class ShardedRows:
-    """Token ids of the rows in some shards, by row number.
-
-    The files are mapped into memory, so the ranks of a node share one copy.
-    """
-
-    def __init__(self, files: Iterable[Path], lengths: np.ndarray):
-        self._lengths = lengths
-        self._columns: list[dict[str, np.ndarray]] = []
-        self._file_of = np.full(len(lengths), -1)
-        self._start = np.zeros(len(lengths), np.int64)
-        for number, file in enumerate(files):
-            tensors = load_file(file)
-            rows = tensors["rows"].numpy()
-            self._file_of[rows] = number
-            self._start[rows] = np.cumsum(lengths[rows]) - lengths[rows]
-            self._columns.append({name: tensors[name].numpy() for name in ("input_ids", "token_type_ids")})
-
-    def __getitem__(self, rows: np.ndarray, /) -> dict[str, list[np.ndarray]]:
-        assert (self._file_of[rows] >= 0).all(), "these rows are on another node"
-        found: dict[str, list[np.ndarray]] = {"input_ids": [], "token_type_ids": []}
-        for row in rows:
-            tokens = slice(self._start[row], self._start[row] + self._lengths[row])
-            for name, arrays in found.items():
-                arrays.append(self._columns[self._file_of[row]][name][tokens])
-        return found
+def _rows_of(file: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Numbers and tokens of the rows in a file, mapped into memory."""
+    tensors = load_file(file)
+    return tensors["rows"].numpy(), {name: tensors[name].numpy() for name in TokenRows.COLUMNS}
 
 
 def read_manifest(folder: Path) -> Manifest:

@@ -10,30 +10,22 @@ V tokens of the vocabulary, K of them used, H hidden size.
 
 from collections.abc import Iterable
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from peakd_ds import dist
-from peakd_ds.data import ON_ALL_NODES, Split
+from peakd_ds.data import Split
 
 TABLE = "embeddings.word_embeddings"
-_CHUNK = 4096  # rows looked at together
 
 
 def used_tokens(splits: Iterable[Split], vocab_size: int) -> Tensor:
     """Ids of the tokens that occur in a row on any node, int64 [K], ascending (collective)."""
     is_used = torch.zeros(vocab_size, dtype=torch.int32)
     for split in splits:
-        if (split.node_of == ON_ALL_NODES).all():
-            mine = np.arange(dist.rank(), len(split), dist.world_size())
-        else:
-            here = np.flatnonzero(np.isin(split.node_of, (ON_ALL_NODES, dist.node_rank())))
-            mine = here[dist.local_rank() :: dist.local_world_size()]
-        for first in range(0, len(mine), _CHUNK):
-            rows = split.rows[mine[first : first + _CHUNK]]["input_ids"]
-            is_used[np.concatenate(rows).astype(np.int64)] = 1
+        for ids in split.rows.all_ids():
+            is_used.numpy()[ids] = 1
     return dist.all_reduce(is_used.to(dist.device()), torch.distributed.ReduceOp.MAX).cpu().nonzero().flatten()
 
 

@@ -174,7 +174,7 @@ def test_a_shard_holds_its_rows(made: Path, tiny_data: Path, tokenizer: PreTrain
     for tensors in held:
         tokens = iter(tensors["input_ids"].tolist())
         for row, label, length in zip(tensors["rows"], tensors["labels"], tensors["lengths"], strict=True):
-            assert [next(tokens) for _ in range(length)] == whole.rows[int(row)]["input_ids"].tolist()
+            assert [next(tokens) for _ in range(length)] == whole.rows[[int(row)]]["input_ids"][0].tolist()
             assert label == raw[int(row)]["label"]
         assert next(tokens, None) is None
     manifest = json.loads((made / "manifest.json").read_text())

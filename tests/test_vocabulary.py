@@ -1,7 +1,6 @@
 """Training the tokens that occur, and no others, gives the model that training the whole table gives."""
 
 import json
-import os
 from pathlib import Path
 
 import numpy as np
@@ -12,45 +11,33 @@ from torch import nn
 
 from peakd_ds import dist, train, vocabulary
 from peakd_ds.config import parse
-from peakd_ds.data import ON_ALL_NODES, Split
+from peakd_ds.data import ON_ALL_NODES, Split, TokenRows
 
 WORDS = "--task sst2 --num_hidden_layers 2 --epochs 2 --global_batch_size 16 --log_steps 1 --lr 3e-3 --weight_decay 0.5"
 
 
-class Rows:
-    def __init__(self, ids: list[list[int]]):
-        self.ids = ids
-
-    def __getitem__(self, rows: np.ndarray) -> dict[str, list[np.ndarray]]:
-        return {"input_ids": [np.array(self.ids[row]) for row in rows]}
-
-
-def split_of(ids: list[list[int]], nodes: list[int] | None = None) -> Split:
-    lengths = np.array([len(row) for row in ids])
-    return Split(Rows(ids), lengths, torch.zeros(len(ids)), np.array(nodes or [ON_ALL_NODES] * len(ids)))
+def split_of(*parts: list[list[int]]) -> Split:
+    """A split in so many arrays, each of some rows."""
+    rows = [row for part in parts for row in part]
+    lengths = np.array([len(row) for row in rows])
+    numbers = np.split(np.arange(len(rows)), np.cumsum([len(part) for part in parts])[:-1])
+    columns = [{"input_ids": np.array([id for row in part for id in row], np.int32)} for part in parts]
+    held = TokenRows(zip(numbers, columns, strict=True), lengths)
+    return Split(held, lengths, torch.zeros(len(rows)), np.full(len(rows), ON_ALL_NODES))
 
 
-def test_tokens_of_all_splits(single_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vocabulary, "_CHUNK", 2)  # more rows than one look takes
-    splits = split_of([[2, 7], [2, 9, 3], [2, 3]]), split_of([[2, 5]])
+def test_tokens_of_all_splits(single_rank: None) -> None:
+    splits = split_of([[2, 7], [2, 9, 3]], [[2, 3]]), split_of([[2, 5]])
     assert vocabulary.used_tokens(splits, 12).tolist() == [2, 3, 5, 7, 9]
 
 
-def used_on_two_nodes() -> list[int]:
-    """Runs on each of two ranks, each a node of its own; some rows are on both."""
-    os.environ["LOCAL_WORLD_SIZE"], before = "1", os.environ["LOCAL_WORLD_SIZE"]
-    local_rank, dist._local_rank = dist._local_rank, 0
-    try:
-        mine = dist.node_rank()
-        rows = [[2], [5], [9], [4]] if mine == 0 else [[2], [6], [0], [4]]  # of the third and others' rows: nothing
-        split = split_of(rows, [ON_ALL_NODES, mine, 0 if mine == 0 else 5, ON_ALL_NODES])
-        return vocabulary.used_tokens([split], 12).tolist()
-    finally:
-        os.environ["LOCAL_WORLD_SIZE"], dist._local_rank = before, local_rank
+def used_here(ids: list[int]) -> list[int]:
+    """Runs on each of two ranks, which hold other rows."""
+    return vocabulary.used_tokens([split_of([[2, ids[dist.rank()]]])], 12).tolist()
 
 
-def test_tokens_of_all_nodes(two_ranks) -> None:
-    assert two_ranks.run(used_on_two_nodes) == [[2, 4, 5, 6, 9]] * 2
+def test_tokens_of_all_ranks(two_ranks) -> None:
+    assert two_ranks.run(used_here, [9, 4]) == [[2, 4, 9]] * 2
 
 
 @pytest.mark.parametrize("padding_idx", [None, 0, 4])
