@@ -143,7 +143,7 @@ def plot(rows: Sequence[Row], title: str, file: Path) -> None:
         panel.set_xlabel(UNITS[axis])
         panel.set_ylabel("seconds of a run" if axis == "samples" else "milliseconds a sample")
         panel.set_xlim(left=0)
-        panel.set_ylim(bottom=0)
+        panel.set_ylim(0, 1.1 * max(row[column] for row in chosen))
         panel.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title, fontsize=10)
     figure.tight_layout()
