@@ -49,6 +49,8 @@ class TrainState:
     best_epoch: int = 0
     """Epochs done when the best score was reached; 0: none yet."""
     epochs_without_better: int = 0
+    tokens: str = ""
+    """Which tokens the word embeddings are of (vocabulary.digest)."""
     decay: float = 1.0
     """What weight decay has left of a weight without gradients, such as those that vocabulary.py leaves out."""
 
@@ -163,13 +165,28 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
     return dist.on_main(look)
 
 
-def load_weights(module: nn.Module, checkpoint: Path) -> None:
+def load_weights(module: nn.Module, checkpoint: Path, tokens: str | None = None) -> None:
     """Put a checkpoint's weights into a module that no engine has yet (collective).
 
+    Args:
+        tokens: Digest of the tokens that the module has embeddings of; None: not compared.
+
     Raises:
-        UserError: names or shapes differ, with the first that does, or a rank cannot read the file.
+        UserError: names, shapes or tokens differ, with the first that does, or a rank cannot read the file.
     """
-    stored = dist.agree(lambda: load_file(checkpoint / "weights.safetensors"))
+
+    def read() -> dict[str, torch.Tensor]:
+        if tokens is not None and state_of(checkpoint).tokens != tokens:
+            raise UserError(
+                f"{checkpoint} was written when the rows had other tokens: the tokenizer's files or library changed; "
+                "take another --run_dir, or the tokenizer that it was started with"
+            )
+        try:
+            return load_file(checkpoint / "weights.safetensors")
+        except SafetensorError as error:
+            raise UserError(f"{checkpoint / 'weights.safetensors'} cannot be read ({error})") from error
+
+    stored = dist.agree(read)
     parameters = dict(module.named_parameters())
     for name in sorted(parameters.keys() | stored.keys()):
         shapes = [list(tensors[name].shape) if name in tensors else "absent" for tensors in (stored, parameters)]
@@ -204,7 +221,7 @@ def restore(engine: Any, checkpoint: Path) -> TrainState:
 def state_of(checkpoint: Path) -> TrainState:
     """Where the stage stood when the checkpoint, or the best weights, were written."""
     position = _position(checkpoint)
-    return TrainState(**{name: position[name] for name in asdict(TrainState())})
+    return TrainState(**{name: position[name] for name in asdict(TrainState()) if name in position})
 
 
 def damage_of(checkpoint: Path) -> str | None:

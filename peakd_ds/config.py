@@ -283,7 +283,7 @@ class RunConfig:
     )
     micro_batch_size: int = _setting(
         32,
-        "most samples per rank and forward pass; gradient accumulation follows",
+        "most samples per rank and training pass (four times as many without gradients); accumulation follows",
         unit="samples",
         range=">= 1",
         check=lambda v: v >= 1,

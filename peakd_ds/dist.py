@@ -30,7 +30,6 @@ T = TypeVar("T")
 COLLECTIVE_TIMEOUT = timedelta(minutes=30)
 """Longest wait for another rank's work, such as tokenising; a rank that is gone is found out sooner (liveness.py)."""
 
-_LOCAL_SIZE_NAMES = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE")
 _local_rank = 0
 _cpu_group: Any = None
 
@@ -45,8 +44,7 @@ def init(timeout_s: float = RANK_TIMEOUT_S) -> None:
         timeout_s: A rank that does not come, or falls silent, for so long is given up, and all end.
 
     Raises:
-        UserError: the ranks are not what Slurm gave nodes for, or more than the node's GPUs. LostRank (an OSError): one
-            did not come.
+        UserError: the ranks are not what Slurm gave nodes for. LostRank (an OSError): one did not come.
     """
     global _cpu_group
     store = find_ranks(timeout_s)
@@ -62,28 +60,16 @@ def init(timeout_s: float = RANK_TIMEOUT_S) -> None:
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(_cores_of_this_rank())
     else:
-        os.environ["LOCAL_RANK"] = str(_gpu_of_this_rank(get_accelerator().device_count()))
+        if get_accelerator().device_count() == 1:
+            os.environ["LOCAL_RANK"] = "0"  # srun --gpus-per-task=1 shows each task its own GPU alone, as number 0
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
-    gc.freeze()  # what libraries hold stays; DeepSpeed collects garbage six times for an engine, 0.35 s each with it
+    if not torch.distributed.is_initialized():
+        gc.collect()
+        gc.freeze()  # what libraries hold; DeepSpeed collects garbage six times for an engine, 0.35 s each with it
     deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False, timeout=COLLECTIVE_TIMEOUT)
     if store is not None:
         _cpu_group = torch.distributed.new_group(backend="gloo", timeout=COLLECTIVE_TIMEOUT) if on_gpu() else None
         liveness.watch(store, timeout_s)
-
-
-def _gpu_of_this_rank(num_gpus: int) -> int:
-    """Number of its GPU among those it sees. `srun --gpus-per-task=1` shows each task its own alone, as number 0."""
-    is_bound = any(name.endswith("VISIBLE_DEVICES") for name in os.environ)
-    if num_gpus == 1 and is_bound:
-        return 0
-    is_told = any(os.environ.get(name) for name in _LOCAL_SIZE_NAMES)
-    if is_told and local_world_size() > num_gpus:
-        raise UserError(
-            f"{local_world_size()} ranks on {socket.gethostname()}, which has {num_gpus} GPUs; each rank takes one: "
-            f"start at most {num_gpus} a node (torchrun --nproc_per_node, deepspeed --num_gpus), or set "
-            "DS_ACCELERATOR=cpu"
-        )
-    return _local_rank
 
 
 def _keep_freed_memory() -> None:
@@ -138,7 +124,7 @@ def local_rank() -> int:
 
 def local_world_size() -> int:
     """Ranks on this node, as the launcher tells."""
-    names = (*_LOCAL_SIZE_NAMES, "WORLD_SIZE")
+    names = ("LOCAL_WORLD_SIZE", "LOCAL_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "WORLD_SIZE")
     return int(next((os.environ[name] for name in names if os.environ.get(name)), "1"))
 
 

@@ -65,8 +65,8 @@ class Run:
     @property
     def eval_batch_size(self) -> int:
         """Rows of a forward pass without gradients, which keeps one layer's states at a time, where a training step
-        keeps every layer's: more rows make fewer and larger products."""
-        return EVAL_ROWS * self.micro_and_accum[0]
+        keeps every layer's: more rows make fewer and larger products. With token losses it keeps matched layers'."""
+        return (1 if self.config.hidden_loss == "tokens" else EVAL_ROWS) * self.micro_and_accum[0]
 
     @property
     def student_depth(self) -> int:
@@ -188,7 +188,7 @@ def open_run(config: RunConfig) -> Run:
     else:
         first = run.task.eval_splits[0]
         run.selection = ("dev", run.dev[first], np.arange(len(run.dev[first])))
-    run.used_tokens = vocabulary.used_tokens((run.train, run.selection[1]), len(run.tokenizer))
+    run.used_tokens = vocabulary.used_tokens((run.train, run.selection[1]), max(run.tokenizer.get_vocab().values()) + 1)
     return run
 
 

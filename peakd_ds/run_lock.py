@@ -58,7 +58,11 @@ def check() -> None:
     if _held is None:
         return
     file, token = _held
-    owner = _read(file)
+    for _ in range(10):
+        owner = _read(file)
+        if owner is not None:
+            break
+        time.sleep(0.1)  # another start looks whether it is a dead one's, and gives it back (remove_dead)
     if owner is None or owner["token"] != token:
         now = "nobody" if owner is None else _name(owner)
         raise UserError(f"{file.parent} now belongs to {now}; this start writes nothing more and stops")
@@ -94,6 +98,8 @@ def give_back(file: Path, token: str) -> None:
 
 def remove_dead(file: Path, text: str) -> None:
     """Delete a lock with this text, whose owner is over; one that another start has put in its place stays."""
+    if _text(file) != text:
+        return
     aside = hidden_sibling(file, "dead")
     with contextlib.suppress(FileNotFoundError):
         file.rename(aside)
@@ -165,7 +171,7 @@ def _read(file: Path) -> dict[str, Any] | None:
 
 def _text(file: Path) -> str:
     try:
-        return file.read_text()
+        return file.read_text(errors="replace")
     except FileNotFoundError:
         return ""
 

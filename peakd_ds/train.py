@@ -68,10 +68,11 @@ def train(stage: Stage, run: Run, log: RunLog) -> None:
     resumed_from, skipped = checkpoint.newest(folder)
     for warning in skipped:
         log.say(f"warning: {warning}")
+    fresh = TrainState(tokens=vocabulary.digest(run.used_tokens))
     if resumed_from is not None:
-        checkpoint.load_weights(module, resumed_from)
+        checkpoint.load_weights(module, resumed_from, fresh.tokens)
     engine = ds_engine.training_engine(module, config, run.student_ds_config, num_steps, stage.name)
-    state = checkpoint.TrainState() if resumed_from is None else checkpoint.restore(engine, resumed_from)
+    state = fresh if resumed_from is None else checkpoint.restore(engine, resumed_from)
     share_to_loss = ds_engine.undo_averaging(engine)
     log.start_stage(stage.name, num_steps, state.step, to_yaml(config))
     log.say(
@@ -139,7 +140,8 @@ def train(stage: Stage, run: Run, log: RunLog) -> None:
     best, best_folder = build(stage, config), checkpoint.best_folder(folder, state.best_epoch)
     whole_table = vocabulary.trim(best, run.used_tokens)
     checkpoint.load_weights(best, best_folder)
-    vocabulary.restore(best, whole_table, run.used_tokens, checkpoint.state_of(best_folder).decay)
+    decay = dist.on_main(lambda: checkpoint.state_of(best_folder).decay)
+    vocabulary.restore(best, whole_table, run.used_tokens, decay)
     dist.on_main(run_lock.check)
     stage.finish(best.to(dist.device()).eval())
     log.say(

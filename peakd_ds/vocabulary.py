@@ -8,6 +8,7 @@ GLUE task of a few thousand rows uses a third to a half of it.
 V tokens of the vocabulary, K of them used, H hidden size.
 """
 
+import hashlib
 from collections.abc import Iterable
 
 import torch
@@ -27,6 +28,11 @@ def used_tokens(splits: Iterable[Split], vocab_size: int) -> Tensor:
         for ids in split.rows.all_ids():
             is_used.numpy()[ids] = 1
     return dist.all_reduce(is_used.to(dist.device()), torch.distributed.ReduceOp.MAX).cpu().nonzero().flatten()
+
+
+def digest(tokens: Tensor) -> str:
+    """A short hash of the ids."""
+    return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
 
 
 class UsedEmbedding(nn.Embedding):

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from peakd_ds import dist
-from peakd_ds.config import UserError
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -110,17 +109,3 @@ def test_the_batch_shell_is_no_rank(srun_task: pytest.MonkeyPatch) -> None:
     srun_task.delitem(os.environ, "SLURM_STEP_ID")
     dist._set_rank_variables()
     assert os.environ["WORLD_SIZE"] == "1"
-
-
-def test_more_ranks_than_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dist, "_local_rank", 1)
-    for name in [name for name in os.environ if name.endswith("VISIBLE_DEVICES")]:
-        monkeypatch.delenv(name)
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
-    assert dist._gpu_of_this_rank(2) == dist._gpu_of_this_rank(4) == 1
-    with pytest.raises(
-        UserError, match=r"2 ranks on .*, which has 1 GPUs; each rank takes one: start at most 1 a node"
-    ):
-        dist._gpu_of_this_rank(1)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "1")  # srun --gpus-per-task=1
-    assert dist._gpu_of_this_rank(1) == 0

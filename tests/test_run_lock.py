@@ -3,6 +3,7 @@
 import json
 import os
 import subprocess
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -73,6 +74,16 @@ def test_another_start_that_was_quicker_keeps_it(tmp_path: Path, monkeypatch: py
     quicker.wait()
     assert seen == [child.pid, quicker.pid]
     assert [file.name for file in tmp_path.iterdir()] == ["lock.json"]
+
+
+def test_a_lock_that_is_put_aside_for_a_moment_is_waited_for(tmp_path: Path) -> None:
+    run_lock.take(tmp_path)
+    file, aside = tmp_path / "lock.json", tmp_path / "aside"
+    file.rename(aside)
+    back = threading.Timer(0.3, aside.rename, (file,))
+    back.start()
+    run_lock.check()
+    back.join()
 
 
 def test_another_process_with_the_number_of_a_dead_one(tmp_path: Path) -> None:
