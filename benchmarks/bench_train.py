@@ -415,7 +415,7 @@ def _problem_with(out: Path) -> str | None:
         old = json.loads(file.read_text())
         there = old["machine"]
         for row in old["cases"]:
-            row["case"], row["system"]
+            row["case"], row["system"], "error" in row or row["tflop"]
     except (ValueError, KeyError, TypeError) as error:
         return f"--out {out}: bench.json there is damaged ({error!r}); delete it, or take another folder"
     if there != machine_here():
