@@ -520,7 +520,7 @@ def test_wrong_option_of_the_scaling(words: str, told: str, tiny_encoder: Path, 
         ('{"machine": "another", "cases": []}', "its rows are of another machine (another)"),
         ("{", "bench.json there is damaged"),
         ('{"machine": "x", "cases": [{}]}', "bench.json there is damaged"),
-        ('{"machine": "x", "cases": [{"case": "a", "system": "b"}]}', "bench.json there is damaged (KeyError('tflop'))"),
+        ('{"machine": "x", "cases": [{"case": "a", "system": "b"}]}', "damaged (KeyError('tflop'))"),
     ],
 )
 def test_results_of_another_machine_are_left_alone(
