@@ -19,6 +19,7 @@ import yaml
 
 STAGES = ("teacher", "ptp", "distill")
 RANK_TIMEOUT_S = 100.0
+EVAL_ROWS = 4  # of a forward pass without gradients, to one of a training micro-batch
 
 # Settings that may differ between two starts in one run folder, because they do not change the result.
 RESULT_NEUTRAL = frozenset(
@@ -283,7 +284,7 @@ class RunConfig:
     )
     micro_batch_size: int = _setting(
         32,
-        "most samples per rank and training pass (four times as many without gradients); accumulation follows",
+        f"most samples per rank and training pass ({EVAL_ROWS} times as many without gradients); accumulation follows",
         unit="samples",
         range=">= 1",
         check=lambda v: v >= 1,

@@ -14,7 +14,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from peakd_ds import checkpoint, data, dist, ds_engine, glue_eval, modeling, shard, vocabulary
-from peakd_ds.config import RunConfig, UserError, differences, to_yaml
+from peakd_ds.config import EVAL_ROWS, RunConfig, UserError, differences, to_yaml
 from peakd_ds.data import Split
 from peakd_ds.export import require_onnx
 from peakd_ds.files import write_atomically
@@ -23,8 +23,6 @@ from peakd_ds.modeling import Pretrained
 from peakd_ds.run_log import TeacherClock
 from peakd_ds.sps import execution_order
 from peakd_ds.tasks import Task, get_task
-
-EVAL_ROWS = 4  # to one of a training micro-batch
 
 
 @dataclass

@@ -9,6 +9,7 @@ started again goes on where it stopped; a stage that is over is not run again.
 
 import math
 import sys
+from pathlib import Path
 
 from deepspeed import DeepSpeedEngine
 from torch import nn
@@ -137,11 +138,7 @@ def train(stage: Stage, run: Run, log: RunLog) -> None:
         meter.restart_clock()
 
     engine.destroy()
-    best, best_folder = build(stage, config), checkpoint.best_folder(folder, state.best_epoch)
-    whole_table = vocabulary.trim(best, run.used_tokens)
-    checkpoint.load_weights(best, best_folder)
-    decay = dist.on_main(lambda: checkpoint.state_of(best_folder).decay)
-    vocabulary.restore(best, whole_table, run.used_tokens, decay)
+    best = load_best(stage, run, checkpoint.best_folder(folder, state.best_epoch))
     dist.on_main(run_lock.check)
     stage.finish(best.to(dist.device()).eval())
     log.say(
@@ -165,6 +162,16 @@ def build(stage: Stage, config: RunConfig) -> nn.Module:
     """The stage's module (collective); new weights (heads, projections) come from the seed, the same on every rank."""
     dist.seed_everything(config.seed, stage.name, "weights")
     return dist.agree(stage.build)
+
+
+def load_best(stage: Stage, run: Run, folder: Path) -> nn.Module:
+    """The stage's module with the weights of its best epoch, its embedding table whole again (collective)."""
+    module = build(stage, run.config)
+    whole_table = vocabulary.trim(module, run.used_tokens)
+    checkpoint.load_weights(module, folder)
+    decay = dist.on_main(lambda: checkpoint.state_of(folder).decay)
+    vocabulary.restore(module, whole_table, run.used_tokens, decay)
+    return module
 
 
 def evaluate(stage: Stage, engine: DeepSpeedEngine, run: Run, state: TrainState, log: RunLog) -> dict[str, float]:
