@@ -12,7 +12,7 @@ from peakd_ds.files import write_atomically
 
 COLUMNS = (
     *("case", "system", "seconds: median (min to max)", "x ours", "samples/s", "tokens/s", "peak MiB", "padding"),
-    *("TFLOP (x ours)", "dev", "runs"),
+    *("TFLOP (x ours)", "dev", "runs", "commit"),
 )
 
 Row = dict[str, Any]
@@ -56,7 +56,7 @@ def table(result: Row) -> str:
     lines = [
         f"{result['machine']}; "
         + ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
-        + f"; commit {result['commit']}.",
+        + ".",
         "",
         "Seconds from tokenised rows in memory to the best weights saved, the teacher's answers included.",
         "TFLOP: of the matrix products that the system computes; its ratio is what the seconds' would be at one rate.",
@@ -80,7 +80,8 @@ def table(result: Row) -> str:
         lines.append(
             f"| {row['case']} | {row['system']} | {seconds['median']:.1f} ({spread}) | {ratio} | "
             f"{row['samples_per_s']:.0f} | {row['tokens_per_s']:.0f} | {row['peak_memory_mib']:.0f} | "
-            f"{row['padding_share']:.0%} | {arithmetic} | {score} | {row['runs']} |"
+            f"{row['padding_share']:.0%} | {arithmetic} | {score} | {row['runs']} | "
+            f"{row['commit']} |"
         )
     if result.get("engine_overhead") is not None:
         lines += [

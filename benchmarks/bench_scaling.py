@@ -14,16 +14,15 @@ import json
 import os
 import shutil
 import statistics
-import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import bench_train
+import bench_runs
 import cases as recipe
+from bench_rows import Row
 from cases import Case
-from facts import commit
+from facts import commit, version_of
 
 AXES = {
     "samples": (512, 1024, 2048, 3668),
@@ -35,8 +34,6 @@ UNITS = {"samples": "rows", "sequence length": "tokens a row", "effective layers
 STORED = {2: 1, 4: 2, 6: 3, 9: 6}
 """Stored layers n of an SPS student by the layers that it runs."""
 NUM_ROWS, NUM_LONG_ROWS, NUM_DEV_ROWS = 2048, 512, 64
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -88,7 +85,7 @@ def write_long_rows(data_dir: Path, source: str) -> None:
         long_rows.cast_column("label", rows.features["label"]).select(range(min(limit, len(rows)))).to_parquet(file)
 
 
-def run(point: Point, prepared: dict[int, bench_train.Prepared], work: Path, repeat: int) -> Row:
+def run(point: Point, prepared: dict[int, bench_runs.Prepared], work: Path, repeat: int) -> Row:
     """One run of our program at a point: one epoch."""
     inputs = prepared.get(point.num_rows, prepared[NUM_ROWS])
     is_long = point.axis == "sequence length"
@@ -112,15 +109,10 @@ def run(point: Point, prepared: dict[int, bench_train.Prepared], work: Path, rep
         "log_steps": 4,
         "save_steps": 0,
     }
-    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    program, threads = ["-m", "peakd_ds.train"], max(1, bench_train.num_cores() // point.num_ranks)
-    if point.num_ranks > 1:
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={point.num_ranks}"]
-        program = [*launcher, str(bench_train.HERE.parent / "peakd_ds" / "train.py")]
-    command = [sys.executable, "-P", *program, *words]
-    log = work / "logs" / f"{run_dir.name}.log"
-    lines, _ = bench_train.watch([*command, "--no_ptp", "--no_export_unrolled"], log, threads)
-    outcome = bench_train.read_our_run(lines, run_dir / "metrics.jsonl", "eval_accuracy")
+    command = bench_runs.train_command(settings, "--no_ptp", "--no_export_unrolled", num_ranks=point.num_ranks)
+    threads = max(1, bench_runs.num_cores() // point.num_ranks)
+    lines, _ = bench_runs.watch(command, work / "logs" / f"{run_dir.name}.log", threads)
+    outcome = bench_runs.read_our_run(lines, run_dir / "metrics.jsonl", "eval_accuracy")
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     speeds = [record["samples_per_s"] for record in records if "samples_per_s" in record][1:]  # the first step warms up
     shutil.rmtree(run_dir, ignore_errors=True)
@@ -159,7 +151,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=2, help="runs of each point; default 2")
     parser.add_argument("--encoder", type=Path, default=Path("demo/encoder"), help="6 x 384; default demo/encoder")
     parser.add_argument("--data_dir", default=os.environ.get("PEAKD_DATA_DIR", ""), help="as for train.py")
-    parser.add_argument("--out", type=Path, default=bench_train.RESULTS, help="default benchmarks/results")
+    parser.add_argument("--out", type=Path, default=bench_runs.HERE / "results", help="default benchmarks/results")
     parser.add_argument("--work_dir", type=Path, default=Path("build/bench"), help="default build/bench")
     arguments = parser.parse_args(argv)
     chosen = [name.strip() for name in arguments.axes.split(",") if name.strip()]
@@ -169,7 +161,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     arguments.axes = [name for name in AXES if name in chosen]
     if arguments.repeats < 1:
         parser.error(f"--repeats {arguments.repeats}: each point must run at least once; set 1 or more")
-    bench_train.check_inputs(parser, arguments.encoder, arguments.data_dir, ["mrpc"])
+    bench_runs.check_inputs(parser, arguments.encoder, arguments.data_dir, ["mrpc"])
     return arguments
 
 
@@ -181,7 +173,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     prepared = {}
     for number in sorted(numbers, key=lambda number: number != NUM_ROWS):  # first those that the teacher learns from
         case = Case(f"scaling_{number}", "mrpc", 3, number, NUM_DEV_ROWS)
-        prepared[number] = bench_train.prepare(case, encoder, arguments.data_dir, work, teacher_of=f"mrpc_{NUM_ROWS}")
+        prepared[number] = bench_runs.prepare(case, encoder, arguments.data_dir, work, teacher_of=f"mrpc_{NUM_ROWS}")
     if "sequence length" in arguments.axes:
         write_long_rows(work / "data", "mrpc")
     runs: dict[Point, list[Row]] = {point: [] for point in points}
@@ -191,8 +183,8 @@ def main(argv: Sequence[str] | None = None) -> None:
             print(f"{point.axis} {point.value}: {runs[point][-1]['seconds']:.1f} s", flush=True)
     where = {
         "date": datetime.date.today().isoformat(),
-        "machine": bench_train.machine_here(),
-        "torch": bench_train.version_of("torch"),
+        "machine": bench_runs.machine_here(),
+        "torch": version_of("torch"),
         "commit": commit(),
     }
     rows = []

@@ -6,7 +6,7 @@
 Each run is a process of its own, one at a time, on all cores of this process as threads, without a GPU. Runs take
 turns, round after round, so that what else the machine does falls on all alike; the seed of a round is its number.
 Writes bench.json, a table (bench.md) and a plot (bench.png); a row that was there is replaced only by the same case and
-system. cases.py has the recipe, baselines.py the other systems.
+system. cases.py has the recipe, bench_runs.py one run, baselines.py the other systems.
 """
 
 import argparse
@@ -14,250 +14,33 @@ import contextlib
 import datetime
 import json
 import os
-import shutil
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-import cases as recipe
 from arithmetic import run_flops
 from bench_rows import Row, save
-from cases import BASELINES, CASES, EPOCHS, STEP_CASE, SYSTEMS, Case, Job
-from facts import commit, machine, version_of
+from bench_runs import (
+    HERE,
+    NO_GPU,
+    Prepared,
+    RunFailed,
+    check_inputs,
+    machine_here,
+    prepare,
+    run_baseline,
+    run_ours,
+    watch,
+    words_of,
+)
+from cases import BASELINES, CASES, EPOCHS, STEP_CASE, SYSTEMS, Case
+from facts import commit, version_of
 
-HERE = Path(__file__).parent
 RESULTS = HERE / "results"
-STARTS, ENDS = "task ", "stage distill is over"
-"""What our program's lines begin with where the clock starts (rows are tokenised, no model is loaded yet) and stops."""
 BUDGET_RECIPE_STEPS = 16
 VERSIONS = ("torch", "transformers", "deepspeed", "accelerate", "textbrewer", "numpy", "datasets")
-NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
-
-
-class RunFailed(Exception):
-    """A run ended with an error; the message is the last line that it printed."""
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What all runs of a case read."""
-
-    case: Case
-    data_dir: Path
-    teacher: Path
-    encoder: Path
-    lengths: tuple[int, ...]
-    """Tokens of each training row."""
-
-
-# -- Preparing, which is not timed -------------------------------------------------------------------------------------
-
-
-def prepare(case: Case, encoder: Path, data_dir: str, work: Path, teacher_of: str | None = None) -> Prepared:
-    """Rows, teacher and encoder of a case under `work`, made where they are not there yet.
-
-    Args:
-        teacher_of: Name of the rows that the teacher is fine-tuned on; None: the case's own.
-    """
-    from datasets import disable_progress_bars
-    from transformers import AutoTokenizer
-
-    from peakd_ds.data import encoder_of, load_splits
-    from peakd_ds.tasks import get_task
-
-    disable_progress_bars()
-    task = get_task(case.task)
-    splits = load_splits(task, data_dir)
-    for split, limit in (("train", case.num_train_rows), (task.eval_splits[0], case.num_dev_rows)):
-        if limit is not None:
-            splits[split] = splits[split].select(range(min(limit, len(splits[split]))))
-        file = work / "data" / case.data_name / f"{split}-00000-of-00001.parquet"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        splits[split].to_parquet(file)
-    tokenizer = AutoTokenizer.from_pretrained(encoder)
-    lengths = encoder_of(task, tokenizer, recipe.MAX_SEQ_LENGTH)(splits["train"][:])["length"]
-    if case.is_wide:
-        teacher = student_init = _wide_model(case, encoder, work)
-    else:
-        teacher, student_init = _fine_tuned(teacher_of or case.data_name, encoder, work), encoder
-    return Prepared(case, work / "data", teacher, student_init, tuple(lengths))
-
-
-def _fine_tuned(data_name: str, encoder: Path, work: Path) -> Path:
-    """The encoder fine-tuned for the task by our teacher stage, once."""
-    run_dir = work / "teachers" / data_name
-    if not (run_dir / "results.json").exists():
-        shutil.rmtree(run_dir, ignore_errors=True)
-        print(f"fine-tuning the teacher for {data_name}, once", flush=True)
-        settings = {
-            "task": data_name,
-            "teacher": encoder,
-            "data_dir": work / "data",
-            "run_dir": run_dir,
-            "stages": "teacher",
-            "select_on": "dev",
-            "teacher_epochs": recipe.TEACHER_EPOCHS,
-            "lr": recipe.TEACHER_LR,
-            "max_seq_length": recipe.MAX_SEQ_LENGTH,
-            "seed": 0,
-        }
-        watch(_train_command(settings), work / "logs" / f"teacher-{data_name}.log")
-    return run_dir / "teacher"
-
-
-def _wide_model(case: Case, encoder: Path, work: Path) -> Path:
-    """A classifier of 12 x 768 with random weights and the encoder's vocabulary: teacher, and source of the student."""
-    import torch
-    from transformers import AutoConfig, AutoTokenizer, BertConfig, BertForSequenceClassification, logging
-
-    from peakd_ds.modeling import task_head
-    from peakd_ds.tasks import get_task
-
-    folder = work / "teachers" / "wide"
-    if not (folder / "tokenizer_config.json").exists():
-        logging.disable_progress_bar()
-        torch.manual_seed(0)
-        vocabulary = AutoConfig.from_pretrained(encoder).vocab_size
-        sizes = BertConfig(vocab_size=vocabulary, **task_head(get_task(case.task)))  # the rest is bert-base
-        BertForSequenceClassification(sizes).save_pretrained(folder)
-        AutoTokenizer.from_pretrained(encoder).save_pretrained(folder)
-    return folder
-
-
-# -- One run -----------------------------------------------------------------------------------------------------------
-
-
-def watch(command: list[str], log: Path, threads: int | None = None) -> tuple[list[tuple[float, str]], float]:
-    """Run a program to its end: what it printed, each line with the second at which it came, and its peak memory, MiB.
-
-    Raises:
-        RunFailed: it ended with another code than 0.
-    """
-    log.parent.mkdir(parents=True, exist_ok=True)
-    lines, peak = [], log.with_suffix(".peak")
-    process = subprocess.Popen(
-        [sys.executable, "-I", "-S", str(HERE / "peak.py"), str(peak), *command],
-        env=_environment(threads or num_cores()),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    )
-    assert process.stdout is not None
-    with log.open("w") as file, process.stdout:
-        for line in process.stdout:
-            lines.append((time.perf_counter(), line.rstrip("\n")))
-            file.write(line)
-            file.flush()
-    if process.wait() != 0:
-        told = [line for _, line in lines if line.strip()]
-        raise RunFailed(told[-1] if told else f"exit code {process.returncode}")
-    return lines, int(peak.read_text()) / 2**20
-
-
-def _environment(threads: int) -> dict[str, str]:
-    """The same for all systems."""
-    fixed = {
-        **NO_GPU,
-        "OMP_NUM_THREADS": str(threads),
-        "HF_HUB_OFFLINE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-    }
-    return {**os.environ, **fixed}
-
-
-def num_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _train_command(settings: dict[str, Any]) -> list[str]:
-    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    return [sys.executable, "-P", "-m", "peakd_ds.train", *words]
-
-
-def run_ours(prepared: Prepared, teacher_mode: str, seed: int, work: Path) -> Row:
-    """One run of our program; the time between two of its lines."""
-    run_dir = work / "runs" / f"{prepared.case.name}-{teacher_mode}-{seed}"
-    shutil.rmtree(run_dir, ignore_errors=True)
-    settings = {
-        "task": prepared.case.data_name,
-        "teacher": prepared.teacher,
-        "student_init": prepared.encoder,
-        "data_dir": prepared.data_dir,
-        "run_dir": run_dir,
-        "stages": "distill",
-        "teacher_mode": teacher_mode,
-        "select_on": "dev",
-        "seed": seed,
-        "num_hidden_layers": prepared.case.num_stored_layers,
-        "sharing": "sps",
-        "layer_map": "skip",
-        "distill_epochs": EPOCHS,
-        "global_batch_size": recipe.BATCH_SIZE,
-        "micro_batch_size": recipe.BATCH_SIZE,
-        "max_seq_length": recipe.MAX_SEQ_LENGTH,
-        "temperature": recipe.TEMPERATURE,
-        "alpha": recipe.ALPHA,
-        "beta": recipe.BETA,
-        "lr": recipe.LR,
-        "warmup_ratio": recipe.WARMUP_RATIO,
-        "weight_decay": recipe.WEIGHT_DECAY,
-        "max_grad_norm": recipe.MAX_GRAD_NORM,
-        "dropout": recipe.DROPOUT,
-        "save_steps": 0,
-    }
-    command = [*_train_command(settings), "--no_ptp", "--no_export_unrolled"]
-    lines, peak_mib = watch(command, work / "logs" / f"{run_dir.name}.log")
-    row = read_our_run(lines, run_dir / "metrics.jsonl", "eval_accuracy")
-    shutil.rmtree(run_dir, ignore_errors=True)
-    return row | {"peak_memory_mib": peak_mib}
-
-
-def read_our_run(lines: Sequence[tuple[float, str]], metrics: Path, score: str) -> Row:
-    """Seconds between the two lines that mark the timed part, best score and padding of a run of ours."""
-    marks = {mark: [at for at, line in lines if line.startswith(mark)] for mark in (STARTS, ENDS)}
-    for mark, found in marks.items():
-        if not found:
-            raise RunFailed(f"its output has no line that begins with {mark!r}, where the clock starts or stops")
-    records = [json.loads(line) for line in metrics.read_text().splitlines()]
-    records = [record for record in records if record["stage"] == "distill"]
-    return {
-        "seconds": marks[ENDS][0] - marks[STARTS][0],
-        "dev_score": max(record[score] for record in records if score in record),
-        "padding_share": statistics.mean(record["padding_share"] for record in records if "padding_share" in record),
-        "extrapolated_from_steps": None,
-    }
-
-
-def run_baseline(system: str, prepared: Prepared, seed: int, work: Path, max_steps: int | None) -> Row:
-    """One run of baselines.py, which times itself."""
-    from peakd_ds.ds_engine import has_fast_bf16
-
-    folder = work / "runs" / f"{prepared.case.name}-{system}-{seed}"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    Job(
-        task=prepared.case.data_name,
-        data_dir=str(prepared.data_dir),
-        teacher=str(prepared.teacher),
-        encoder=str(prepared.encoder),
-        num_stored_layers=prepared.case.num_stored_layers,
-        pairs=recipe.pairs_of(prepared.case),
-        seed=seed,
-        bf16=has_fast_bf16(),
-        folder=str(folder),
-        max_steps=max_steps if system == "published_recipe" else None,
-    ).write(folder / "job.json")
-    command = [sys.executable, str(HERE / "baselines.py"), system, str(folder / "job.json"), str(folder / "row.json")]
-    _, peak_mib = watch(command, work / "logs" / f"{folder.name}.log")
-    row = json.loads((folder / "row.json").read_text())
-    shutil.rmtree(folder, ignore_errors=True)
-    return row | {"peak_memory_mib": peak_mib}
 
 
 # -- Turns -------------------------------------------------------------------------------------------------------------
@@ -391,21 +174,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return arguments
 
 
-def check_inputs(parser: argparse.ArgumentParser, encoder: Path, data_dir: str, tasks: Sequence[str]) -> None:
-    """Leave with code 2 where encoder or data are not there."""
-    if not (encoder / "config.json").exists():
-        parser.error(
-            f"--encoder {encoder}: there is no config.json; make one with "
-            "`python -P -m peakd_ds.demo_data --out demo`, or name the folder of another 6 x 384 BERT"
-        )
-    for name in tasks:
-        if data_dir and not any((Path(data_dir) / name).glob("train-*.parquet")):
-            parser.error(
-                f"--data_dir {data_dir}: there is no {name}/train-*.parquet; give the folder that has it, or "
-                "leave it and PEAKD_DATA_DIR unset to read from the hub"
-            )
-
-
 def _problem_with(out: Path) -> str | None:
     """Why results cannot go into the folder: they would mix machines, or what is there cannot be read."""
     file = out / "bench.json"
@@ -421,10 +189,6 @@ def _problem_with(out: Path) -> str | None:
     if there != machine_here():
         return f"--out {out}: its rows are of another machine ({there}), this is {machine_here()}; take another folder"
     return None
-
-
-def machine_here() -> str:
-    return f"{machine('cpu').rsplit(',', 1)[0]}, {num_cores()} threads"
 
 
 def measure_case(arguments: argparse.Namespace, case: Case, where: Row, began: float) -> list[Row]:
@@ -456,7 +220,7 @@ def measure_step(arguments: argparse.Namespace) -> Row:
     work = arguments.work_dir.absolute()
     prepared = prepare(CASES[STEP_CASE], arguments.encoder.absolute(), arguments.data_dir, work)
     file = work / "step.json"
-    words = {
+    options = {
         "task": prepared.case.data_name,
         "data_dir": prepared.data_dir,
         "teacher": prepared.teacher,
@@ -464,8 +228,7 @@ def measure_step(arguments: argparse.Namespace) -> Row:
         "num_stored_layers": prepared.case.num_stored_layers,
         "output": file,
     }
-    options = [word for name, value in words.items() for word in (f"--{name}", str(value))]
-    watch([sys.executable, str(HERE / "bench_step.py"), *options], work / "logs" / "step.log")
+    watch([sys.executable, str(HERE / "bench_step.py"), *words_of(options)], work / "logs" / "step.log")
     return json.loads(file.read_text())
 
 

@@ -1,7 +1,7 @@
 """Run a program and write its peak resident memory, in bytes: python benchmarks/peak.py FILE PROGRAM [ARGUMENT ...]
 
 A process starts with the peak of the one that forked it. This one is small, so the number is the program's own, which
-that of a child of bench_train.py, with torch inside, would not be.
+that of a child of bench_runs.py, with torch inside, would not be.
 """
 
 import os

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from dataclasses import replace
@@ -20,6 +21,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 import arithmetic
 import baselines
 import bench_rows
+import bench_runs
 import bench_scaling
 import bench_step
 import bench_train
@@ -237,7 +239,7 @@ def test_systems_take_turns_and_a_failure_ends_only_its_own() -> None:
     def run(system: str, seed: int) -> dict[str, Any]:
         order.append((system, seed))
         if system == "b" and seed == 1:
-            raise bench_train.RunFailed("ValueError: no")
+            raise bench_runs.RunFailed("ValueError: no")
         return run_row(seed)
 
     runs = bench_train.take_turns(["a", "b", "c"], 3, run, lambda s: 1 if s == "c" else 3, lambda: float("inf"))
@@ -259,11 +261,11 @@ def test_nothing_but_the_first_round_is_started_without_time(monkeypatch: pytest
 
 
 @pytest.fixture
-def prepared(tmp_path: Path, tiny_teacher, tiny_encoder: Path) -> bench_train.Prepared:
-    return bench_train.Prepared(cases.CASES["mrpc_n1"], tmp_path, tiny_teacher("sst2"), tiny_encoder, (50,) * 100)
+def prepared(tmp_path: Path, tiny_teacher, tiny_encoder: Path) -> bench_runs.Prepared:
+    return bench_runs.Prepared(cases.CASES["mrpc_n1"], tmp_path, tiny_teacher("sst2"), tiny_encoder, (50,) * 100)
 
 
-def test_row_of_several_runs(prepared: bench_train.Prepared) -> None:
+def test_row_of_several_runs(prepared: bench_runs.Prepared) -> None:
     row = bench_train.summarize(prepared, "hf_trainer", [run_row(30.0), run_row(10.0), run_row(20.0)], {"commit": "x"})
     assert row["seconds"] == {"median": 20.0, "min": 10.0, "max": 30.0}
     assert (row["dev_score"], row["runs"], row["commit"]) == ([0.8, 0.8, 0.8], 3, "x")
@@ -276,7 +278,7 @@ def test_row_of_several_runs(prepared: bench_train.Prepared) -> None:
     assert bench_train.summarize(wide, "hf_trainer", [run_row(9.0)], {})["dev_score"] == []  # random weights
 
 
-def test_saving_one_case_keeps_the_others(prepared: bench_train.Prepared, tmp_path: Path) -> None:
+def test_saving_one_case_keeps_the_others(prepared: bench_runs.Prepared, tmp_path: Path) -> None:
     out, facts = tmp_path / "out", {"machine": "m", "versions": {"torch": "1"}, "commit": "c"}
     rows = [
         bench_train.summarize(replace(prepared, case=cases.CASES[case]), system, runs, {"commit": "old"})
@@ -330,20 +332,20 @@ def test_our_clock_starts_with_the_rows_and_stops_with_the_stage(tmp_path: Path)
         (3.0, "stage distill: 6 epochs"),
         (9.5, "stage distill is over: x"),
     ]
-    row = bench_train.read_our_run([*lines, (20.0, "")], tmp_path / "metrics.jsonl", "eval_accuracy")
+    row = bench_runs.read_our_run([*lines, (20.0, "")], tmp_path / "metrics.jsonl", "eval_accuracy")
     assert (row["seconds"], row["dev_score"], row["padding_share"]) == (7.5, 0.7, pytest.approx(0.2))
-    with pytest.raises(bench_train.RunFailed, match="stage distill is over"):
-        bench_train.read_our_run(lines[:-1], tmp_path / "metrics.jsonl", "eval_accuracy")
+    with pytest.raises(bench_runs.RunFailed, match="stage distill is over"):
+        bench_runs.read_our_run(lines[:-1], tmp_path / "metrics.jsonl", "eval_accuracy")
 
 
 def test_our_program_runs_from_the_driver(
     tiny_data: Path, tiny_encoder: Path, tiny_teacher, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TOKENIZERS_PARALLELISM", "false")
-    monkeypatch.setattr(bench_train, "EPOCHS", 2)
+    monkeypatch.setattr(bench_runs, "EPOCHS", 2)
     case = cases.Case("tiny", "sst2", 1)
-    inputs = bench_train.Prepared(case, tiny_data, tiny_teacher("sst2"), tiny_encoder, (10,) * 90)
-    row = bench_train.run_ours(inputs, "cached", 1, tmp_path)
+    inputs = bench_runs.Prepared(case, tiny_data, tiny_teacher("sst2"), tiny_encoder, (10,) * 90)
+    row = bench_runs.run_ours(inputs, "cached", 1, tmp_path)
     # 64 shards of 1 or 2 rows: batches of 32, 32, 13 and 13
     told = (tmp_path / "logs" / "tiny-cached-1.log").read_text()
     assert "stage distill: 2 epochs, 8 steps" in told and "built in" in told and "layer pairs 1:2" in told
@@ -354,23 +356,24 @@ def test_our_program_runs_from_the_driver(
 
 def test_what_a_failing_program_says_last_is_its_error(tmp_path: Path) -> None:
     code = "import sys; print('begins'); sys.exit('ValueError: the reason')"
-    with pytest.raises(bench_train.RunFailed, match=r"^ValueError: the reason$"):
-        bench_train.watch([sys.executable, "-c", code], tmp_path / "logs" / "x.log")
+    with pytest.raises(bench_runs.RunFailed, match=r"^ValueError: the reason$"):
+        bench_runs.watch([sys.executable, "-c", code], tmp_path / "logs" / "x.log")
     assert (tmp_path / "logs" / "x.log").read_text() == "begins\nValueError: the reason\n"
 
 
 def test_peak_memory_is_the_program_s_own(tmp_path: Path) -> None:
-    _, small = bench_train.watch([sys.executable, "-c", "pass"], tmp_path / "a.log")
-    _, large = bench_train.watch([sys.executable, "-c", "x = b'1' * 2**28"], tmp_path / "b.log")
+    _, small = bench_runs.watch([sys.executable, "-c", "pass"], tmp_path / "a.log")
+    _, large = bench_runs.watch([sys.executable, "-c", "x = b'1' * 2**28"], tmp_path / "b.log")
     assert small < 50  # not that of this process, which has torch inside
     assert 240 < large - small < 300
 
 
 def test_cases_prepare_their_first_rows(tiny_data: Path, tiny_encoder: Path, tmp_path: Path) -> None:
     case = cases.Case("wide", "sst2", 1, num_train_rows=40, num_dev_rows=7, is_wide=True)
-    (tmp_path / "teachers" / "wide").mkdir(parents=True)
-    (tmp_path / "teachers" / "wide" / "tokenizer_config.json").touch()  # as if it were made
-    prepared = bench_train.prepare(case, tiny_encoder, str(tiny_data), tmp_path)
+    made = bench_runs._teacher_folder("wide", tiny_encoder, tmp_path)
+    made.mkdir(parents=True)
+    (made / "tokenizer_config.json").touch()  # as if it were made
+    prepared = bench_runs.prepare(case, tiny_encoder, str(tiny_data), tmp_path)
     from peakd_ds.data import load_splits
     from peakd_ds.tasks import get_task
 
@@ -380,7 +383,15 @@ def test_cases_prepare_their_first_rows(tiny_data: Path, tiny_encoder: Path, tmp
     )
     assert kept["train"]["sentence"] == whole["train"]["sentence"][:40] and len(kept["validation"]) == 7
     lengths = np.array([len(text.split()) + 2 for text in kept["train"]["sentence"]])  # each word is in the vocabulary
-    assert prepared.lengths == tuple(lengths)
+    assert prepared.lengths == tuple(lengths) and prepared.teacher == made
+
+
+def test_another_encoder_has_another_teacher(tiny_encoder: Path, tmp_path: Path) -> None:
+    first = bench_runs._teacher_folder("mrpc", tiny_encoder, tmp_path)
+    copy = Path(shutil.copytree(tiny_encoder, tmp_path / "copy"))
+    assert bench_runs._teacher_folder("mrpc", copy, tmp_path) == first
+    (copy / "config.json").write_text((copy / "config.json").read_text() + "\n")
+    assert bench_runs._teacher_folder("mrpc", copy, tmp_path) != first
 
 
 def test_layer_pairs_of_the_cases() -> None:
