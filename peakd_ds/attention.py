@@ -7,6 +7,7 @@ CHANGELOG.md has the measurements, under Tried. On a GPU PyTorch's are used.
 T tokens, B rows, H hidden size = heads * head size D; S the width that attention pads to.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -55,7 +56,10 @@ def _heads(states: Tensor, num_heads: int) -> Tensor:
 
 
 class _CpuAttention(torch.autograd.Function):
-    """`attend` by batched matrix products in the inputs' own dtype, as autocast and BERT's own code compute it."""
+    """`attend` by batched matrix products in the inputs' own dtype, as autocast and BERT's own code compute it.
+
+    Rows of like length are computed together (`Packing.parts`), so that few of the products are of padding.
+    """
 
     @staticmethod
     def forward(
@@ -69,41 +73,72 @@ class _CpuAttention(torch.autograd.Function):
         dropout_p: float,
         is_first_only: bool,
     ) -> Tensor:
-        def split(states: Tensor, is_first: bool = False) -> Tensor:
-            """[T, H] or [B, H] -> [B * heads, S or 1, D]."""
-            return _heads(states[:, None] if is_first else packing.pad(states), num_heads).flatten(0, 1)
-
-        def join(states: Tensor, is_first: bool = False) -> Tensor:
-            """The way back."""
-            states = states.unflatten(0, (-1, num_heads)).transpose(1, 2).flatten(2)
-            return states[:, 0] if is_first else packing.unpad(states)
-
-        ctx.split, ctx.join = split, join
-        ctx.scaling, ctx.is_first_only, ctx.keep_scale = scaling, is_first_only, 1.0
-        query, key, value = split(query * scaling, is_first_only), split(key), split(value)
-        scores = torch.bmm(query, key.mT)
-        bias = torch.zeros(packing.mask.shape, dtype=scores.dtype).masked_fill_(~packing.mask, -torch.inf)
-        scores.view(packing.num_rows, num_heads, -1, packing.width).add_(bias)
-        weights, kept, keep = torch.softmax(scores, -1), None, None
-        if dropout_p > 0:
-            keep, ctx.keep_scale = _draw(weights, dropout_p)
-            kept = weights * keep
-        ctx.save_for_backward(query, key, value, weights, keep)
-        return join(torch.bmm(weights if kept is None else kept, value), is_first_only).mul_(ctx.keep_scale)
+        ctx.num_heads, ctx.scaling, ctx.keep_scale = num_heads, scaling, 1.0
+        ctx.places = list(_places(packing, is_first_only))
+        output, saved = torch.empty_like(query), []
+        for part, tokens, of_queries in ctx.places:
+            q = _split(query[of_queries] * scaling, part, num_heads, is_first_only)
+            k, v = _split(key[tokens], part, num_heads), _split(value[tokens], part, num_heads)
+            scores = torch.bmm(q, k.mT)
+            bias = torch.zeros(part.mask.shape, dtype=scores.dtype).masked_fill_(~part.mask, -torch.inf)
+            scores.view(part.num_rows, num_heads, -1, part.width).add_(bias)
+            weights, kept, keep = torch.softmax(scores, -1), None, None
+            if dropout_p > 0:
+                keep, ctx.keep_scale = _draw(weights, dropout_p)
+                kept = weights * keep
+            _join(torch.bmm(weights if kept is None else kept, v), part, num_heads, output[of_queries], is_first_only)
+            saved += [q, k, v, weights, keep]
+        ctx.is_first_only = is_first_only
+        ctx.save_for_backward(*saved)
+        return output.mul_(ctx.keep_scale)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, weights, keep = ctx.saved_tensors
-        of_output = ctx.split(gradient * ctx.keep_scale, ctx.is_first_only)
-        of_value = torch.bmm((weights if keep is None else weights * keep).mT, of_output)
-        of_weights = torch.bmm(of_output, value.mT)
-        if keep is not None:
-            of_weights.mul_(keep)
-        of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
-        of_query = ctx.join(torch.bmm(of_scores, key), ctx.is_first_only).mul_(ctx.scaling)
-        of_key = torch.bmm(of_scores.mT, query)  # the query already has the scaling
-        return of_query, ctx.join(of_key), ctx.join(of_value), None, None, None, None, None
+        num_heads, is_first_only = ctx.num_heads, ctx.is_first_only
+        gradient = gradient * ctx.keep_scale
+        of_query = torch.empty_like(gradient)
+        num_tokens = ctx.places[-1][1].stop
+        of_key, of_value = (gradient.new_empty(num_tokens, gradient.shape[1]) for _ in range(2))
+        for number, (part, tokens, of_queries) in enumerate(ctx.places):
+            q, k, v, weights, keep = ctx.saved_tensors[5 * number : 5 * number + 5]
+            of_output = _split(gradient[of_queries], part, num_heads, is_first_only)
+            _join(
+                torch.bmm((weights if keep is None else weights * keep).mT, of_output),
+                part,
+                num_heads,
+                of_value[tokens],
+            )
+            of_weights = torch.bmm(of_output, v.mT)
+            if keep is not None:
+                of_weights.mul_(keep)
+            of_scores = torch._softmax_backward_data(of_weights, weights, -1, weights.dtype)
+            _join(torch.bmm(of_scores, k), part, num_heads, of_query[of_queries], is_first_only)
+            _join(torch.bmm(of_scores.mT, q), part, num_heads, of_key[tokens])  # q already has the scaling
+        return of_query.mul_(ctx.scaling), of_key, of_value, None, None, None, None, None
+
+
+def _places(packing: Packing, is_first_only: bool) -> Iterator[tuple[Packing, slice, slice]]:
+    """Each part, where its tokens lie, and where its queries: the same, or its rows if each has one query."""
+    token = row = 0
+    for part in packing.parts or (packing,):
+        tokens, rows = slice(token, token + len(part.places)), slice(row, row + part.num_rows)
+        yield part, tokens, rows if is_first_only else tokens
+        token, row = tokens.stop, rows.stop
+
+
+def _split(states: Tensor, packing: Packing, num_heads: int, is_first: bool = False) -> Tensor:
+    """[T, H] or [B, H] -> [B * heads, S or 1, D]; padding is 0."""
+    return _heads(states[:, None] if is_first else packing.pad(states), num_heads).flatten(0, 1)
+
+
+def _join(states: Tensor, packing: Packing, num_heads: int, out: Tensor, is_first: bool = False) -> None:
+    """The way back, into `out`."""
+    states = states.unflatten(0, (-1, num_heads)).transpose(1, 2).flatten(2)
+    if is_first:
+        out.copy_(states[:, 0])
+    else:
+        torch.index_select(states.flatten(0, 1), 0, packing.places, out=out)
 
 
 class Dropout(nn.Dropout):

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from peakd_ds import attention
+from peakd_ds import packing as packing_module
 from peakd_ds.attention import Dropout, attend
 from peakd_ds.export import unroll
 from peakd_ds.modeling import ask
@@ -210,13 +211,17 @@ def test_dropout_follows_the_seed_and_does_nothing_in_eval() -> None:
     assert torch.equal(Dropout(1.0)(states), torch.zeros_like(states))
 
 
+@pytest.mark.parametrize(("lengths", "num_parts"), [(LENGTHS, 0), ((70, 65, 40, 33, 9, 5, 1), 3), ((9, 5, 1), 1)])
 @pytest.mark.parametrize("is_first_only", [False, True])
 def test_attention_with_dropout_has_the_gradient_of_its_formula(
-    is_first_only: bool, monkeypatch: pytest.MonkeyPatch
+    is_first_only: bool, lengths: tuple[int, ...], num_parts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Softmax(Q K^T / sqrt(D)), dropped with the mask that was drawn, times V; all in double precision."""
-    packing, heads = pack(*make_rows(LENGTHS))["packing"], 2
-    num_tokens = sum(LENGTHS)
+    monkeypatch.setattr(packing_module, "PART_COST", 1)
+    monkeypatch.setattr(packing_module, "PART_ROWS", 1)
+    packing, heads = pack(*make_rows(lengths))["packing"], 2
+    assert len(packing.parts) == num_parts
+    num_tokens = sum(lengths)
     torch.manual_seed(0)
     query, key, value = (torch.randn(num_tokens, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
     masks: list[Tensor] = []
@@ -232,18 +237,44 @@ def test_attention_with_dropout_has_the_gradient_of_its_formula(
     ours = attend(asking, key, value, packing, heads, 0.5, 0.3)
     our_gradients = torch.autograd.grad(ours.sin().sum(), (query, key, value))
 
-    expected, (mask,) = [], masks
-    mask = mask.view(len(LENGTHS), heads, -1, packing.width)
-    for row, (start, length) in enumerate(zip(packing.starts.tolist(), LENGTHS, strict=True)):
+    expected, parts = [], packing.parts or (packing,)
+    by_part = [mask.unflatten(0, (-1, heads)) for mask in masks]
+    assert [mask.shape[::3] for mask in by_part] == [(part.num_rows, part.width) for part in parts]
+    mask_of_row = [mask for masks_of_part in by_part for mask in masks_of_part]
+    for row, (start, length) in enumerate(zip(packing.starts.tolist(), lengths, strict=True)):
         q, k, v = (x[start : start + length].view(length, heads, 4).transpose(0, 1) for x in (query, key, value))
         q = q[:, :1] if is_first_only else q
-        weights = F.softmax(q @ k.mT * 0.5, -1) * mask[row, :, : q.shape[1], :length]
+        weights = F.softmax(q @ k.mT * 0.5, -1) * mask_of_row[row][:, : q.shape[1], :length]
         expected.append((weights @ v).transpose(0, 1).flatten(1))
     theirs = torch.cat(expected)
     torch.testing.assert_close(ours, theirs, rtol=1e-12, atol=1e-12)
     for mine, formula in zip(our_gradients, torch.autograd.grad(theirs.sin().sum(), (query, key, value)), strict=True):
         torch.testing.assert_close(mine, formula, rtol=1e-10, atol=1e-12)
-    assert 0.2 < (mask == 0).double().mean() < 0.4
+    assert 0.2 < torch.cat([mask.flatten() == 0 for mask in masks]).double().mean() < 0.4
+
+
+def test_parts_cost_least(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against all ways to cut the rows, in twos."""
+    monkeypatch.setattr(packing_module, "PART_ROWS", 2)
+    random = np.random.default_rng(0)
+    for _ in range(50):
+        lengths = np.sort(random.integers(1, 129, random.integers(1, 20)))[::-1]
+        places = range(2, len(lengths), 2)
+        cuts = [
+            [0, *(place for number, place in enumerate(places) if choice >> number & 1), len(lengths)]
+            for choice in range(2 ** len(places))
+        ]
+
+        def cost(edges: Sequence[int], lengths: np.ndarray = lengths) -> int:
+            widths = [-(-lengths[start] // WIDTH_MULTIPLE) * WIDTH_MULTIPLE for start in edges[:-1]]
+            return sum(
+                packing_module.PART_COST + (stop - start) * width**2
+                for start, stop, width in zip(edges, edges[1:], widths, strict=False)
+            )
+
+        parts = packing_module.parts_of(lengths)
+        assert [stop for _, stop in parts[:-1]] == [start for start, _ in parts[1:]]
+        assert cost([0, *(stop for _, stop in parts)]) == min(map(cost, cuts)) and parts[-1][1] == len(lengths)
 
 
 def test_bf16_attention_is_as_near_as_bf16_allows() -> None:
