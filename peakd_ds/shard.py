@@ -1,18 +1,8 @@
-"""A task's training rows as 64 tokenised shards: made by MPI workers, copied to each node's scratch, read by train.py.
+"""peakd-shard: tokenise a task's training rows into shards, by MPI workers; shard_files.py says what files there are.
 
     srun --mpi=pmix peakd-shard --task mnli --teacher bert-base-uncased --shard_dir shards/mnli   # or mpirun, or alone
-    train.py --data_placement sharded --shard_dir shards/mnli --scratch_dir /scratch ...
 
-The shards are the canonical ones of data.py, so which rows a file holds depends on the data alone, and its bytes do not
-depend on the workers. With n nodes, node i holds shards i * 64 / n up to (i + 1) * 64 / n, from which its ranks' slots
-of every global batch come.
-
-    SHARD_DIR/
-      shard-00.safetensors .. shard-63.safetensors   rows, labels, lengths [n], input_ids, token_type_ids [tokens]
-      holdout.safetensors    the same, of rows that only pick epochs; no rows with --select_on dev
-      index.safetensors      lengths and labels of all training rows, which every rank needs
-      manifest.json          what the files were made from, and the checksum of each; written last
-      shard-00.json ..       until the manifest is there, the checksums of finished files: a later start goes on
+Started again, it keeps the files that are whole and makes the others.
 """
 
 import argparse
@@ -20,247 +10,43 @@ import contextlib
 import hashlib
 import json
 import os
-import shutil
 import socket
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 import datasets
 import numpy as np
 import safetensors.numpy
-from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
-from peakd_ds import data, dist, modeling
+from peakd_ds import data, modeling
 from peakd_ds.config import RunConfig, UserError, exit_with
-from peakd_ds.data import NUM_SHARDS, Split, TokenRows
-from peakd_ds.files import sha256_of, whole_file, write_atomically
+from peakd_ds.data import NUM_SHARDS
+from peakd_ds.files import whole_file, write_atomically
+from peakd_ds.shard_files import (
+    HOLDOUT,
+    INDEX,
+    MIB,
+    FileRecord,
+    Manifest,
+    check_made_from,
+    describe,
+    is_whole,
+    read_manifest,
+    rows_of_files,
+    scratch_of,
+    shards_of_node,
+    stage,
+)
 from peakd_ds.tasks import Task, get_task
 
 T = TypeVar("T")
 
-FORMAT = 1
-HOLDOUT = "holdout.safetensors"
-INDEX = "index.safetensors"
-MIB = 2**20
 
-
-@dataclass(frozen=True)
-class FileRecord:
-    """What the manifest says about one file."""
-
-    sha256: str
-    num_bytes: int
-    num_rows: int
-    num_tokens: int
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """A whole folder of shards."""
-
-    folder: Path
-    made_from: dict[str, Any]
-    num_rows: int
-    """Training rows, held out ones included."""
-    files: dict[str, FileRecord]
-
-    @property
-    def data_fingerprint(self) -> str:
-        return self.made_from["data"]
-
-    def to_json(self) -> str:
-        files = {name: asdict(record) for name, record in self.files.items()}
-        return json.dumps({"made_from": self.made_from, "num_rows": self.num_rows, "files": files}, indent=1)
-
-
-def describe(
-    task: Task, data_fingerprint: str, tokenizer: PreTrainedTokenizerBase, max_seq_length: int, select_on: str
-) -> dict[str, Any]:
-    """All that the bytes of the shards depend on."""
-    return {
-        "format": FORMAT,
-        "num_shards": NUM_SHARDS,
-        "task": task.name,
-        "data": data_fingerprint,
-        "tokenizer": data.tokenizer_digest(tokenizer),
-        "max_seq_length": max_seq_length,
-        "select_on": select_on,
-    }
-
-
-def rows_of_files(num_rows: int, select_on: str) -> dict[str, np.ndarray]:
-    """Which of so many training rows each file holds: int64, sorted. The shards hold the rows trained on."""
-    trained, held_out = np.arange(num_rows), np.arange(0)
-    if select_on == "holdout":
-        trained, held_out = data.split_holdout(num_rows)
-    bounds = data.shard_bounds(len(trained))
-    shards = {_shard_name(number): trained[bounds[number] : bounds[number + 1]] for number in range(NUM_SHARDS)}
-    return {**shards, HOLDOUT: held_out}
-
-
-def shards_of_node(node: int, num_nodes: int) -> list[str]:
-    """File names of a node's block of shards.
-
-    Raises:
-        UserError: the nodes do not divide the shards.
-    """
-    if NUM_SHARDS % num_nodes:
-        fitting = [str(n) for n in range(1, NUM_SHARDS + 1) if NUM_SHARDS % n == 0]
-        raise UserError(
-            f"{num_nodes} nodes do not divide the {NUM_SHARDS} shards; take {', '.join(fitting[:-1])} or {fitting[-1]} "
-            "nodes (--data_placement replicated trains on any number)"
-        )
-    size = NUM_SHARDS // num_nodes
-    return [_shard_name(number) for number in range(node * size, (node + 1) * size)]
-
-
-# -- Reading them: train.py --------------------------------------------------------------------------------------------
-
-
-def find(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, data_fingerprint: str | None) -> Manifest:
-    """The shards of `--shard_dir`, checked against the settings and the nodes of this run; nothing is copied yet.
-
-    Args:
-        data_fingerprint: of the train split; None on ranks that have not read it and leave this check to others.
-
-    Raises:
-        UserError: no whole set of shards there, made from something else, or not for so many nodes.
-    """
-    manifest = read_manifest(Path(config.shard_dir))
-    wanted = describe(
-        task, data_fingerprint or manifest.data_fingerprint, tokenizer, config.max_seq_length, config.select_on
-    )
-    _check_made_from(manifest.folder, manifest.made_from, wanted)
-    shards_of_node(dist.node_rank(), dist.num_nodes())
-    rows = rows_of_files(manifest.num_rows, config.select_on)
-    num_trained = manifest.num_rows - len(rows[HOLDOUT])
-    if num_trained < dist.num_nodes():
-        raise UserError(
-            f"task {task.name} has {num_trained} rows to train on, fewer than the {dist.num_nodes()} nodes; "
-            "set --data_placement replicated"
-        )
-    return manifest
-
-
-def load(config: RunConfig, manifest: Manifest) -> Split:
-    """The train split (collective), with the tokens of this node's shards and of the held out rows.
-
-    One rank of each node copies its files to scratch and verifies them; a dry run verifies them where they are.
-
-    Raises:
-        UserError: a damaged file, or a scratch that is full or cannot be written; with its name and host.
-    """
-    node, num_nodes = dist.node_rank(), dist.num_nodes()
-    names = [*shards_of_node(node, num_nodes), HOLDOUT]
-    scratch = None if config.dry_run else _scratch(config.scratch_dir)
-    dist.agree(lambda: stage(manifest, [*names, INDEX], scratch) if dist.local_rank() == 0 else None)
-
-    def open_files() -> Split:
-        folder = _staged_folder(manifest, scratch)
-        index = load_file(folder / INDEX)
-        lengths = index["lengths"].numpy().astype(np.int64)
-        node_of = np.full(manifest.num_rows, data.ON_ALL_NODES)
-        rows = rows_of_files(manifest.num_rows, manifest.made_from["select_on"])
-        for other in range(num_nodes):
-            for name in shards_of_node(other, num_nodes):
-                node_of[rows[name]] = other
-        held_here = TokenRows((_rows_of(folder / name) for name in names), lengths)
-        return Split(held_here, lengths, index["labels"], node_of)
-
-    return dist.agree(open_files)
-
-
-def _rows_of(file: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Numbers and tokens of the rows in a file, mapped into memory."""
-    tensors = load_file(file)
-    return tensors["rows"].numpy(), {name: tensors[name].numpy() for name in TokenRows.COLUMNS}
-
-
-def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder of shards. Raises UserError where there is none, or it cannot be read."""
-    file = folder / "manifest.json"
-    if not file.exists():
-        raise UserError(
-            f"--shard_dir {folder} holds no whole set of shards (no manifest.json); make it with peakd-shard"
-        )
-    try:
-        content = json.loads(file.read_text())
-        files = {name: FileRecord(**record) for name, record in content["files"].items()}
-        return Manifest(folder, dict(content["made_from"]), int(content["num_rows"]), files)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{file} is damaged ({error}); run peakd-shard again, which makes what is missing") from error
-
-
-# -- Staging: to each node's scratch -----------------------------------------------------------------------------------
-
-
-def stage(manifest: Manifest, names: Sequence[str], scratch: Path | None) -> None:
-    """Copy files to this node's scratch and verify each copy; whole ones that are there already are kept.
-
-    Without a scratch the files are verified where they are.
-
-    Raises:
-        UserError: a damaged file, named; a scratch that is full or cannot be written, with the host.
-    """
-    if scratch is None:
-        for name in names:
-            _check_whole(manifest, name)
-        return
-    folder, host = _staged_folder(manifest, scratch), socket.gethostname()
-    try:
-        missing = [name for name in names if not _is_whole(folder / name, manifest.files[name])]
-        folder.mkdir(parents=True, exist_ok=True)
-        needed, free = sum(manifest.files[name].num_bytes for name in missing), shutil.disk_usage(folder).free
-        if needed > free:
-            raise UserError(
-                f"scratch {scratch} on {host} has {free / MIB:,.1f} MiB free, and this node's shards need "
-                f"{needed / MIB:,.1f}; free space there or give another --scratch_dir"
-            )
-        for name in missing:
-            with whole_file(folder / name) as copy:
-                shutil.copyfile(manifest.folder / name, copy)
-                if not _is_whole(copy, manifest.files[name]):
-                    _check_whole(manifest, name)
-                    raise UserError(
-                        f"{name} was copied to {scratch} on {host} and came out different; the disk or the network is "
-                        "failing: give another --scratch_dir or leave this host out"
-                    )
-    except OSError as error:
-        raise UserError(
-            f"shards cannot be copied to scratch {scratch} on {host} ({error}); free space there or give another "
-            "--scratch_dir"
-        ) from error
-
-
-def _scratch(scratch_dir: str) -> Path | None:
-    """The folder that the user or the site named, or the one that was made for the job, if any."""
-    chosen = scratch_dir or os.environ.get("PEAKD_SCRATCH") or os.environ.get("SLURM_TMPDIR")
-    return Path(chosen) if chosen else None
-
-
-def _staged_folder(manifest: Manifest, scratch: Path | None) -> Path:
-    """Where staged files lie: a folder for each content, so that runs on the same shards share them."""
-    if scratch is None:
-        return manifest.folder
-    return scratch / f"peakd-shards-{hashlib.sha256(manifest.to_json().encode()).hexdigest()[:16]}"
-
-
-def _is_whole(file: Path, record: FileRecord) -> bool:
-    return file.exists() and file.stat().st_size == record.num_bytes and sha256_of(file) == record.sha256
-
-
-def _check_whole(manifest: Manifest, name: str) -> None:
-    file = manifest.folder / name
-    if not _is_whole(file, manifest.files[name]):
-        state = "is damaged (its SHA-256 is not the manifest's)" if file.exists() else "is missing"
-        raise UserError(f"{file} {state}; run peakd-shard again, which makes it anew")
-
-
-# -- Making them: peakd-shard ------------------------------------------------------------------------------------------
+# -- Making them -------------------------------------------------------------------------------------------------------
 
 
 def make(
@@ -293,31 +79,37 @@ def make(
     records = _agree(workers, lambda: _records_in(folder, made_from, files))
     encode = data.encoder_of(task, tokenizer, max_seq_length)
 
-    def make_mine() -> list[str]:
-        told = []
+    def make_mine() -> dict[str, tuple[str, FileRecord]]:
+        """What was done about each of this worker's files, "" if it was whole, and its record."""
+        mine = {}
         for name in list(files)[workers.rank :: workers.size]:
-            if name in records and _is_whole(folder / name, records[name]):
+            if name in records and is_whole(folder / name, records[name]):
+                mine[name] = "", records[name]
                 continue
+            told = "made"
             if name in records:
-                told.append(f"{name}: {'damaged' if (folder / name).exists() else 'missing'}, made again")
-            else:
-                told.append(f"{name}: made")
+                told = f"{'damaged' if (folder / name).exists() else 'missing'}, made again"
             columns = encode_file(rows, files[name], encode, data.label_dtype(task))
             record = _write(folder / name, columns)
             write_atomically(_sidecar(folder, name), json.dumps({"made_from": made_from, "record": asdict(record)}))
-        return told
+            mine[name] = told, record
+        return mine
 
-    told = sorted(line for lines in workers.allgather(_agree(workers, make_mine)) for line in lines)
+    done: dict[str, tuple[str, FileRecord]] = {}
+    for part in workers.allgather(_agree(workers, make_mine)):  # not from the folder: NFS may show it late
+        done |= part
 
     def finish() -> None:
         """The index and the manifest, from all files; then nothing else is needed."""
-        finished = _records_in(folder, made_from, files) | {INDEX: _write_index(folder, files, data.label_dtype(task))}
+        finished = {name: done[name][1] for name in files}
+        finished[INDEX] = _write_index(folder, files, data.label_dtype(task))
         manifest = Manifest(folder, made_from, len(rows), finished)
         write_atomically(folder / "manifest.json", manifest.to_json() + "\n")
         for name in files:
             _sidecar(folder, name).unlink(missing_ok=True)
 
     _agree(workers, lambda: finish() if workers.rank == 0 else None)
+    told = sorted(f"{name}: {what}" for name, (what, _) in done.items() if what)
     return _agree(workers, lambda: read_manifest(folder)), told
 
 
@@ -354,32 +146,19 @@ def _records_in(folder: Path, made_from: dict[str, Any], files: Iterable[str]) -
             manifest = read_manifest(folder)
             found = {name: record for name, record in manifest.files.items() if name in files}
         if found:
-            _check_made_from(folder, manifest.made_from, made_from)
+            check_made_from(folder, manifest.made_from, made_from)
     for name in files:
         try:
             content = json.loads(_sidecar(folder, name).read_text())
             found[name], its_source = FileRecord(**content["record"]), content["made_from"]
         except (FileNotFoundError, ValueError, TypeError, KeyError):
             continue
-        _check_made_from(folder, its_source, made_from)
+        check_made_from(folder, its_source, made_from)
     return found
 
 
 def _sidecar(folder: Path, name: str) -> Path:
     return (folder / name).with_suffix(".json")
-
-
-def _check_made_from(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-    differing = [
-        f"{name}: {found.get(name)} there, {wanted.get(name)} here"
-        for name in sorted(found.keys() | wanted.keys())
-        if found.get(name) != wanted.get(name)
-    ]
-    if differing:
-        raise UserError(
-            f"--shard_dir {folder} holds shards of other data or settings ({'; '.join(differing)}); give another "
-            "--shard_dir, made by peakd-shard with these settings"
-        )
 
 
 def _write(file: Path, columns: dict[str, np.ndarray]) -> FileRecord:
@@ -401,10 +180,6 @@ def _write_index(folder: Path, files: dict[str, np.ndarray], label_dtype: Any) -
         for column in index:
             index[column][columns["rows"]] = columns[column]
     return _write(folder / INDEX, index)
-
-
-def _shard_name(number: int) -> str:
-    return f"shard-{number:02d}.safetensors"
 
 
 # -- The program -------------------------------------------------------------------------------------------------------
@@ -481,7 +256,7 @@ def main(argv: Sequence[str]) -> None:
         os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a worker is one core
     hosts = workers.allgather(socket.gethostname())
     nodes = list(dict.fromkeys(hosts))
-    node, scratch = nodes.index(hosts[workers.rank]), _scratch(args.scratch_dir)
+    node, scratch = nodes.index(hosts[workers.rank]), scratch_of(args.scratch_dir)
 
     def read() -> tuple[Task, datasets.Dataset, PreTrainedTokenizerBase]:
         if scratch is not None:

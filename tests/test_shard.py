@@ -18,11 +18,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import NUM_TRAIN_ROWS, made_up_rows, write_split
+from safetensors.torch import load_file
 from test_data import as_rank
 from test_resume import assert_same_curve
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from peakd_ds import data, dist, shard, train
+from peakd_ds import data, dist, shard, shard_files, train
 from peakd_ds.config import UserError, parse
 from peakd_ds.data import NUM_SHARDS, epoch_slots, global_batches
 from peakd_ds.packing import padded
@@ -167,7 +168,7 @@ def test_a_shard_holds_its_rows(made: Path, tiny_data: Path, tokenizer: PreTrain
     raw = data.load_splits(task, str(tiny_data))["train"]
     whole = data.tokenize(task, raw, tokenizer, MAX_SEQ_LENGTH)
     trained, held_out = data.split_holdout(len(raw))
-    held = [shard.load_file(made / name) for name in [*SHARDS, "holdout.safetensors"]]
+    held = [load_file(made / name) for name in [*SHARDS, "holdout.safetensors"]]
     assert torch.cat([tensors["rows"] for tensors in held]).tolist() == [*trained, *held_out]
     sizes = [len(tensors["rows"]) for tensors in held[:-1]]
     assert max(sizes) - min(sizes) <= 1
@@ -189,9 +190,9 @@ def test_a_task_of_few_rows_with_scores(tiny_encoder: Path, tmp_path: Path) -> N
         write_split(tmp_path / "data", "stsb", split, made_up_rows("stsb", num_rows, split))
     options = ["--task", "stsb", "--teacher", str(tiny_encoder), "--data_dir", str(tmp_path / "data")]
     remake(options, tmp_path / "shards", "--select_on", "dev")
-    index = shard.load_file(tmp_path / "shards" / "index.safetensors")
+    index = load_file(tmp_path / "shards" / "index.safetensors")
     assert index["labels"].dtype == torch.float32 and len(index["labels"]) == 20
-    sizes = [len(shard.load_file(tmp_path / "shards" / name)["rows"]) for name in SHARDS]
+    sizes = [len(load_file(tmp_path / "shards" / name)["rows"]) for name in SHARDS]
     assert (sum(sizes), sizes.count(0)) == (20, 44)
 
 
@@ -291,13 +292,13 @@ def test_processes_that_do_not_find_each_other(env: dict[str, str], words: list[
 
 @pytest.mark.parametrize("num_nodes", [3, 5, 48, 128])
 def test_nodes_that_do_not_divide_the_shards(num_nodes: int) -> None:
-    message = refusal(shard.shards_of_node, 0, num_nodes)
+    message = refusal(shard_files.shards_of_node, 0, num_nodes)
     assert message.startswith(f"{num_nodes} nodes do not divide the 64 shards; take 1, 2, 4, 8, 16, 32 or 64")
 
 
 @pytest.mark.parametrize("num_nodes", [1, 2, 4, 64])
 def test_nodes_share_the_shards_without_overlap(num_nodes: int) -> None:
-    held = [name for node in range(num_nodes) for name in shard.shards_of_node(node, num_nodes)]
+    held = [name for node in range(num_nodes) for name in shard_files.shards_of_node(node, num_nodes)]
     assert held == SHARDS
 
 
@@ -305,7 +306,7 @@ def test_nodes_share_the_shards_without_overlap(num_nodes: int) -> None:
 
 
 def test_copies_are_verified(made: Path, tmp_path: Path) -> None:
-    manifest = shard.read_manifest(made)
+    manifest = shard_files.read_manifest(made)
     copyfile = shutil.copyfile
 
     def copy_badly(source: Path, target: Path) -> None:
@@ -314,21 +315,21 @@ def test_copies_are_verified(made: Path, tmp_path: Path) -> None:
             damage(target)
 
     with mock.patch.object(shutil, "copyfile", copy_badly):
-        message = refusal(shard.stage, manifest, SHARDS[:4], tmp_path)
+        message = refusal(shard_files.stage, manifest, SHARDS[:4], tmp_path)
     assert SHARDS[1] in message and socket.gethostname() in message and "came out different" in message
     (staged,) = tmp_path.iterdir()
     assert content(staged).keys() == {SHARDS[0]}, "the bad copy is not there, not even under another name"
-    shard.stage(manifest, SHARDS[:4], tmp_path)
+    shard_files.stage(manifest, SHARDS[:4], tmp_path)
     assert content(staged) == {name: (made / name).read_bytes() for name in SHARDS[:4]}
 
 
 def test_whole_copies_are_kept_and_damaged_ones_replaced(made: Path, tmp_path: Path) -> None:
-    manifest = shard.read_manifest(made)
-    shard.stage(manifest, SHARDS[:4], tmp_path)
+    manifest = shard_files.read_manifest(made)
+    shard_files.stage(manifest, SHARDS[:4], tmp_path)
     (staged,) = tmp_path.iterdir()
     damage(staged / SHARDS[2])
     with mock.patch.object(shutil, "copyfile", wraps=shutil.copyfile) as copied:
-        shard.stage(manifest, SHARDS[:4], tmp_path)
+        shard_files.stage(manifest, SHARDS[:4], tmp_path)
     assert [call.args[0] for call in copied.call_args_list] == [made / SHARDS[2]]
     assert (staged / SHARDS[2]).read_bytes() == (made / SHARDS[2]).read_bytes()
 
@@ -337,30 +338,32 @@ def test_whole_copies_are_kept_and_damaged_ones_replaced(made: Path, tmp_path: P
 def test_a_damaged_shard_is_named(copy: Path, tmp_path: Path, is_staged: bool) -> None:
     damage(copy / SHARDS[5])
     scratch = tmp_path / "scratch" if is_staged else None
-    message = refusal(shard.stage, shard.read_manifest(copy), SHARDS[:8], scratch)
+    message = refusal(shard_files.stage, shard_files.read_manifest(copy), SHARDS[:8], scratch)
     assert message.startswith(f"{copy / SHARDS[5]} is damaged") and "run peakd-shard again" in message
 
 
 def test_a_missing_shard_is_named(copy: Path, tmp_path: Path) -> None:
     (copy / SHARDS[5]).unlink()
-    assert f"{copy / SHARDS[5]} is missing" in refusal(shard.stage, shard.read_manifest(copy), SHARDS[:8], None)
+    assert f"{copy / SHARDS[5]} is missing" in refusal(
+        shard_files.stage, shard_files.read_manifest(copy), SHARDS[:8], None
+    )
 
 
 def test_a_full_scratch_is_named(made: Path, tmp_path: Path) -> None:
-    manifest = shard.read_manifest(made)
+    manifest = shard_files.read_manifest(made)
     full = namedtuple("usage", "total used free")(1000, 900, 100)
     with mock.patch.object(shutil, "disk_usage", return_value=full):
-        message = refusal(shard.stage, manifest, SHARDS, tmp_path)
+        message = refusal(shard_files.stage, manifest, SHARDS, tmp_path)
     assert f"scratch {tmp_path} on {socket.gethostname()} has 0.0 MiB free" in message and "give another" in message
     with mock.patch.object(shutil, "copyfile", side_effect=OSError(28, "No space left on device")):
-        message = refusal(shard.stage, manifest, SHARDS, tmp_path)
+        message = refusal(shard_files.stage, manifest, SHARDS, tmp_path)
     assert "cannot be copied to scratch" in message and "No space left on device" in message
     assert not [file for file in tmp_path.rglob("*") if file.is_file()]
 
 
 def test_a_scratch_that_is_no_folder(made: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
-    message = refusal(shard.stage, shard.read_manifest(made), SHARDS[:2], tmp_path / "file")
+    message = refusal(shard_files.stage, shard_files.read_manifest(made), SHARDS[:2], tmp_path / "file")
     assert f"cannot be copied to scratch {tmp_path / 'file'}" in message
     assert (tmp_path / "file").read_text() == "mine"
 
@@ -406,11 +409,11 @@ def test_sharded_is_replicated(
     placed = ["--data_placement", "sharded", "--shard_dir", str(made), "--run_dir", str(folder)]
     pools(num_ranks).run(as_nodes, num_nodes, str(scratch), run_all, [*words, *RUN_WORDS, *placed])
     assert_same_curve(replicated, folder, 1e-5)
-    ours, theirs = (shard.load_file(run / "checkpoints" / "ptp" / "labels.safetensors") for run in (folder, replicated))
+    ours, theirs = (load_file(run / "checkpoints" / "ptp" / "labels.safetensors") for run in (folder, replicated))
     assert torch.equal(ours["train"], theirs["train"]) and torch.equal(ours["selection"], theirs["selection"])
     for node in range(num_nodes):  # each host has its own shards and no other's
         (staged,) = (scratch / f"node{node}").iterdir()
-        own = set(shard.shards_of_node(node, num_nodes))
+        own = set(shard_files.shards_of_node(node, num_nodes))
         assert content(staged).keys() == {*own, "holdout.safetensors", "index.safetensors"}
 
 
@@ -451,7 +454,7 @@ def test_a_node_composes_its_part_of_every_batch(
         as_node(node, num_nodes)
         config = sharded_config(words, made)
         with mock.patch.object(dist, "agree", lambda action: action()):
-            part = shard.load(config, shard.find(config, task, tokenizer, None))
+            part = shard_files.load(config, shard_files.find(config, task, tokenizer, None))
         assert np.array_equal(part.lengths, whole.lengths) and torch.equal(part.labels, whole.labels)
         elsewhere = dataclasses.replace(whole, node_of=part.node_of)  # whole, but dealt like the sharded one
         for ours, theirs in zip(
@@ -493,7 +496,7 @@ def test_each_node_predicts_its_own_rows_once(
         as_rank(monkeypatch, rank, num_nodes * local_size)
         config = sharded_config(words, made)
         with mock.patch.object(dist, "agree", lambda action: action()):
-            part = shard.load(config, shard.find(config, get_task("rte"), tokenizer, None))
+            part = shard_files.load(config, shard_files.find(config, get_task("rte"), tokenizer, None))
         for name, rows in (("train", train_rows), ("holdout", held_out)):
             batches = list(data.eval_batches(part, rows, 4))
             seen[name] += real_rows(batches)
@@ -584,11 +587,11 @@ def test_a_dry_run_copies_nothing(words: list[str], made: Path, tmp_path: Path, 
 
 
 def test_more_nodes_than_rows(words: list[str], tokenizer: PreTrainedTokenizerBase, made: Path, as_node) -> None:
-    manifest = shard.read_manifest(made)
-    few = shard.Manifest(made, manifest.made_from, 20, manifest.files)
+    manifest = shard_files.read_manifest(made)
+    few = shard_files.Manifest(made, manifest.made_from, 20, manifest.files)
     as_node(0, 32)
-    with mock.patch.object(shard, "read_manifest", return_value=few):
-        message = refusal(shard.find, sharded_config(words, made), get_task("rte"), tokenizer, None)
+    with mock.patch.object(shard_files, "read_manifest", return_value=few):
+        message = refusal(shard_files.find, sharded_config(words, made), get_task("rte"), tokenizer, None)
     assert "18 rows to train on, fewer than the 32 nodes; set --data_placement replicated" in message
 
 
