@@ -99,11 +99,14 @@ def zero_stage(ds_config: dict[str, Any]) -> int:
     return int(ds_config.get("zero_optimization", {}).get("stage", 0))
 
 
-def resolve(config: RunConfig) -> tuple[str, dict[str, Any], dict[str, Any]]:
+def resolve(config: RunConfig, is_bf16_fast: bool) -> tuple[str, dict[str, Any], dict[str, Any]]:
     """(dtype, training ds config, teacher ds config) as the engines will get them, without batch sizes.
 
+    Args:
+        is_bf16_fast: What `--dtype auto` goes by; the same on every rank.
+
     Raises:
-        UserError: dtype and file disagree; fp16 without a GPU; a teacher at stage 1 or 2; offload to where it cannot.
+        UserError: dtype and file disagree; fp16 without a GPU, or at student stage 0; a teacher at stage 1 or 2.
     """
     on_gpu = dist.on_gpu()
     dtype = config.dtype
@@ -118,8 +121,13 @@ def resolve(config: RunConfig) -> tuple[str, dict[str, Any], dict[str, Any]]:
         dtype = stated
     else:
         if dtype == "auto":
-            dtype = "bf16" if has_fast_bf16() else "fp32"
+            dtype = "bf16" if is_bf16_fast else "fp32"
         student = load_ds_config(f"zero1_{dtype}", "student_ds_config")
+    if dtype == "fp16" and zero_stage(student) == 0:
+        raise UserError(
+            f"--student_ds_config {config.student_ds_config} trains in fp16 at ZeRO stage 0, where DeepSpeed does not "
+            "scale the loss and small gradients vanish; take zero1_fp16"
+        )
     if dtype == "fp16" and not on_gpu:
         raise UserError(
             "fp16 needs a GPU: CPU kernels and gloo have no loss scaling in half precision; set --dtype bf16 or fp32"
@@ -159,6 +167,8 @@ def training_engine(module: nn.Module, config: RunConfig, ds_config: dict[str, A
     """
     micro, accum = batch_plan(config.global_batch_size, config.micro_batch_size, dist.world_size())
     ds_config = {
+        # On, as by default, it makes the host wait for the whole GPU, the teacher's stream too, twice a micro-batch.
+        "timers": {"throughput": {"enabled": False}},
         **ds_config,
         "train_batch_size": config.global_batch_size,
         "train_micro_batch_size_per_gpu": micro,

@@ -1,7 +1,7 @@
 """fp32 weights and Adam moments of an engine, whole, at any ZeRO stage and precision.
 
 ZeRO 1 to 3, and their bf16 variant, answer DeepSpeed's safe_get and safe_set functions. At stage 0 the optimiser is
-torch's own (fp32) or one that keeps an fp32 copy of each parameter (bf16 and fp16).
+torch's own (fp32) or one that keeps an fp32 copy of each parameter (bf16).
 """
 
 from typing import Any
@@ -47,7 +47,7 @@ def create_adam_state(engine: Any, adam_step: int) -> None:
 
     There must be something to load into, and without this DeepSpeed's ZeRO 1 and 2 link the moments of the first
     parameter group only (they link after that group's step, when the others have none yet), and its stage-0 optimiser
-    for bf16 and fp16 counts a step that it takes with zero gradients at construction.
+    for bf16 counts a step that it takes with zero gradients at construction.
     """
     state = engine.basic_optimizer.state
     for master in _master_tensors(engine):

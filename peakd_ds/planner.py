@@ -35,6 +35,7 @@ with contextlib.redirect_stdout(sys.stderr):  # where DeepSpeed warns, when impo
 _NAMES = "task teacher student_init num_hidden_layers sharing shuffle_qk layer_map hidden_loss max_seq_length"
 SETTINGS = [spec for spec in fields(RunConfig) if spec.name in f"{_NAMES} global_batch_size micro_batch_size".split()]
 """Settings of a run that change the plan; they keep their names, ranges and defaults."""
+DEFAULT_TASK = "mnli"
 TEACHERS = ("teacher_zero0", "teacher_zero3", "teacher_zero3_offload")
 DTYPES = ("bf16", "fp32")
 FP32 = 4
@@ -129,7 +130,7 @@ class Memory:
 def student_memory(engine: Engine) -> Memory:
     """Memory of `ds_engine.training_engine` with `zero{stage}_{dtype}` of ds_configs/.
 
-    Stage 0: fp32 is torch's AdamW on the weights themselves; bf16 has fp32 copies (fp16/unfused_optimizer.py).
+    Stage 0: fp32 is torch's AdamW on the weights themselves; bf16 has fp32 copies (unfused_optimizer.py).
     Stage 1: AdamW works on an fp32 copy of this rank's part, also in fp32. bf16 is bf16_optimizer.py, which has fp32
     gradients of all parameters (fp32_groups_gradients_flat; bf16's own leave as they come) and no bucket; fp32 is
     zero/stage_1_and_2.py, which has the whole gradients when it starts to reduce them.
@@ -390,8 +391,8 @@ def build_parser() -> argparse.ArgumentParser:
     """The settings of a run that matter here, and what only a plan needs."""
     parser = Parser(prog="peakd-plan", allow_abbrev=False, description=(__doc__ or "").split("\n")[0])
     for spec in SETTINGS:
-        add_setting(parser, spec)
-    parser.set_defaults(task="mnli")
+        add_setting(parser, spec, {"task": DEFAULT_TASK, "teacher": "none"}.get(spec.name, ""))
+    parser.set_defaults(task=DEFAULT_TASK)
     for name, (kind, default, low, high, help) in NUMBERS.items():
         text = f"{help}; default {'none' if default is None else default}; range {low} to {high}]"
         parser.add_argument(f"--{name}", type=kind, default=default, metavar=name.upper(), help=text)

@@ -5,6 +5,8 @@ Every mistake of the user's is met here, on all ranks together, and nothing save
 
 import json
 import os
+import socket
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from peakd_ds import checkpoint, data, dist, ds_engine, glue_eval, modeling, shard, vocabulary
+from peakd_ds import checkpoint, data, dist, ds_engine, glue_eval, modeling, shard_files, vocabulary
 from peakd_ds.config import EVAL_ROWS, RunConfig, UserError, differences, to_yaml
 from peakd_ds.data import Split
 from peakd_ds.export import require_onnx
@@ -125,10 +127,11 @@ def open_run(config: RunConfig) -> Run:
     Raises:
         UserError: on every rank, with value, rule and remedy.
     """
+    is_bf16_fast = dist.highest(int(not ds_engine.has_fast_bf16())) == 0  # on all ranks, or none computes in it
 
     def look() -> tuple[Run, dict[str, Any], dict[str, str], Any]:
         task = get_task(config.task)
-        dtype, student_ds_config, teacher_ds_config = ds_engine.resolve(config)
+        dtype, student_ds_config, teacher_ds_config = ds_engine.resolve(config, is_bf16_fast)
         resolved = replace(config, dtype=dtype)
         check_run_folder(resolved)
         _check_loss_backend(config)
@@ -148,7 +151,7 @@ def open_run(config: RunConfig) -> Run:
         splits = data.load_splits(task, config.data_dir, train=not is_sharded or dist.is_main())
         fingerprints, shards = data.fingerprints(splits), None
         if is_sharded:
-            shards = shard.find(config, task, tokenizer, fingerprints.get("train"))
+            shards = shard_files.find(config, task, tokenizer, fingerprints.get("train"))
             fingerprints["train"] = shards.data_fingerprint
         elif config.select_on == "holdout":
             data.check_holdout(task, len(splits["train"]))
@@ -169,7 +172,9 @@ def open_run(config: RunConfig) -> Run:
     if is_sharded:
         dist.check_nodes()
     run, splits, fingerprints, shards = dist.agree(look)
-    config, train = run.config, None if shards is None else shard.load(config, shards)
+    of_first = dist.broadcast(fingerprints)
+    dist.agree(lambda: _check_alike(config, ("train", *run.task.eval_splits), fingerprints, of_first))
+    config, train = run.config, None if shards is None else shard_files.load(config, shards)
     cache = None if config.dry_run else Path(config.run_dir) / "cache"
     if not config.dry_run:
         dist.on_main(lambda: _create_run_folder(config, fingerprints))
@@ -227,6 +232,18 @@ def _check_same_data(config: RunConfig, fingerprints: dict[str, str]) -> None:
         raise UserError(
             f"--run_dir {config.run_dir} holds a run on other rows than {config.data_dir or data.HUB_DATASET} has now; "
             "nothing was changed there: take another --run_dir, or the data it was started with"
+        )
+
+
+def _check_alike(
+    config: RunConfig, names: Sequence[str], fingerprints: dict[str, str], of_first: dict[str, str]
+) -> None:
+    """All ranks read the same rows in the splits of these names, also where each node has its own copy of the data."""
+    differing = [name for name in names if fingerprints[name] != of_first[name]]
+    if differing:
+        raise UserError(
+            f"{socket.gethostname()} has other rows of {', '.join(differing)} in {config.data_dir or data.HUB_DATASET} "
+            "than the host of rank 0; give all nodes the same data"
         )
 
 

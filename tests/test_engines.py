@@ -1,8 +1,10 @@
 """Every student ZeRO stage beside every teacher config, in fp32 and bf16: the same losses, step after step."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 
 from peakd_ds import data, dist, ds_engine, modeling, stages, train
@@ -89,6 +91,51 @@ def fail_on_one(argv: list[str]) -> str:
 def test_a_model_that_one_rank_cannot_read_stops_all(two_ranks, argv: list[str]) -> None:
     told = two_ranks.run(fail_on_one, argv)
     assert told[0] == told[1] and told[0].startswith("rank 1: ") and "/no/such/model" in told[0]
+
+
+def dtype_on_mixed_hosts(argv: list[str]) -> str:
+    """Runs on every rank: what --dtype auto becomes where the first rank's processor alone is fast in bf16."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ds_engine, "has_fast_bf16", lambda: dist.rank() == 0)
+        return open_run(parse(argv)).config.dtype
+
+
+def test_all_ranks_choose_the_same_dtype(two_ranks, argv: list[str]) -> None:
+    assert two_ranks.run(dtype_on_mixed_hosts, argv) == ["fp32", "fp32"]
+
+
+def rows_of_one_s_own(argv: list[str], folders: list[str]) -> str:
+    with pytest.raises(UserError) as caught:
+        open_run(parse([*argv, "--data_dir", folders[dist.rank()]]))
+    return str(caught.value)
+
+
+def test_ranks_must_have_the_same_rows(two_ranks, argv: list[str], tiny_data: Path, tmp_path: Path) -> None:
+    """Each node may have its own copy of the data, and one of them may be old."""
+    shutil.copytree(tiny_data, tmp_path / "old")
+    rows = pyarrow.parquet.read_table(next((tmp_path / "old" / "rte").glob("train-*.parquet")))
+    pyarrow.parquet.write_table(rows[:80], next((tmp_path / "old" / "rte").glob("train-*.parquet")))
+    told = two_ranks.run(rows_of_one_s_own, argv, [str(tiny_data), str(tmp_path / "old")])
+    assert told[0] == told[1] and "has other rows of train in" in told[0]
+    assert "give all nodes the same data" in told[0] and not (tmp_path / "run").exists()
+
+
+def dtype_with_data_of_one_s_own(argv: list[str], folders: list[str]) -> str:
+    return open_run(parse([*argv, "--data_dir", folders[dist.rank()]])).config.dtype
+
+
+def test_a_test_split_that_one_host_has_does_not_matter(
+    two_ranks, argv: list[str], tiny_data: Path, tmp_path: Path
+) -> None:
+    """No stage reads it."""
+    shutil.copytree(tiny_data, tmp_path / "more")
+    shutil.copy(
+        next((tmp_path / "more" / "rte").glob("validation-*.parquet")),
+        tmp_path / "more" / "rte" / "test-00000-of-00001.parquet",
+    )
+    for folders in ([str(tiny_data), str(tmp_path / "more")], [str(tmp_path / "more"), str(tiny_data)]):
+        assert two_ranks.run(dtype_with_data_of_one_s_own, [*argv, "--dtype", "fp32"], folders) == ["fp32", "fp32"]
+        shutil.rmtree(tmp_path / "run")
 
 
 @pytest.mark.parametrize(("world_size", "expected"), [(1, (6, 8)), (2, (6, 4)), (4, (6, 2)), (16, (3, 1))])

@@ -144,6 +144,13 @@ def test_setting(program: Program, words: str, parts: list[str]) -> None:
     assert_says(program.refuses(*words.split()), *parts)
 
 
+def test_fp16_at_stage_0(program: Program, tmp_path: Path) -> None:
+    file = tmp_path / "own.json"
+    file.write_text('{"fp16": {"enabled": true}}')
+    message = program.refuses("--student_ds_config", str(file), dtype="auto")
+    assert_says(message, f"--student_ds_config {file} trains in fp16 at ZeRO stage 0", "take zero1_fp16")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="fp16 runs where there is a GPU")
 @pytest.mark.parametrize("words", ["--dtype fp16", "--dtype auto --student_ds_config zero1_fp16"])
 def test_fp16_without_a_gpu(program: Program, words: str) -> None:
