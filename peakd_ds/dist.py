@@ -44,7 +44,8 @@ def init(timeout_s: float = RANK_TIMEOUT_S) -> None:
         timeout_s: A rank that does not come, or falls silent, for so long is given up, and all end.
 
     Raises:
-        UserError: the ranks are not what Slurm gave nodes for. LostRank (an OSError): one did not come.
+        UserError: the ranks are not what Slurm gave nodes for, more than a node's GPUs, or some without any. LostRank
+            (an OSError): one did not come.
     """
     global _cpu_group
     store = find_ranks(timeout_s)
@@ -61,7 +62,9 @@ def init(timeout_s: float = RANK_TIMEOUT_S) -> None:
             torch.set_num_threads(_cores_of_this_rank())
     else:
         if get_accelerator().device_count() == 1:
-            os.environ["LOCAL_RANK"] = "0"  # srun --gpus-per-task=1 shows each task its own GPU alone, as number 0
+            # srun --gpus-per-task=1 shows each task its own GPU alone, as number 0; DeepSpeed compares with mpirun's.
+            names = ("LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_RANK")
+            os.environ |= {name: "0" for name in names if name in os.environ}
         get_accelerator().set_device(int(os.environ["LOCAL_RANK"]))
     if not torch.distributed.is_initialized():
         gc.collect()
@@ -91,9 +94,13 @@ def leave() -> None:
         torch.distributed.destroy_process_group()
 
 
-def find_ranks(timeout_s: float) -> Any:
+def find_ranks(timeout_s: float, needs_devices: bool = True) -> Any:
     """Set the rank variables and wait for the other ranks (collective); the store they met in, None if there is no one
-    to wait for. Errors as of `init`."""
+    to wait for. Errors as of `init`.
+
+    Args:
+        needs_devices: Whether a rank without a GPU among ranks that have some is an error.
+    """
     global _local_rank
     _set_rank_variables()
     _local_rank = int(os.environ["LOCAL_RANK"])
@@ -106,7 +113,21 @@ def find_ranks(timeout_s: float) -> Any:
                 "srun -N1 -n1 for one rank"
             )
         return None
-    return None if torch.distributed.is_initialized() else liveness.call_roll(timeout_s)
+    if torch.distributed.is_initialized():
+        return None
+    device, trouble = _device_and_trouble() if needs_devices else ("cpu", "")
+    return liveness.call_roll(timeout_s, device, trouble)
+
+
+def _device_and_trouble() -> tuple[str, str]:
+    """The kind of device that DeepSpeed will choose here, and why there is none for this rank, else ""."""
+    count = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
+    if count <= 1 or _local_rank < count:  # a single one may be what a launcher shows this rank of many
+        return ("cuda" if count else "cpu"), ""
+    return "cuda", (
+        f"is number {_local_rank + 1} there, and sees {count} GPUs: start at most {count} ranks a node "
+        "(--nproc_per_node, --num_gpus, --ntasks-per-node), or set DS_ACCELERATOR=cpu"
+    )
 
 
 def rank() -> int:
@@ -326,5 +347,9 @@ def _free_port() -> int:
 def _cores_of_this_rank() -> int:
     """The cores this process may use; where a launcher has not bound it to its own, its share of the node's."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    env = os.environ
+    is_task = (env.get("SLURM_PROCID"), env.get("SLURM_STEP_NUM_TASKS")) == (env.get("RANK"), env.get("WORLD_SIZE"))
+    if is_task and "SLURM_CPUS_PER_TASK" in env:  # of all ranks together the node's cores may be visible here
+        return min(cores, int(env["SLURM_CPUS_PER_TASK"]))
     is_bound = cores * local_world_size() <= (os.cpu_count() or 1)
     return cores if is_bound else max(1, cores // local_world_size())

@@ -30,6 +30,7 @@ class LostRank(OSError):
 
 
 PERIOD_S = 1.0
+STOPPED_S = 5.0  # a thread that sleeps so much longer than it asked for was stopped: the job was suspended
 
 _leaving = threading.Event()
 _beating: threading.Thread | None = None
@@ -40,12 +41,17 @@ def me() -> str:
     return f"rank {os.environ.get('RANK', '0')} on {socket.gethostname()}"
 
 
-def call_roll(timeout_s: float) -> Any:
+def call_roll(timeout_s: float, device: str = "cpu", trouble: str = "") -> Any:
     """Wait until all ranks are there (collective), before any process group; returns the store they met in.
+
+    Args:
+        device: cpu or cuda, the kind that this rank computes on, which must be that of all.
+        trouble: Why this rank cannot take part, which all ranks then read and leave.
 
     Raises:
         LostRank: some rank did not come within the timeout; it is named.
-        UserError: the ranks do not belong together (another start, another job), or are on too few of the job's nodes.
+        UserError: some rank has trouble, the ranks do not belong together (another start, another job, another kind
+            of device), or are on too few of the job's nodes.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -60,9 +66,10 @@ def call_roll(timeout_s: float) -> Any:
             wait_for_workers=False,
             multi_tenant=True,
         )
-        store = PrefixStore("peakd_ds", server)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives ranks
+        store = PrefixStore(f"peakd_ds/{attempt}", server)
         start = f"job {os.environ.get('SLURM_JOB_ID', '-')} start {os.environ.get('SLURM_RESTART_COUNT', '0')}"
-        store.set(f"here/{rank}", json.dumps([socket.gethostname(), start]))
+        store.set(f"here/{rank}", json.dumps([socket.gethostname(), start, device, trouble]))
         if rank == 0:
             store.set("roll", _read_roll(store, world_size, timeout_s, start))
         store.wait(["roll"], timedelta(seconds=timeout_s + 10))
@@ -103,10 +110,20 @@ def _read_roll(store: Any, world_size: int, timeout_s: float, start: str) -> str
             f"{socket.gethostname()}; its own log says why, or give more time with --rank_timeout"
         )
     here = [json.loads(store.get(f"here/{rank}")) for rank in range(world_size)]
-    for rank, (host, theirs) in enumerate(here):
+    for rank, (host, theirs, device, trouble) in enumerate(here):
         if theirs != start:
-            return f"user:rank {rank} on {host} is of {theirs}, rank 0 of {start}: they must not train together"
-    hosts = sorted({host for host, _ in here})
+            return (
+                f"user:rank {rank} on {host} is of {theirs}, rank 0 of {start}: they must not train together; end one "
+                "of the two, then start again"
+            )
+        if trouble:
+            return f"user:rank {rank} on {host} {trouble}"
+        if device != here[0][2]:
+            return (
+                f"user:rank {rank} on {host} computes on {device}, rank 0 on {here[0][0]} on {here[0][2]}: leave out "
+                "the host that sees no GPU, or set DS_ACCELERATOR=cpu for all"
+            )
+    hosts = sorted({host for host, *_ in here})
     num_nodes = slurm_job.num_nodes_of_this_start()
     if len(hosts) < num_nodes:
         return (
@@ -143,9 +160,12 @@ def tell(cause: str) -> None:
 def _beat(store: Any, timeout_s: float, heard: list[float]) -> None:
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     seen = {other: ("", time.monotonic()) for other in range(1, world_size)}
-    number = 0
+    number, last = 0, time.monotonic()
     while not _leaving.wait(PERIOD_S):
-        number += 1
+        number, now = number + 1, time.monotonic()
+        if now - last > PERIOD_S + STOPPED_S:  # the others could not be heard, or were stopped too
+            seen = {other: (beat, now) for other, (beat, _) in seen.items()}
+        last = now
         try:
             store.set(f"beat/{rank}", str(number))
             if rank == 0:
@@ -170,7 +190,11 @@ def _look_for_silence(store: Any, seen: dict[int, tuple[str, float]], timeout_s:
 
 def _guard(timeout_s: float, heard: list[float]) -> None:
     """A store that is cut off does not refuse, it just never answers."""
-    while not _leaving.wait(1.0):
+    last = time.monotonic()
+    while not _leaving.wait(PERIOD_S):
+        last, slept = time.monotonic(), time.monotonic() - last
+        if slept > PERIOD_S + STOPPED_S:
+            heard[0] = last
         if time.monotonic() - heard[0] > timeout_s:
             _end(f"rank 0 has been silent for {timeout_s:g} s")
 

@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import shutil
+import statistics
 import sys
 import time
 from pathlib import Path
@@ -73,14 +74,25 @@ def _driver() -> str:
         return "?"
 
 
-def all_reduce_speed() -> float:
+def clock_faults(clocks: dict[str, float]) -> dict[str, str]:
+    """What is wrong with the nodes whose clock, in seconds, is off the median; of two nodes both, if they differ."""
+    median = statistics.median(clocks.values())
+    most = MAX_CLOCK_OFFSET_S if len(clocks) > 2 else MAX_CLOCK_OFFSET_S / 2
+    return {
+        node: f"its clock is {clock - median:+.1f} s off the middle of all"
+        for node, clock in clocks.items()
+        if abs(clock - median) > most
+    }
+
+
+def all_reduce_speed(on_gpu: bool) -> float:
     """GiB a second that each rank sends in a ring all-reduce over all ranks (collective)."""
-    on_gpu = torch.distributed.get_backend() == "nccl"
+    group = torch.distributed.new_group(backend="nccl") if on_gpu else None
     numbers = torch.ones(NUM_FLOATS, device="cuda" if on_gpu else "cpu")
     seconds = []
     for _ in range(3):  # the first opens the connections
         start = time.perf_counter()
-        torch.distributed.all_reduce(numbers)
+        torch.distributed.all_reduce(numbers, group=group)
         if on_gpu:
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - start)
@@ -95,31 +107,33 @@ def main(argv: list[str]) -> int:
         UserError: options are wrong, or the ranks do not fit the nodes' GPUs. LostRank: a rank did not come.
     """
     config = parse(argv)
-    store = dist.find_ranks(config.rank_timeout)
-    use_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
-    if use_gpu:
-        check_ranks_per_gpu()
-        torch.cuda.set_device(dist.local_rank() % torch.cuda.device_count())
-    torch.distributed.init_process_group("nccl" if use_gpu else "gloo", timeout=dist.COLLECTIVE_TIMEOUT)
+    store = dist.find_ranks(config.rank_timeout, needs_devices=False)
+    uses_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR") != "cpu"
+    torch.distributed.init_process_group("gloo", timeout=dist.COLLECTIVE_TIMEOUT)  # NCCL wants a GPU on every node
     if store is not None:
         liveness.watch(store, config.rank_timeout)
     node = os.environ.get("SLURMD_NODENAME", os.uname().nodename)
     facts, faults = look_at_node(Path(config.run_dir)) if dist.local_rank() == 0 else ({}, [])
     torch.distributed.barrier()
     told: list[Any] = [None] * dist.world_size()
-    torch.distributed.all_gather_object(told, (node, time.time(), facts, faults))
-    now = told[0][1]
-    bad_nodes: dict[str, str] = {}
-    lines = []
-    for name, clock, node_facts, node_faults in told:
-        if abs(clock - now) > MAX_CLOCK_OFFSET_S:
-            node_faults.append(f"its clock is {clock - now:+.0f} s off that of {told[0][0]}")
-        if node_faults:
-            bad_nodes[name] = "; ".join(node_faults)
-        if node_facts:
-            facts_told = ", ".join(f"{key} {value}" for key, value in node_facts.items())
-            lines.append(f"preflight {name}: {facts_told}; {bad_nodes.get(name, 'fit')}")
-    speed = f"{all_reduce_speed():.2f} GiB/s a rank" if dist.world_size() > 1 else "one rank"
+    torch.distributed.all_gather_object(told, (node, time.time(), facts, faults, uses_gpu))
+    bad_nodes = {name: "; ".join(node_faults) for name, _, _, node_faults, _ in told if node_faults}
+    for name, fault in clock_faults({name: clock for name, clock, *_ in told}).items():
+        bad_nodes[name] = "; ".join([*([bad_nodes[name]] if name in bad_nodes else []), fault])
+    lines = [
+        f"preflight {name}: {', '.join(f'{key} {value}' for key, value in node_facts.items())}; "
+        f"{bad_nodes.get(name, 'fit')}"
+        for name, _, node_facts, *_ in told
+        if node_facts
+    ]
+    speed = "not measured" if bad_nodes else "one rank"
+    if not bad_nodes:
+        all_use_gpus = all(uses for *_, uses in told)
+        if all_use_gpus:
+            dist.agree(check_ranks_per_gpu)
+            torch.cuda.set_device(dist.local_rank() % torch.cuda.device_count())
+        if dist.world_size() > 1:
+            speed = f"{all_reduce_speed(all_use_gpus):.2f} GiB/s a rank"
     if dist.is_main():
         print("\n".join([*lines, f"preflight all-reduce of {NUM_FLOATS * 4 // 2**20} MiB: {speed}"]), flush=True)
         if bad_nodes and os.environ.get(slurm_job.START_DIR):

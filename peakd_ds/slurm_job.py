@@ -30,6 +30,8 @@ from peakd_ds.files import write_atomically
 START_DIR = "PEAKD_START_DIR"
 TERM_WAIT_S = 60  # after SIGTERM Slurm soon says what it means to do with the job
 LOST_WAIT_S = 10  # ranks that outlive a lost one are over by then
+COMMON_FAULTS = ("run folder", "the open-file limit")  # in preflight's words: those of every node
+MOST_BAD_NODES = 4  # that a job of one node tries, one after another
 
 
 # -- In the ranks ------------------------------------------------------------------------------------------------------
@@ -130,15 +132,16 @@ def open_start(argv: Sequence[str]) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob("rank-*.json"):
             old.unlink()
-        facts = {
+        facts: dict[str, Any] = {
             "job": job_name(),
             "restart": int(env.get("SLURM_RESTART_COUNT", "0")),
             "nodes": env.get("SLURM_JOB_NODELIST", ""),
             "words": list(argv),
             "code": _code_revision(folder),
-            "position": position(folder.parents[1]),
+            "teacher_cache": str(Path(config.teacher_cache or Path(config.run_dir) / "teacher_cache").absolute()),
             "at": time.time(),
         }
+        facts["position"] = position(folder.parents[1], Path(facts["teacher_cache"]))
         write_atomically(folder / "start.json", json.dumps(facts, indent=2) + "\n")
         write_atomically(folder / "settings.yaml", to_yaml(config))
     except OSError as error:
@@ -167,7 +170,7 @@ def _code_revision(folder: Path) -> str:
     return revision + (" with code.diff" if difference else "")
 
 
-def position(run_dir: Path) -> list[str]:
+def position(run_dir: Path, teacher_cache: Path) -> list[str]:
     """How far the run has come on disk; two equal positions mean no progress between them."""
     place = []
     for stage in STAGES:
@@ -176,7 +179,8 @@ def position(run_dir: Path) -> list[str]:
             place.append(f"{stage} finished")
         elif (folder / "latest").exists():
             place.append(f"{stage} {(folder / 'latest').read_text()}")
-    return place
+    num_parts = len(list(teacher_cache.glob("*/part-*.sha256")))
+    return [*place, *([f"{num_parts} parts of the teacher cache"] if num_parts else [])]
 
 
 # -- While srun runs ---------------------------------------------------------------------------------------------------
@@ -221,7 +225,7 @@ def decide(
     """From the ranks' notes, preflight's bad nodes and Slurm's word to what becomes of the job.
 
     Args:
-        job: Fields of `scontrol show job`; empty if it does not answer.
+        job: Fields of `scontrol show job`, and its partition's TotalNodes; empty if Slurm does not answer.
         cause: Who failed and why, in one line.
         num_idle_starts: Starts of this job in a row, this one included, that have saved nothing new.
         bad_before: Nodes that an earlier start of this job has found bad.
@@ -240,11 +244,16 @@ def decide(
         return Verdict("fail", cause)
     if bad_nodes:
         names = ", ".join(f"{node} ({reason})" for node, reason in bad_nodes.items())
-        num_nodes = int(job.get("NumNodes", "0").split("-")[0])
-        if len(bad_nodes) >= num_nodes:
+        num_nodes, all_bad = int(job.get("NumNodes", "0").split("-")[0]), bad_nodes.keys() | set(bad_before)
+        faults = [fault for reasons in bad_nodes.values() for fault in reasons.split("; ")]
+        is_chosen = job.get("ReqNodeList", "(null)") != "(null)"  # by the user: there is no other
+        is_common = num_nodes != 1 or is_chosen or any(fault.startswith(COMMON_FAULTS) for fault in faults)
+        if len(bad_nodes) >= num_nodes and is_common:
             return Verdict("fail", f"every node is bad: {names}")
         if not bad_nodes.keys() - bad_before:
             return Verdict("fail", f"Slurm has given bad nodes again that were to be left out: {names}")
+        if num_nodes == 1 and len(all_bad) >= min(MOST_BAD_NODES, int(job.get("TotalNodes", MOST_BAD_NODES))):
+            return Verdict("fail", f"the job's node is bad, for the {len(all_bad)}. time: {names}")
         return _requeue(f"bad nodes, which the job shall not get again: {names}", job, list(bad_nodes))
     if "stopped" in how:
         told = next(told for told in notes if told["how"] == "stopped")
@@ -269,7 +278,8 @@ def close_start(start: Path) -> int:
     job = _wait_for_slurm(facts["job"]) if has_term else _scontrol_job(facts["job"])
     hosts = [file.stem for file in sorted(start.glob("*.log")) if file.name != "srun.log"]
     cause = cause_of(notes, _read(start / "srun.log"), hosts) or _last_error(start) or "the ranks ended without a word"
-    is_idle = position(start.parents[1]) == facts["position"]
+    reached = position(start.parents[1], Path(facts["teacher_cache"]))
+    is_idle = reached == facts["position"]
     with contextlib.suppress(OSError):
         write_atomically(start / "end.json", json.dumps({"is_idle": is_idle, "cause": cause}) + "\n")
     bad_nodes = json.loads(_read(start / "bad_nodes.json") or "{}")
@@ -280,7 +290,7 @@ def close_start(start: Path) -> int:
     )
     print(f"run {start.parents[1]}, job {facts['job']}, start {facts['restart']}: {verdict.reason}", flush=True)
     if verdict.action == "requeue":
-        print(f"requeued, to go on from {', '.join(position(start.parents[1])) or 'the beginning'}", flush=True)
+        print(f"requeued, to go on from {', '.join(reached) or 'the beginning'}", flush=True)
     if verdict.action == "done":
         return 0
     if verdict.action == "requeue":
@@ -367,7 +377,13 @@ def _is_preempted(job: dict[str, str]) -> bool:
 
 
 def _scontrol_job(job: str) -> dict[str, str]:
-    done = subprocess.run(["scontrol", "show", "job", job], capture_output=True, text=True)
+    fields = _scontrol("job", job)
+    partition = _scontrol("partition", fields["Partition"]) if "Partition" in fields else {}
+    return fields | {name: partition[name] for name in ("TotalNodes",) if name in partition}
+
+
+def _scontrol(kind: str, name: str) -> dict[str, str]:
+    done = subprocess.run(["scontrol", "show", kind, name], capture_output=True, text=True)
     return dict(word.split("=", 1) for word in done.stdout.split() if "=" in word)
 
 

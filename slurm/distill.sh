@@ -4,7 +4,8 @@
 #   sbatch --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 slurm/distill.sh --task rte --teacher bert-base-uncased \
 #       --run_dir /shared/runs/rte
 #
-# One task is one rank: give as many --ntasks-per-node as GPUs; without it there is one on each node. Submit from the
+# One task is one rank: give as many --ntasks-per-node as GPUs; without it there is one on each node. --cpus-per-task
+# gives each its cores; without it Slurm may give one, which is slow where there is no GPU. Submit from the
 # repository's root; slurm/site.sh says what the cluster is like. Stopped before its time limit, preempted or broken, the
 # job saves, is requeued and goes on; peakd_ds/slurm_job.py decides that. sbatch's own options win over these:
 #SBATCH --job-name=peakd

@@ -10,9 +10,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 
 RANK = """
-import sys, time
+import os, sys, time
+import torch
+torch.cuda.device_count = lambda: int(os.environ.get("NUM_GPUS", "0"))
 from peakd_ds import dist, liveness
 from peakd_ds.config import UserError
 try:
@@ -82,6 +85,20 @@ def test_silent_rank(ranks: Ranks, silent: int) -> None:
     assert f"rank {1 - silent} on {HOST} leaves: {which}" in told
 
 
+def test_all_are_suspended(ranks: Ranks) -> None:
+    """As Slurm does to a job that must make room for a while: longer than the timeout, and nobody is given up."""
+    both = pair(ranks, 6)
+    for number in (signal.SIGSTOP, signal.SIGCONT):
+        for process in both:
+            process.send_signal(number)
+        time.sleep(9)
+    for process in both:
+        process.stdin.write("leave\n")
+        process.stdin.flush()
+    for process in both:
+        assert process.communicate(timeout=30)[1] == "" and process.returncode == 0
+
+
 @pytest.mark.parametrize("failing", [0, 1])
 def test_failing_rank(ranks: Ranks, failing: int) -> None:
     both = pair(ranks, 60)
@@ -124,6 +141,47 @@ def test_ranks_on_fewer_hosts_than_slurm_has_given(ranks: Ranks) -> None:
     job = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2"}
     for process in [ranks.start(rank, 20, **job) for rank in (0, 1)]:
         assert f"UserError: 2 ranks are all on {HOST}, but Slurm has given 2 nodes" in process.communicate()[1]
+
+
+@pytest.mark.parametrize("num_gpus, accelerator", [(2, ""), (2, "cpu"), (3, ""), (1, "")])
+def test_ranks_and_gpus_of_a_node(ranks: Ranks, num_gpus: int, accelerator: str) -> None:
+    node = {"NUM_GPUS": str(num_gpus), "DS_ACCELERATOR": accelerator}  # 1: srun --gpus-per-task=1 shows that to each
+    for process in [ranks.start(rank, 20, world_size=3, **node) for rank in range(3)]:
+        if num_gpus == 2 and not accelerator:
+            told = process.communicate(timeout=60)[1]
+            assert f"UserError: rank 2 on {HOST} is number 3 there, and sees 2 GPUs: start at most 2 ranks" in told
+        else:
+            assert process.stdout.readline() == "there\n"
+
+
+def test_a_host_without_a_gpu_among_others(ranks: Ranks) -> None:
+    for process in [ranks.start(rank, 20, NUM_GPUS=str(1 - rank), DS_ACCELERATOR="") for rank in (0, 1)]:
+        told = process.communicate(timeout=60)[1]
+        assert f"UserError: rank 1 on {HOST} computes on cpu, rank 0 on {HOST} on cuda: leave out" in told
+
+
+RESTARTED = """
+import os
+from peakd_ds import dist, liveness
+liveness.watch(dist.find_ranks(20), 20)
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
+    liveness.tell("the first attempt fails")
+    raise SystemExit(1)
+import time
+time.sleep(3 * liveness.GRACE_S)  # what is left of the first attempt would end this one meanwhile
+print("there", dist.local_world_size(), flush=True)
+liveness.leave()
+"""
+
+
+def test_ranks_that_torchrun_restarts(env: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(RESTARTED)
+    launcher = (
+        "-m torch.distributed.run --standalone --nproc_per_node=2 --max_restarts=1 --monitor_interval=0.1".split()
+    )
+    command = [sys.executable, *launcher, str(tmp_path / "program.py")]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout.count("there 2")) == (0, 2), done.stderr
 
 
 def test_one_rank_in_a_job_of_two_nodes(ranks: Ranks) -> None:

@@ -41,6 +41,21 @@ def test_faults_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
     assert "0 of 2 GPUs are seen" not in preflight.look_at_node(tmp_path)[1]
 
 
+@pytest.mark.parametrize(
+    ("clocks", "bad"),
+    [
+        ({"a": 100.0, "b": 100.4}, set()),
+        ({"a": 110.0, "b": 100.0}, {"a", "b"}),  # who is wrong cannot be told
+        ({"a": 110.0, "b": 100.0, "c": 100.1}, {"a"}),  # not the two that agree, though a's is the first
+        ({"a": 100.0, "b": 104.0, "c": 93.0, "d": 101.0}, {"c"}),
+        ({"a": 100.0}, set()),
+    ],
+)
+def test_clocks(clocks: dict[str, float], bad: set[str]) -> None:
+    assert preflight.clock_faults(clocks).keys() == bad
+    assert all("off the middle of all" in fault for fault in preflight.clock_faults(clocks).values())
+
+
 def test_every_gpu_has_a_rank(monkeypatch: pytest.MonkeyPatch) -> None:
     preflight.check_ranks_per_gpu()
     monkeypatch.setenv("SLURM_GPUS_ON_NODE", "4")

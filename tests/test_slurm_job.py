@@ -66,6 +66,20 @@ def test_bad_nodes_are_left_out_unless_all_are_bad() -> None:
     assert decide([], {"node2": "no GPU"}, RUNNING, "", 2, {"node1", "node2"}).action == "fail", "no end otherwise"
 
 
+def test_a_job_of_one_node_moves_to_another() -> None:
+    one = RUNNING | {"NumNodes": "1", "TotalNodes": "9"}
+    assert decide([], {"node1": "scratch is full"}, one, "", 1).exclude == ["node1"]
+    assert decide([], {"node3": "scratch is full"}, one, "", 3, {"node1", "node2"}).action == "requeue"
+    assert decide([], {"node4": "scratch is full"}, one, "", 4, {"node1", "node2", "node3"}).action == "fail"
+    for fault in ("0 of 4 GPUs are seen; run folder /r has 3 MiB free", "the open-file limit is 256"):
+        verdict = decide([], {"node1": fault}, one, "", 1)
+        assert verdict.action == "fail" and "every node is bad" in verdict.reason, "it is the same for all"
+    assert decide([], {"node1": "full"}, one | {"ReqNodeList": "node1"}, "", 1).action == "fail"
+    assert decide([], {"node1": "full"}, one | {"ReqNodeList": "(null)"}, "", 1).action == "requeue"
+    assert decide([], {"node2": "full"}, one | {"TotalNodes": "2"}, "", 1, {"node1"}).action == "fail"
+    assert decide([], {"node1": "full"}, one | {"TotalNodes": "1"}, "", 1).action == "fail", "it would wait for ever"
+
+
 def test_the_cause_is_the_killed_rank_and_not_those_that_lost_it() -> None:
     lost = told("lost", 0, "RuntimeError: Connection closed by peer")
     assert cause_of([lost], KILLED) == "rank 1 on node2: Killed"
@@ -99,11 +113,14 @@ def test_idle_starts_are_counted_from_the_newest_back(tmp_path: Path) -> None:
 
 
 def test_position_tells_progress(tmp_path: Path) -> None:
-    assert slurm_job.position(tmp_path) == []
+    assert slurm_job.position(tmp_path, tmp_path / "cache") == []
     for stage, name, text in (("teacher", "FINISHED.json", "{}"), ("ptp", "latest", "step-00000004")):
         (tmp_path / "checkpoints" / stage).mkdir(parents=True)
         (tmp_path / "checkpoints" / stage / name).write_text(text)
-    assert slurm_job.position(tmp_path) == ["teacher finished", "ptp step-00000004"]
+    assert slurm_job.position(tmp_path, tmp_path / "cache") == ["teacher finished", "ptp step-00000004"]
+    (tmp_path / "cache" / "train").mkdir(parents=True)
+    (tmp_path / "cache" / "train" / "part-00.sha256").touch()
+    assert slurm_job.position(tmp_path, tmp_path / "cache")[-1] == "1 parts of the teacher cache"
 
 
 @pytest.fixture
