@@ -14,7 +14,6 @@ Of the word embeddings it has those that are trained (vocabulary.py).
 
 import hashlib
 import json
-import os
 import shutil
 import warnings
 from concurrent.futures import ThreadPoolExecutor
@@ -30,7 +29,7 @@ from torch import nn
 from peakd_ds import dist, engine_state, run_lock
 from peakd_ds.config import UserError
 from peakd_ds.engine_state import MOMENTS
-from peakd_ds.files import replace_folder, sha256_of, write_atomically
+from peakd_ds.files import flush, replace_folder, sha256_of, write_atomically
 
 NUM_KEPT = 2
 
@@ -184,7 +183,10 @@ def load_weights(module: nn.Module, checkpoint: Path, tokens: str | None = None)
         try:
             return load_file(checkpoint / "weights.safetensors")
         except SafetensorError as error:
-            raise UserError(f"{checkpoint / 'weights.safetensors'} cannot be read ({error})") from error
+            raise UserError(
+                f"{checkpoint / 'weights.safetensors'} cannot be read ({error}); delete {checkpoint}, and the same "
+                "command goes on from an older checkpoint"
+            ) from error
 
     stored = dist.agree(read)
     parameters = dict(module.named_parameters())
@@ -284,21 +286,15 @@ def _write_folder(target: Path, tensors: dict[str, dict[str, torch.Tensor]], pos
         (temporary / "state.json").write_text(text)
         (temporary / "DONE").write_text(hashlib.sha256(text.encode()).hexdigest())
         for file in (temporary / "state.json", temporary / "DONE"):
-            _sync(file)
+            flush(file)
         replace_folder(target, temporary)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
 
 
-def _sync(file: Path) -> None:
-    """Flush it to the disk: a full disk or quota shows here and not after the rename."""
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
-
-
 def _synced_sha256(file: Path) -> str:
-    _sync(file)
+    flush(file)
     return _sha256(file)
 
 

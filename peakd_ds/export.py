@@ -17,7 +17,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from peakd_ds.files import hidden_sibling, replace_folder, whole_file
+from peakd_ds.files import flush, hidden_sibling, replace_folder, whole_file
 from peakd_ds.sps import SPSBertConfig, SPSBertForSequenceClassification, execution_order
 
 ONNX_TOLERANCE = 1e-4
@@ -87,6 +87,8 @@ def export_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
         (new / "README.md").write_text(card, encoding="utf-8")
+        for file in new.iterdir():
+            flush(file)
         replace_folder(folder, new)
     finally:
         shutil.rmtree(new, ignore_errors=True)  # gone already unless something failed

@@ -22,6 +22,7 @@ def whole_file(file: Path) -> Iterator[Path]:
     temporary = hidden_sibling(file, "new")
     try:
         yield temporary
+        flush(temporary)
         temporary.replace(file)
     finally:
         temporary.unlink(missing_ok=True)
@@ -38,6 +39,12 @@ def create_file(file: Path, text: str) -> bool:
         return False
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def flush(file: Path) -> None:
+    """Bring it to the disk: a full disk or quota shows here and not after the rename, and a power cut spares it."""
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
 
 
 def sha256_of(file: Path) -> str:

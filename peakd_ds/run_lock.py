@@ -32,13 +32,13 @@ def take(run_dir: Path) -> None:
         UserError: a live owner has it, or a later start of this job does; nothing is changed then.
     """
     global _held
-    file, me = run_dir / NAME, _describe_me()
+    file, me = run_dir / NAME, describe_me()
     for _ in range(10):
         if create_file(file, json.dumps(me, indent=2) + "\n"):
             break
         text = _text(file)
         owner = _parse(text)
-        reason = None if owner is None else _why_alive(owner, me)
+        reason = None if owner is None else why_alive(owner, me)
         if reason is not None:
             raise UserError(
                 f"--run_dir {run_dir} is in use: {reason}; wait for its end or take another --run_dir "
@@ -64,7 +64,7 @@ def check() -> None:
             break
         time.sleep(0.1)  # another start looks whether it is a dead one's, and gives it back (remove_dead)
     if owner is None or owner["token"] != token:
-        now = "nobody" if owner is None else _name(owner)
+        now = "nobody" if owner is None else name_of(owner)
         raise UserError(f"{file.parent} now belongs to {now}; this start writes nothing more and stops")
 
 
@@ -109,7 +109,8 @@ def remove_dead(file: Path, text: str) -> None:
         aside.unlink()
 
 
-def _describe_me() -> dict[str, Any]:
+def describe_me() -> dict[str, Any]:
+    """The content of a lock of this process, with a token of its own."""
     env = os.environ
     return {
         "token": secrets.token_hex(8),
@@ -124,14 +125,14 @@ def _describe_me() -> dict[str, Any]:
     }
 
 
-def _name(owner: dict[str, Any]) -> str:
+def name_of(owner: dict[str, Any]) -> str:
     job = f"job {owner['job']}, start {owner['restart']}, " if owner["job"] else ""
     return f"{job}process {owner['pid']} on {owner['host']}, since {owner['since']}"
 
 
-def _why_alive(owner: dict[str, Any], me: dict[str, Any]) -> str | None:
-    """Why the folder cannot be taken from its owner; None if the owner is over."""
-    name = _name(owner)
+def why_alive(owner: dict[str, Any], me: dict[str, Any]) -> str | None:
+    """Why a lock cannot be taken from its owner; None if the owner is over."""
+    name = name_of(owner)
     same_job = owner["job"] is not None and (owner["job"], owner["cluster"]) == (me["job"], me["cluster"])
     if same_job and owner["restart"] != me["restart"]:
         is_later = owner["restart"] > me["restart"]

@@ -1,8 +1,8 @@
 """The frozen teacher asked once: its logits and matched [CLS] vectors for every row of a split, kept in files.
 
-A cache is filled by all ranks together, each its share of up to 64 parts (blocks of the row order), and read by memory
-map, by row number: so it holds for any shuffling, number of ranks and accumulation, for the ptp and distill stages,
-for later runs and for other nodes that see the folder. A killed build goes on with the parts that are missing.
+A cache is filled by all ranks together, each its share of the parts (blocks of the row order, at most 64), and read by
+memory map, by row number: so it holds for any shuffling, number of ranks and accumulation, for the ptp and distill
+stages, for later runs and for other nodes that see the folder. A killed build goes on with the parts that are missing.
 
     DIR/train/
       manifest.json          what the answers were made from; another teacher, data or dtype never reads them
@@ -17,9 +17,7 @@ import contextlib
 import hashlib
 import json
 import os
-import secrets
 import shutil
-import socket
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -38,9 +36,10 @@ from peakd_ds.config import UserError
 from peakd_ds.data import NUM_SHARDS, Split, tokenizer_digest
 from peakd_ds.files import create_file, sha256_of, whole_file, write_atomically
 from peakd_ds.run import Run
-from peakd_ds.run_lock import give_back, process_start, remove_dead
+from peakd_ds.run_lock import describe_me, give_back, name_of, process_start, remove_dead, why_alive
 
-FORMAT = 2
+FORMAT = 3
+PART_ROWS = 128  # a part has at least so many: fewer make forward passes that cost little less
 POLL_S = 2.0
 SILENT_S = 1800.0  # a builder on another host touches its lock at every part; after so long it is taken for dead
 SPARE_BYTES = 64 * 2**20  # free space to leave, which checkpoints and exports also need
@@ -318,7 +317,7 @@ def _checksum_file(file: Path) -> Path:
 
 
 def _num_parts(num_rows: int) -> int:
-    return min(NUM_SHARDS, num_rows)
+    return min(NUM_SHARDS, -(-num_rows // PART_ROWS))
 
 
 def _bounds(num_rows: int) -> np.ndarray:
@@ -381,9 +380,9 @@ def _open_parts(folder: Path, manifest: dict[str, Any], bounds: np.ndarray) -> l
 @contextlib.contextmanager
 def _building(folder: Path, say: Say) -> Iterator[None]:
     """Hold the folder's lock (collective); while another start holds it, wait and say so."""
-    file, token = folder / "lock.json", secrets.token_hex(8)
+    file, me = folder / "lock.json", describe_me()
     has_told = False
-    while (owner := dist.on_main(lambda: _take(file, token))) is not None:
+    while (owner := dist.on_main(lambda: _take(file, me))) is not None:
         if not has_told:
             say(f"teacher cache {folder} is being built by {owner}; waiting for it (if it is over, delete {file})")
             has_told = True
@@ -393,35 +392,40 @@ def _building(folder: Path, say: Say) -> Iterator[None]:
         yield
     finally:  # not a collective: one rank alone may have raised
         if dist.is_main():
-            give_back(file, token)
+            give_back(file, me["token"])
 
 
-def _take(file: Path, token: str) -> str | None:
+def _take(file: Path, me: dict[str, Any]) -> str | None:
     """Take the lock: None if it is ours now, else who has it. A dead owner's lock is put aside first."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    me = {"host": socket.gethostname(), "pid": os.getpid(), "began": process_start(os.getpid()), "token": token}
-    return None if create_file(file, json.dumps(me)) else _owner_or_remove(file)
+    return None if create_file(file, json.dumps(me)) else _owner_or_remove(file, me)
 
 
-def _owner_or_remove(file: Path) -> str:
-    """Who holds the lock; a lock whose process is gone is removed, and taken at the next try."""
+def _owner_or_remove(file: Path, me: dict[str, Any]) -> str:
+    """Who holds the lock; that of an owner who is over is removed, and taken at the next try.
+
+    A builder on another host is believed while it touches its lock, unless it was an earlier start of this job: only
+    then is Slurm asked.
+    """
     try:
         text, silent_s = file.read_text(), time.time() - file.stat().st_mtime
         owner = json.loads(text)
-        name = f"process {owner['pid']} on {owner['host']}"
-        is_here, began = owner["host"] == socket.gethostname(), owner["began"]
+        name = name_of(owner)
+        if owner["host"] == me["host"]:
+            is_over = owner["process_start"] is None or owner["process_start"] != process_start(owner["pid"])
+        else:
+            is_of_this_job = me["job"] is not None and owner["job"] == me["job"]
+            is_over = (is_of_this_job or silent_s > SILENT_S) and why_alive(owner, me) is None
     except FileNotFoundError:
         return "a start that has just ended"
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file} is no lock of this program ({error}); delete it") from error
-    if not is_here:
-        if silent_s > SILENT_S:
-            raise UserError(
-                f"{file}: {name} has built nothing for {silent_s / 60:.0f} minutes; delete the file if it is over, "
-                "then start again"
-            )
-        return name
-    if began is not None and began == process_start(owner["pid"]):
-        return name
-    remove_dead(file, text)
-    return f"{name}, which is gone"
+    if is_over:
+        remove_dead(file, text)
+        return f"{name}, which is gone"
+    if owner["host"] != me["host"] and silent_s > SILENT_S:
+        raise UserError(
+            f"{file} is held by {name}, but nothing was built for {silent_s / 60:.0f} minutes; delete the file if that "
+            "is over, then start again"
+        )
+    return name

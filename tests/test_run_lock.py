@@ -24,7 +24,7 @@ def _no_slurm(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 def owned_by(run_dir: Path, **facts: Any) -> None:
     """Another start's lock."""
-    owner = run_lock._describe_me() | {"token": "other"} | facts
+    owner = run_lock.describe_me() | {"token": "other"} | facts
     (run_dir / run_lock.NAME).write_text(json.dumps(owner))
 
 
@@ -58,7 +58,7 @@ def test_another_start_that_was_quicker_keeps_it(tmp_path: Path, monkeypatch: py
     child, quicker = subprocess.Popen(["true"]), subprocess.Popen(["sleep", "60"])
     child.wait()
     owned_by(tmp_path, pid=child.pid)
-    seen, why_alive = [], run_lock._why_alive
+    seen, why_alive = [], run_lock.why_alive
 
     def slow(owner: dict[str, Any], me: dict[str, Any]) -> str | None:
         reason = why_alive(owner, me)
@@ -67,7 +67,7 @@ def test_another_start_that_was_quicker_keeps_it(tmp_path: Path, monkeypatch: py
         seen.append(owner["pid"])
         return reason
 
-    monkeypatch.setattr(run_lock, "_why_alive", slow)
+    monkeypatch.setattr(run_lock, "why_alive", slow)
     with pytest.raises(UserError, match=f"is in use: process {quicker.pid} on "):
         run_lock.take(tmp_path)
     quicker.kill()

@@ -24,6 +24,7 @@ from peakd_ds.modeling import task_head
 from peakd_ds.run import Run, open_run
 from peakd_ds.tasks import get_task
 
+START = "from peakd_ds import teacher_cache; teacher_cache.PART_ROWS = 1; import peakd_ds.__main__"
 WORDS = "--task rte --num_hidden_layers 2 --layer_map 1:1,2:2,3:3 --global_batch_size 16 --log_steps 1 --lr 1e-3"
 
 
@@ -32,6 +33,12 @@ def argv(tiny_data: Path, tiny_teacher, tmp_path: Path) -> list[str]:
     """A run with a cache that lies outside its folder; dropout off."""
     words = [*WORDS.split(), "--epochs", "2", "--dropout", "0", "--teacher_cache", str(tmp_path / "cache")]
     return [*words, "--dtype", "fp32", "--teacher", str(tiny_teacher("rte")), "--data_dir", str(tiny_data)]
+
+
+@pytest.fixture(autouse=True)
+def many_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The few rows of these tests fill as many parts as thousands do."""
+    monkeypatch.setattr(teacher_cache, "PART_ROWS", 1)
 
 
 def opened(argv: list[str], run_dir: Path, *more: str) -> Run:
@@ -114,8 +121,11 @@ def test_later_runs_never_start_the_teacher(
 
 
 def build_and_read(argv: list[str], run_dir: str) -> list[float]:
-    run = opened(argv, Path(run_dir))
-    return answers_of(run).of(torch.arange(90))[0].flatten().tolist()
+    with pytest.MonkeyPatch.context() as patch:  # for a rank in a process of its own
+        patch.setattr(teacher_cache, "PART_ROWS", 1)
+        answers = answers_of(opened(argv, Path(run_dir)))
+    assert len(answers.parts) == 64
+    return answers.of(torch.arange(90))[0].flatten().tolist()
 
 
 def test_ranks_build_it_together(argv: list[str], two_ranks, tmp_path: Path, single_rank: None) -> None:
@@ -123,6 +133,16 @@ def test_ranks_build_it_together(argv: list[str], two_ranks, tmp_path: Path, sin
     words = [*argv, "--teacher_ds_config", "teacher_zero3"]
     first, second = two_ranks.run(build_and_read, words, str(tmp_path / "two"))
     assert first == second == build_and_read(argv, str(tmp_path / "one"))
+
+
+@pytest.mark.parametrize(
+    ("num_rows", "num_parts"), [(1, 1), (128, 1), (129, 2), (408, 4), (8000, 63), (8193, 64), (10**6, 64)]
+)
+def test_few_rows_are_few_parts(monkeypatch: pytest.MonkeyPatch, num_rows: int, num_parts: int) -> None:
+    monkeypatch.undo()
+    bounds = teacher_cache._bounds(num_rows)
+    assert len(bounds) == num_parts + 1 and bounds[0] == 0 and bounds[-1] == num_rows
+    assert num_parts in (1, 64) or (bounds[1:] - bounds[:-1]).max() <= 128
 
 
 def test_parts_are_mapped_not_read(argv: list[str], tmp_path: Path, single_rank: None) -> None:
@@ -217,7 +237,7 @@ def test_a_row_that_is_not_there(argv: list[str], tmp_path: Path, single_rank: N
         ("--max_seq_length 64", "max_seq_length 128 there, 64 here"),
         ("--dtype bf16", "dtype fp32 there, bf16 here"),
         ("--layer_map 1:4", r"layers \[1, 2, 3\] there, \[4\] here"),
-        ("format", "format 0 there, 2 here"),
+        ("format", "format 0 there, 3 here"),
     ],
 )
 def test_another_cache_is_refused(
@@ -232,7 +252,7 @@ def test_another_cache_is_refused(
     elif "sst2" in change:
         more += ["--teacher", str(tiny_teacher("sst2"))]
     elif change == "format":
-        manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 0'))
+        manifest.write_text(manifest.read_text().replace('"format": 3', '"format": 0'))
     before = {file: file.read_bytes() for file in manifest.parent.iterdir()}
     with pytest.raises(UserError, match=f"{difference}.*nothing was changed there: take another --teacher_cache"):
         answers_of(opened(argv, tmp_path / "other_run", *more))
@@ -265,8 +285,8 @@ def test_auto_says_why(
 
 def lock_of(folder: Path, pid: int, host: str = socket.gethostname()) -> Path:
     folder.mkdir(parents=True)
-    owner = {"host": host, "pid": pid, "began": run_lock.process_start(pid), "token": "other"}
-    (folder / "lock.json").write_text(json.dumps(owner))
+    there = {"host": host, "pid": pid, "process_start": run_lock.process_start(pid), "token": "other"}
+    (folder / "lock.json").write_text(json.dumps(run_lock.describe_me() | there))
     return folder / "lock.json"
 
 
@@ -289,10 +309,24 @@ def test_a_lock_that_another_start_has_taken_is_kept(argv: list[str], tmp_path: 
     assert json.loads(lock.read_text())["token"] == "other"
 
 
+def test_the_lock_of_this_job_s_earlier_start_is_taken(
+    argv: list[str], tmp_path: Path, single_rank: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its host has died, and Slurm has begun the job anew on another."""
+    monkeypatch.setattr(teacher_cache, "POLL_S", 0.0)
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    lock = lock_of(tmp_path / "cache" / "train", 1, host="elsewhere")
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    answers_of(opened(argv, tmp_path / "run"))
+    assert not lock.exists() and not list(lock.parent.glob(".*"))
+
+
 def test_another_host_s_silent_lock_is_told(argv: list[str], tmp_path: Path, single_rank: None) -> None:
     lock = lock_of(tmp_path / "cache" / "train", 1, host="elsewhere")
     os.utime(lock, (0, 0))
-    with pytest.raises(UserError, match=r"process 1 on elsewhere has built nothing for .* minutes; delete the file"):
+    with pytest.raises(
+        UserError, match=r"process 1 on elsewhere, .* nothing was built for .* minutes; delete the file"
+    ):
         answers_of(opened(argv, tmp_path / "run"))
     assert lock.exists() and dist.is_main()
 
@@ -307,7 +341,7 @@ class Start:
         self.log = run_dir.with_suffix(".log")
         words = [*argv, "--epochs", "1", "--no_ptp", "--run_dir", str(run_dir), "--teacher_mode", "cached"]
         with self.log.open("w") as log:
-            command = [*in_front, sys.executable, "-m", "peakd_ds", *words]
+            command = [*in_front, sys.executable, "-c", START, *words]
             self.process = subprocess.Popen(command, cwd=ROOT, env=env, stdout=log, stderr=log)
 
     def said(self) -> str:
