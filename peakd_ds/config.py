@@ -21,7 +21,8 @@ STAGES = ("teacher", "ptp", "distill")
 RANK_TIMEOUT_S = 100.0
 EVAL_ROWS = 4  # of a forward pass without gradients, to one of a training micro-batch
 
-# Settings that may differ between two starts in one run folder, because they do not change the result.
+# Settings that may differ between two starts in one run folder: they change the result by rounding, and by the dropout
+# masks that are drawn, at most.
 RESULT_NEUTRAL = frozenset(
     [
         "run_dir",
@@ -165,7 +166,7 @@ class RunConfig:
     )
     num_hidden_layers: int = _setting(
         3,
-        "stored layers n of the student; sps runs them twice",
+        "stored layers n of the student; sps runs them twice (of 6 only the upper three)",
         unit="layers",
         range=">= 1",
         check=lambda v: v >= 1,
@@ -180,7 +181,10 @@ class RunConfig:
         shown_default="1..n",
     )
     sharing: str = _setting(
-        "sps", "order in which stored layers run", choices=("none", "sps", "cycle", "cycle_rev", "sequence")
+        "sps",
+        "order in which the n stored layers run: none 1..n; sps, cycle 1..n, 1..n; cycle_rev 1..n, n..1; sequence 1, "
+        "1, 2, 2, ..; of 6 only 4..6 run again",
+        choices=("none", "sps", "cycle", "cycle_rev", "sequence"),
     )
     shuffle_qk: bool | None = _setting(
         None, "exchange query and key in a layer's second run", shown_default="on for sps, off for the others"
@@ -284,7 +288,8 @@ class RunConfig:
     )
     micro_batch_size: int = _setting(
         32,
-        f"most samples per rank and training pass ({EVAL_ROWS} times as many without gradients); accumulation follows",
+        f"most samples per rank and training pass (without gradients {EVAL_ROWS} times as many, but once with "
+        "--hidden_loss tokens); accumulation follows",
         unit="samples",
         range=">= 1",
         check=lambda v: v >= 1,
@@ -310,11 +315,13 @@ class RunConfig:
     teacher_mode: str = _setting(
         "online",
         "online: the teacher runs beside the student; cached: it is asked once and its answers are kept; auto: cached "
-        "where they fit the disk and the loss needs [CLS] only",
+        "where they fit the disk, the loss needs [CLS] only and data is replicated",
         choices=("online", "cached", "auto"),
     )
     teacher_cache: str = _setting(
-        "", "folder of the teacher's answers, which runs may share", shown_default="RUN_DIR/teacher_cache"
+        "",
+        "folder of the teacher's answers, which runs with the same task, teacher, dtype and length may share",
+        shown_default="RUN_DIR/teacher_cache",
     )
     loss_backend: str = _setting(
         "auto",
@@ -429,8 +436,9 @@ def parse(argv: Sequence[str]) -> RunConfig:
     """Settings from `--config FILE.yaml` and the command line, the latter winning; checked.
 
     Raises:
-        UserError: a value out of range, an unknown key in the YAML file, or a file that cannot be read.
-        SystemExit: argparse's, with code 2, for words that do not fit; with code 0 after `--help`.
+        UserError: a word that does not fit, a value out of range, an unknown key in the YAML file, or a file that
+            cannot be read.
+        SystemExit: code 0, after `--help`.
     """
     parser = build_parser()
     config_file = parser.parse_known_args([word for word in argv if word not in ("-h", "--help")])[0].config
@@ -477,10 +485,11 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_setting(parser: argparse.ArgumentParser, spec: Any) -> None:
-    """One field of RunConfig as an option, with its unit, default and range in the help."""
+def add_setting(parser: argparse.ArgumentParser, spec: Any, shown_default: str = "") -> None:
+    """One field of RunConfig as an option, with its unit, default (or `shown_default`) and range in the help."""
     meta = spec.metadata
-    facts = [meta["unit"], f"default {_shown_default(spec)}", meta["range"] and f"range {meta['range']}"]
+    default = f"default {shown_default or _shown_default(spec)}"
+    facts = [meta["unit"], default, meta["range"] and f"range {meta['range']}"]
     text = f"{meta['help']} [{'; '.join(fact for fact in facts if fact)}]".replace("%", "%%")
     if spec.type in (bool, bool | None):
         parser.add_argument(f"--{spec.name}", action="store_true", default=spec.default, help=text)

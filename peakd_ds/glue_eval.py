@@ -128,9 +128,10 @@ def main(argv: Sequence[str]) -> None:
             )
         splits = data.load_splits(task, args.data_dir or os.environ.get("PEAKD_DATA_DIR", ""), train=False)
         if args.submission and not any(name in splits for name in task.submission_files):
+            files = " and ".join(f"{task.name}/{name}-*.parquet" for name in task.submission_files)
             raise UserError(
                 f"task {task.name} has no test split in the data, so there is nothing to submit; "
-                f"add {task.name}/test-*.parquet"
+                + (f"add {files}" if files else "GLUE takes no files of this task: leave --submission out")
             )
         return task, model.to(dist.device()).eval(), modeling.load_tokenizer(source), splits
 

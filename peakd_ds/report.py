@@ -1,7 +1,9 @@
 """The end of a run: dev metrics of teacher and student, once; results.json, README.md, loss curves and exports."""
 
 import json
+import time
 from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -89,7 +91,9 @@ def _write_files(run: Run, results: dict[str, Any], log: RunLog) -> None:
         figures.loss_curves(run.folder / "metrics.jsonl", run.folder / "loss_curves.png")
     table = markdown_table(results)
     write_atomically(run.folder / "README.md", _readme(run, results, table))
+    results["at"] = time.time()  # starts that were refused until now are history
     write_atomically(run.folder / "results.json", json.dumps(results, indent=2) + "\n")
+    Path(f"{run.folder}.failed").unlink(missing_ok=True)  # peakd-sweep's, of an earlier start
     final = {
         f"{name}/{key}": value for name in ("teacher", "student") for key, value in _metrics(results, name).items()
     }

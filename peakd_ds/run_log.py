@@ -153,9 +153,12 @@ class RunLog:
 
     def _scalars(self, values: Mapping[str, float | None], step: int) -> None:
         assert self.writer is not None
-        for name, value in values.items():
-            if value is not None:
-                self.writer.add_scalar(name, value, step)
+        try:
+            for name, value in values.items():
+                if value is not None:
+                    self.writer.add_scalar(name, value, step)
+        except OSError as error:  # TensorBoard's thread met a full disk
+            self.failure = error
 
     def _append(self, record: Mapping[str, Any]) -> None:
         try:

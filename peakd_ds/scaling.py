@@ -201,7 +201,7 @@ def flops_per_rank(teacher_params: int, student_params: int, num_tokens: int) ->
 def project(sizes: Sizes, flops: float, num_calls: int, machine: Machine) -> Step:
     """A step on `sizes.num_ranks` GPUs. A ring enters and leaves each node once, so what one rank sends is what a node
     sends; between the GPUs of one node nothing is counted."""
-    num_nodes = max(1, sizes.num_ranks // machine.gpus_per_node)
+    num_nodes = -(-sizes.num_ranks // machine.gpus_per_node)
     comm_s = 0.0
     if num_nodes > 1:
         sent = formula(sizes).sent(sizes.num_ranks)

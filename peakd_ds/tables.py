@@ -109,7 +109,8 @@ def read_result(folder: Path) -> Result:
     Raises:
         ValueError: with what is the matter, for a run that is not finished or whose files are damaged.
     """
-    file, reason = folder / "results.json", _why_failed(folder)
+    file = folder / "results.json"
+    reason = _why_failed(folder, file)
     if reason is not None:
         raise ValueError(f"failed: {' '.join(reason.split())}")
     if not file.exists():
@@ -130,7 +131,7 @@ def read_result(folder: Path) -> Result:
             task=task.name,
             method=results["method"] if is_student else TEACHER_ONLY,
             seed=seed,
-            settings={name: _without_seed(value, seed) for name, value in changing.items()},
+            settings=changing,
             metrics={name: float(model["metrics"][name]) for name in (*task.metrics, *model["metrics"])},
             teacher=None if results["teacher"] is None else results["teacher"]["metrics"][task.primary_metric],
             params=model["params"],
@@ -252,21 +253,30 @@ def _run_folders(folder: Path) -> Iterator[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
 
 
-def _why_failed(folder: Path) -> str | None:
+def _why_failed(folder: Path, results: Path) -> str | None:
     """Why the run's last start failed: as peakd-sweep (RUN.failed) or slurm/distill.sh (RUN/logs/START/) left it.
 
-    It stands even beside results.json: these may then be of other settings than the run was last started with.
+    It stands even beside earlier results: these may then be of other settings than the run was last started with.
     """
     mark = Path(f"{folder}.failed")
     if mark.exists():
         return mark.read_text()
-    start = max((folder / "logs").glob("*/start.json"), key=lambda file: file.stat().st_mtime, default=None)
-    if start is None or not (start.parent / "end.json").exists():
+    starts = {file.parent: _time_in(file) for file in (folder / "logs").glob("*/start.json")}
+    start = max(starts, key=starts.__getitem__, default=None)
+    if start is None or not (start / "end.json").exists() or starts[start] < _time_in(results):
         return None
-    notes = [json.loads(file.read_text()) for file in start.parent.glob("rank-*.json")]
+    notes = [json.loads(file.read_text()) for file in start.glob("rank-*.json")]
     if not {"refused", "failed", "lost"} & {told["how"] for told in notes}:
         return None
-    return json.loads((start.parent / "end.json").read_text())["cause"]
+    return json.loads((start / "end.json").read_text())["cause"]
+
+
+def _time_in(file: Path) -> float:
+    """When a start or its results were written, as the file says; 0 if it does not. (A copied file's own time lies.)"""
+    try:
+        return float(json.loads(file.read_text())["at"])
+    except (OSError, ValueError, LookupError, TypeError):
+        return 0.0
 
 
 def _shown(path: Path) -> str:
@@ -279,26 +289,50 @@ def _shown(path: Path) -> str:
 
 def _rows(results: Sequence[Result], asked: set[Path]) -> list[Row]:
     """One row for each task, method and set of settings, in the order of their first appearance."""
-    groups: dict[tuple[str, str, str], list[Result]] = {}
+    groups: dict[tuple[str, str], list[list[Result]]] = {}
     for result in results:
-        key = (result.task, result.method, json.dumps(result.settings, sort_keys=True))
-        twin = next((other for other in groups.setdefault(key, []) if other.seed == result.seed), None)
+        rivals = groups.setdefault((result.task, result.method), [])
+        group = next((group for group in rivals if all(_differ_in_seed(result, other) for other in group)), None)
+        if group is None:
+            rivals.append([result])
+            continue
+        twin = next((other for other in group if other.seed == result.seed), None)
         if twin is not None:
             raise UserError(
                 f"{_shown(twin.folder)} and {_shown(result.folder)} are the same run ({result.task}, {result.method}, "
                 f"seed {result.seed}, same settings) and would count as two seeds; give one of them"
             )
-        groups[key].append(result)
+        group.append(result)
     tasks, methods = ([*dict.fromkeys(key[position] for key in groups)] for position in (0, 1))
-    ordered = sorted(groups, key=lambda key: (tasks.index(key[0]), methods.index(key[1])))  # stable within these
     rows = []
-    for key in ordered:
-        group = sorted(groups[key], key=lambda result: result.seed)
-        rivals = [groups[other][0].settings for other in groups if other[:2] == key[:2]]
-        parents = {result.folder.parent for result in group if result.folder in asked}
-        num_asked = sum(path.parent in parents for path in asked)
-        rows.append(Row(key[0], key[1], _what_differs(group[0].settings, rivals), group, num_asked))
+    for key in sorted(groups, key=lambda key: (tasks.index(key[0]), methods.index(key[1]))):
+        settings = [_common_settings(group) for group in groups[key]]
+        for group, its_settings in zip(groups[key], settings, strict=True):
+            parents = {result.folder.parent for result in group if result.folder in asked}
+            of_grid = {path for path in asked if path.parent in parents}
+            num_asked = len(of_grid | {result.folder for result in group}) if of_grid else 0
+            by_seed = sorted(group, key=lambda result: result.seed)
+            rows.append(Row(*key, _what_differs(its_settings, settings), by_seed, num_asked))
     return rows
+
+
+def _differ_in_seed(one: Result, other: Result) -> bool:
+    """Whether two runs of a task and method have the same settings; a path may hold each one's own seed, as sweeps
+    write it (seed-7/)."""
+    return one.settings.keys() == other.settings.keys() and all(
+        value == other.settings[name]
+        or _without_seed(value, one.seed) == _without_seed(other.settings[name], other.seed)
+        for name, value in one.settings.items()
+    )
+
+
+def _common_settings(group: Sequence[Result]) -> dict[str, Any]:
+    """What the runs have in common: paths that differ in their seeds have seed-N for it."""
+    first = group[0]
+    return {
+        name: value if all(other.settings[name] == value for other in group) else _without_seed(value, first.seed)
+        for name, value in first.settings.items()
+    }
 
 
 def _what_differs(settings: dict[str, Any], rivals: Sequence[dict[str, Any]]) -> list[str]:
@@ -317,7 +351,6 @@ def _short(value: Any) -> str:
 
 
 def _without_seed(value: Any, seed: int) -> Any:
-    """A path that holds the seed as sweeps write it (seed-7/) is the same setting for every seed."""
     return re.sub(rf"\bseed-{seed}\b", "seed-N", value) if isinstance(value, str) else value
 
 

@@ -191,10 +191,7 @@ def is_patience_over(config: RunConfig, state: TrainState) -> bool:
 
 
 def grad_norm(engine: DeepSpeedEngine) -> float | None:
-    """Global gradient norm before clipping; None where fp16 has skipped the step, and at stage 0 where there is none
-    (fp32) or the loss scale is still in it (fp16)."""
-    if engine.fp16_enabled() and engine.zero_optimization_stage() == 0:
-        return None
+    """Global gradient norm before clipping; None where fp16 has skipped the step, and in fp32 at stage 0."""
     norm = engine.get_global_grad_norm()
     return None if norm is None or not math.isfinite(norm) else float(norm)
 

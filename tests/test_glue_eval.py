@@ -259,6 +259,9 @@ def test_peakd_eval_without_a_test_split(student: Path, tiny_data: Path, tmp_pat
     words = ("--model", student / "student", "--task", "sst2", "--data_dir", tiny_data)
     message = refusal(*words, "--submission", tmp_path / "glue")
     assert "task sst2 has no test split in the data, so there is nothing to submit; add sst2/test-*.parquet" in message
+    (tmp_path / "movie_reviews").symlink_to(tiny_data / "sst2")
+    words = ("--model", student / "student", "--task", "movie_reviews", "--data_dir", tmp_path)
+    assert "GLUE takes no files of this task: leave --submission out" in refusal(*words, "--submission", "x")
     assert not (tmp_path / "glue").exists()
 
 

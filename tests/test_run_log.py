@@ -210,6 +210,22 @@ def test_a_log_that_cannot_be_written_stops_the_run_later(tmp_path: Path) -> Non
     log.end_stage()
 
 
+def test_a_full_disk_that_tensorboard_meets_stops_the_run_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its thread meets it, and the next point raises: on rank 0 alone, while the others go on to a collective."""
+    log = start(tmp_path)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(log.writer, "add_scalar", full)
+    log.evaluation(1, 0, "dev", {"accuracy": 0.5})
+    with pytest.raises(UserError, match="No space left on device"):
+        log.stop_if_failed()
+    log.end_stage()
+
+
 def test_plain_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = start(tmp_path)
     write_steps(log, range(1, 2))

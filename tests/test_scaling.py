@@ -131,6 +131,8 @@ def test_projection() -> None:
     assert (one_node.compute_s, one_node.comm_s, one_node.efficiency) == (1, 0, 1)
     four_nodes = scaling.project(replace(SIZES, num_ranks=32), 1e6, 3, machine)
     assert four_nodes.comm_s == pytest.approx(2 * 31 / 32 * 2000 / 1e3 + 3 * 0.01 * 2)
+    two_nodes = scaling.project(replace(SIZES, num_ranks=8), 1e6, 3, replace(machine, gpus_per_node=6))
+    assert two_nodes.comm_s == pytest.approx(2 * 7 / 8 * 2000 / 1e3 + 3 * 0.01)
     assert four_nodes.efficiency == pytest.approx(1 / (1 + four_nodes.comm_s))
 
 

@@ -84,13 +84,23 @@ def test_names_in_braces_are_the_elements_own(grid_file: Callable[[str], str]) -
 
 def test_methods_are_the_readmes_baselines() -> None:
     readme = (ROOT / "README.md").read_text()
-    table = re.findall(r"^\| (Pea-KD|Patient KD|KD|fine-tuned small BERT) \| (.*?) \|$", readme, re.MULTILINE)
-    names = {"Pea-KD": "pea-kd", "Patient KD": "pkd", "KD": "kd", "fine-tuned small BERT": "finetune"}
+    names = {
+        "Pea-KD": "pea-kd",
+        "SPS only": "sps+pkd",
+        "PTP only": "ptp+pkd",
+        "Patient KD": "pkd",
+        "KD": "kd",
+        "fine-tuned small BERT": "finetune",
+        "SPS without exchange": "sps-shuffle_qk+pkd",
+    }
+    table = re.findall(rf"^\| ({'|'.join(names)}) \| (\(defaults\)|`.*?`)", readme, re.MULTILINE)
     assert {method for method, _ in table} == names.keys()
     required = ["--task", "rte", "--teacher", "t", "--run_dir", "r"]
     for method, options in table:
         switches = methods()[names[method]]
-        assert parse([*required, *options.strip("`(defaults)").split()]) == parse_switches(required, switches)
+        assert parse([*required, *options.strip("`").replace("(defaults)", "").split()]) == parse_switches(
+            required, switches
+        )
 
 
 def parse_switches(required: list[str], switches: dict) -> RunConfig:

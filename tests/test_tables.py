@@ -134,6 +134,16 @@ def test_settings_that_do_not_change_the_result_do_not_matter(make_run: MakeRun,
     assert (line["n"], line["settings"]) == ("3", "")
 
 
+def test_the_teacher_of_one_seed_serves_all(make_run: MakeRun, runs: Path) -> None:
+    """Also the run whose own seed it is."""
+    for seed in (1, 2, 3):
+        make_run(f"rte/a/seed-{seed}", teacher="runs/rte/teacher/seed-2/teacher")
+        make_run(f"rte/b/seed-{seed}", teacher=f"runs/rte/teacher/seed-{seed}/teacher", lr=1e-4)
+    lines = written(runs)[1]
+    assert [(line["n"], line["seeds"]) for line in lines] == [("3", "1 2 3")] * 2
+    assert "teacher=runs/rte/teacher/seed-N/teacher" in lines[1]["settings"]
+
+
 def test_a_teacher_for_each_seed_is_one_setting(make_run: MakeRun, runs: Path) -> None:
     for seed in (1, 2):
         make_run(f"rte/a/seed-{seed}", teacher=f"runs/rte/teacher/seed-{seed}/teacher")
@@ -220,6 +230,28 @@ def test_how_a_run_ended_on_a_cluster_is_told(make_run: MakeRun, runs: Path) -> 
         "seed-3: unfinished (no results.json)",
         "seed-4: missing",
     ]
+
+
+def test_a_failed_start_before_the_results_is_history(make_run: MakeRun, runs: Path) -> None:
+    """A second start of a running job is refused, and the first one finishes; whatever the files' own times say."""
+    for seed, began, counts in ((1, 90.0, True), (2, 110.0, False)):
+        folder = make_run(f"rte/kd/seed-{seed}")
+        edit(folder, lambda results: results.update(at=100.0))
+        start = folder / "logs" / "8-0"
+        start.mkdir(parents=True)
+        (start / "start.json").write_text(json.dumps({"at": began}))
+        (start / "rank-00000.json").write_text(json.dumps({"how": "refused"}))
+        (start / "end.json").write_text(json.dumps({"is_idle": True, "cause": "in use"}))
+        listed = tables.gather([runs])[1]
+        assert any(f"seed-{seed}: failed: in use" in line for line in listed) != counts
+
+
+def test_seeds_that_a_grid_no_longer_asks_for(make_run: MakeRun, runs: Path) -> None:
+    for seed in (1, 2, 3):
+        make_run(f"rte/kd/seed-{seed}")
+    ask_for(runs, ["rte/kd/seed-3", "rte/kd/seed-4"])
+    (line,) = written(runs)[1]
+    assert (line["n"], line["asked"]) == ("3", "4")
 
 
 def test_a_part_of_a_sweep_knows_its_grid(make_run: MakeRun, runs: Path) -> None:
