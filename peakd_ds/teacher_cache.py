@@ -39,7 +39,7 @@ from peakd_ds.run import Run
 from peakd_ds.run_lock import describe_me, give_back, name_of, process_start, remove_dead, why_alive
 
 FORMAT = 3
-PART_ROWS = 128  # a part has at least so many: fewer make forward passes that cost little less
+PART_ROWS = 128  # of a part, until there are 64; with fewer, forward passes cost little less
 POLL_S = 2.0
 SILENT_S = 1800.0  # a builder on another host touches its lock at every part; after so long it is taken for dead
 SPARE_BYTES = 64 * 2**20  # free space to leave, which checkpoints and exports also need
