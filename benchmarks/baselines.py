@@ -48,9 +48,10 @@ from transformers import (
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
 from peakd_ds.config import RunConfig
-from peakd_ds.data import load_splits
-from peakd_ds.modeling import build_student, find_encoder, task_head
-from peakd_ds.tasks import get_task
+from peakd_ds.data.reading import load_splits
+from peakd_ds.data.tasks import get_task
+from peakd_ds.model.build import build_student, task_head
+from peakd_ds.model.contract import find_encoder
 
 Batch = dict[str, Tensor]
 

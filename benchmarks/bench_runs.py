@@ -70,8 +70,9 @@ def prepare(case: Case, encoder: Path, data_dir: str, work: Path, teacher_of: st
     from datasets import disable_progress_bars
     from transformers import AutoTokenizer
 
-    from peakd_ds.data import encoder_of, load_splits
-    from peakd_ds.tasks import get_task
+    from peakd_ds.data.reading import load_splits
+    from peakd_ds.data.tasks import get_task
+    from peakd_ds.data.tokens import encoder_of
 
     disable_progress_bars()
     task = get_task(case.task)
@@ -125,8 +126,8 @@ def _wide_model(case: Case, encoder: Path, work: Path) -> Path:
     import torch
     from transformers import AutoConfig, AutoTokenizer, BertConfig, BertForSequenceClassification, logging
 
-    from peakd_ds.modeling import task_head
-    from peakd_ds.tasks import get_task
+    from peakd_ds.data.tasks import get_task
+    from peakd_ds.model.build import task_head
 
     folder = _teacher_folder("wide", encoder, work)
     if not (folder / "tokenizer_config.json").exists():
@@ -258,7 +259,7 @@ def read_our_run(lines: Sequence[tuple[float, str]], metrics: Path, score: str) 
 
 def run_baseline(system: str, prepared: Prepared, seed: int, work: Path, max_steps: int | None) -> Row:
     """One run of baselines.py, which times itself."""
-    from peakd_ds.ds_engine import has_fast_bf16
+    from peakd_ds.engine.ds_config import has_fast_bf16
 
     folder = work / "runs" / f"{prepared.case.name}-{system}-{seed}"
     shutil.rmtree(folder, ignore_errors=True)

@@ -67,8 +67,8 @@ def write_long_rows(data_dir: Path, source: str) -> None:
     name = f"{source}_long"
     from datasets import Dataset, disable_progress_bars
 
-    from peakd_ds.data import load_splits
-    from peakd_ds.tasks import get_task
+    from peakd_ds.data.reading import load_splits
+    from peakd_ds.data.tasks import get_task
 
     disable_progress_bars()
     task = get_task(f"{source}_{NUM_ROWS}")

@@ -25,11 +25,17 @@ import torch
 from arithmetic import step_flops
 from torch import Tensor, nn
 
-from peakd_ds import data, dist, ds_engine, modeling, vocabulary
-from peakd_ds.config import UserError, exit_with, parse
+from peakd_ds.command_line import parse
+from peakd_ds.data.batches import epoch_slots, global_batches
+from peakd_ds.engine import engines
+from peakd_ds.engine.ds_config import DTYPES
+from peakd_ds.errors import UserError, exit_with
 from peakd_ds.kernels import distillation_loss
+from peakd_ds.model import vocabulary
+from peakd_ds.model.build import MatchedStudent, build_student, task_head
+from peakd_ds.ranks import dist
+from peakd_ds.results.log import quiet_libraries
 from peakd_ds.run import Run, open_run
-from peakd_ds.run_log import quiet_libraries
 
 WARM_UP_STEPS, PROFILED_STEPS = 3, 5
 MATMUL_SIZE = 4096
@@ -79,19 +85,19 @@ class BareLoop:
 def measure(run: Run, num_batches: int, is_profiled: bool) -> dict[str, float]:
     """Times of both on the same batches, in turn; then, if asked for, what the engine's step consists of, printed."""
     config = run.config
-    dtype = ds_engine.DTYPES[config.dtype]
+    dtype = DTYPES[config.dtype]
     num_steps = num_batches + WARM_UP_STEPS
 
-    def build() -> modeling.MatchedStudent:
+    def build() -> MatchedStudent:
         torch.manual_seed(0)
-        student = modeling.build_student(config, run.student_init, modeling.task_head(run.task))
-        module = modeling.MatchedStudent(student, run.pairs, run.teacher_source.config.hidden_size, "cls")
+        student = build_student(config, run.student_init, task_head(run.task))
+        module = MatchedStudent(student, run.pairs, run.teacher_source.config.hidden_size, "cls")
         vocabulary.trim(module, run.used_tokens)
         return module
 
     bare = BareLoop(build(), dtype, num_steps)
-    engine = ds_engine.training_engine(build(), config, run.student_ds_config, num_steps, "bench")
-    share_to_loss, grad_scale = ds_engine.undo_averaging(engine), ds_engine.expected_upstream(engine)
+    engine = engines.training_engine(build(), config, run.student_ds_config, num_steps, "bench")
+    share_to_loss, grad_scale = engines.undo_averaging(engine), engines.expected_upstream(engine)
     engine.train()
 
     num_rows, batch_size = len(run.train_rows), config.global_batch_size
@@ -102,10 +108,10 @@ def measure(run: Run, num_batches: int, is_profiled: bool) -> dict[str, float]:
         )
     slots = np.zeros((0, batch_size), np.int64)
     for epoch in range(num_steps):  # until there are full batches enough
-        of_epoch = data.epoch_slots(num_rows, batch_size, 0, epoch)
+        of_epoch = epoch_slots(num_rows, batch_size, 0, epoch)
         slots = np.concatenate([slots, of_epoch[(of_epoch >= 0).all(axis=1)]])[:num_steps]
     ratios, rates, engine_ms, bare_ms = [], [], [], []
-    for number, batch in enumerate(data.global_batches(run.train, run.train_rows, slots, 1)):
+    for number, batch in enumerate(global_batches(run.train, run.train_rows, slots, 1)):
         (micro,) = list(batch.micro_batches)
         hidden = [torch.randn(len(micro.labels), run.teacher_source.config.hidden_size).to(dtype) for _ in run.pairs]
         answers = torch.randn(len(micro.labels), run.task.num_labels), hidden

@@ -4,7 +4,7 @@ import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from peakd_ds.modeling import layer_pairs
+from peakd_ds.model.build import layer_pairs
 from peakd_ds.sps import execution_order
 
 SYSTEMS = ("ours_cached", "ours_online", "published_recipe", "hf_trainer", "textbrewer")

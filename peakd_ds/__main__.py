@@ -1,9 +1,16 @@
-"""`python -m peakd_ds`: train.py, ready for signals before its imports, which take seconds. For slurm/distill.sh."""
+"""`python -m peakd_ds` and `peakd-train`: train.py, which listens to signals before its imports, which take seconds."""
 
-from peakd_ds import preempt
+from functools import partial
 
-preempt.listen()
+from peakd_ds import command_line
+from peakd_ds.ranks import notes, signals
 
-from peakd_ds.train import cli  # noqa: E402
 
-cli()
+def main() -> None:
+    """Start train.py."""
+    signals.listen()
+    command_line.start("peakd_ds.train:run_rank", "train.py", on_refusal=partial(notes.note, "refused"))
+
+
+if __name__ == "__main__":
+    main()

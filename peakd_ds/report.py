@@ -9,13 +9,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from peakd_ds import checkpoint, dist, figures, glue_eval
-from peakd_ds.config import UserError
-from peakd_ds.ds_engine import DTYPES
-from peakd_ds.export import export_model, export_onnx, model_card, unroll
+from peakd_ds.engine import checkpoint
+from peakd_ds.engine.ds_config import DTYPES
+from peakd_ds.errors import UserError
 from peakd_ds.files import write_atomically
+from peakd_ds.ranks import dist
+from peakd_ds.ranks.device import device
+from peakd_ds.results import evaluation, figures
+from peakd_ds.results.export import export_model, export_onnx, model_card, unroll
+from peakd_ds.results.log import RunLog
 from peakd_ds.run import Run
-from peakd_ds.run_log import RunLog
 from peakd_ds.sps import SPSBertForSequenceClassification
 
 
@@ -40,7 +43,7 @@ def _judge_teacher(run: Run) -> tuple[dict[str, Any] | None, dict[str, torch.Ten
     if not run.has_teacher():
         return None, {}
     engine = run.teacher()
-    metrics, logits, speed = glue_eval.evaluate(
+    metrics, logits, speed = evaluation.evaluate(
         lambda inputs: engine(**inputs)[0], run.task, run.dev, run.eval_batch_size
     )
     num_params = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters())
@@ -65,13 +68,13 @@ def _judge_student(run: Run, teacher_logits: dict[str, torch.Tensor]) -> dict[st
     if not dist.on_main(find):
         return None
     student = SPSBertForSequenceClassification.from_pretrained(folder)
-    nn.Module.to(student, dist.device(), DTYPES[run.config.dtype]).eval()  # transformers' own `to` has no types
-    metrics, logits, speed = glue_eval.evaluate(
+    nn.Module.to(student, device(), DTYPES[run.config.dtype]).eval()  # transformers' own `to` has no types
+    metrics, logits, speed = evaluation.evaluate(
         lambda inputs: student(**inputs).logits, run.task, run.dev, run.eval_batch_size
     )
     agreement = None
     if teacher_logits:
-        agreement = glue_eval.agreement(
+        agreement = evaluation.agreement(
             run.task, torch.cat(list(logits.values())), torch.cat(list(teacher_logits.values()))
         )
     return {

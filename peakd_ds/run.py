@@ -4,6 +4,7 @@ Every mistake of the user's is met here, on all ranks together, and nothing save
 """
 
 import json
+import math
 import os
 import socket
 from collections.abc import Sequence
@@ -15,16 +16,28 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from peakd_ds import checkpoint, data, dist, ds_engine, glue_eval, modeling, shard_files, vocabulary
-from peakd_ds.config import EVAL_ROWS, RunConfig, UserError, differences, to_yaml
-from peakd_ds.data import Split
-from peakd_ds.export import require_onnx
+from peakd_ds.command_line import differences, to_yaml
+from peakd_ds.config import RunConfig
+from peakd_ds.config.optimisation import EVAL_BATCH_FACTOR
+from peakd_ds.data import reading
+from peakd_ds.data import shards as shard_files
+from peakd_ds.data.batches import NUM_SHARDS, check_holdout, split_holdout
+from peakd_ds.data.tasks import Task, get_task
+from peakd_ds.data.tokens import Split, tokenize, used_tokens
+from peakd_ds.engine import checkpoint, engines
+from peakd_ds.engine.ds_config import batch_plan, has_fast_bf16, resolve, zero_stage
+from peakd_ds.errors import UserError
 from peakd_ds.files import write_atomically
-from peakd_ds.kernels import check_backend
-from peakd_ds.modeling import Pretrained
-from peakd_ds.run_log import TeacherClock
+from peakd_ds.kernels import check_backend, choose_backend
+from peakd_ds.model import contract
+from peakd_ds.model.build import Teacher, layer_pairs, load_teacher
+from peakd_ds.model.contract import Pretrained, has_unnamed_labels
+from peakd_ds.ranks import dist, host
+from peakd_ds.ranks.device import device
+from peakd_ds.results import evaluation
+from peakd_ds.results.export import require_onnx
+from peakd_ds.results.meter import TeacherClock
 from peakd_ds.sps import execution_order
-from peakd_ds.tasks import Task, get_task
 
 
 @dataclass
@@ -60,13 +73,13 @@ class Run:
 
     @property
     def micro_and_accum(self) -> tuple[int, int]:
-        return ds_engine.batch_plan(self.config.global_batch_size, self.config.micro_batch_size, dist.world_size())
+        return batch_plan(self.config.global_batch_size, self.config.micro_batch_size, dist.world_size())
 
     @property
     def eval_batch_size(self) -> int:
         """Rows of a forward pass without gradients, which keeps one layer's states at a time, where a training step
         keeps every layer's: more rows make fewer and larger products. With token losses it keeps matched layers'."""
-        return (1 if self.config.hidden_loss == "tokens" else EVAL_ROWS) * self.micro_and_accum[0]
+        return (1 if self.config.hidden_loss == "tokens" else EVAL_BATCH_FACTOR) * self.micro_and_accum[0]
 
     @property
     def student_depth(self) -> int:
@@ -94,9 +107,9 @@ class Run:
 
             def load() -> Any:
                 folder = self.folder / "teacher"
-                return modeling.Teacher(modeling.load_teacher(self.config, self.task, self.teacher_source, folder))
+                return Teacher(load_teacher(self.config, self.task, self.teacher_source, folder))
 
-            self._teacher = ds_engine.teacher_engine(dist.agree(load), self.teacher_ds_config)
+            self._teacher = engines.teacher_engine(dist.agree(load), self.teacher_ds_config)
         return self._teacher
 
     def drop_teacher(self) -> None:
@@ -108,7 +121,7 @@ class Run:
     def teacher_logits(self, split: Split, rows: np.ndarray) -> torch.Tensor:
         """float32 [N, C] of the frozen teacher over the given rows (collective)."""
         teacher = self.teacher()
-        logits, _ = glue_eval.predict(
+        logits, _ = evaluation.predict(
             lambda inputs: teacher(**inputs)[0],
             split,
             rows,
@@ -127,34 +140,34 @@ def open_run(config: RunConfig) -> Run:
     Raises:
         UserError: on every rank, with value, rule and remedy.
     """
-    is_bf16_fast = dist.highest(int(not ds_engine.has_fast_bf16())) == 0  # on all ranks, or none computes in it
+    is_bf16_fast = dist.highest(int(not has_fast_bf16())) == 0  # on all ranks, or none computes in it
 
     def look() -> tuple[Run, dict[str, Any], dict[str, str], Any]:
         task = get_task(config.task)
-        dtype, student_ds_config, teacher_ds_config = ds_engine.resolve(config, is_bf16_fast)
+        dtype, student_ds_config, teacher_ds_config = resolve(config, is_bf16_fast)
         resolved = replace(config, dtype=dtype)
         check_run_folder(resolved)
         _check_loss_backend(config)
-        ds_engine.batch_plan(config.global_batch_size, config.micro_batch_size, dist.world_size())
-        teacher = modeling.find_encoder(config.teacher, "teacher")
+        batch_plan(config.global_batch_size, config.micro_batch_size, dist.world_size())
+        teacher = contract.find_encoder(config.teacher, "teacher")
         student_init = teacher
         if config.student_init:
-            student_init = modeling.find_encoder(config.student_init, "student_init")
-        tokenizer = modeling.load_tokenizer(teacher)
-        modeling.check_contract(config, task, teacher, student_init, tokenizer)
+            student_init = contract.find_encoder(config.student_init, "student_init")
+        tokenizer = contract.load_tokenizer(teacher)
+        contract.check_contract(config, task, teacher, student_init, tokenizer)
         depth = len(execution_order(config.num_hidden_layers, config.sharing, config.swaps_qk))
-        pairs = modeling.layer_pairs(config.layer_map, depth, teacher.config.num_hidden_layers)
+        pairs = layer_pairs(config.layer_map, depth, teacher.config.num_hidden_layers)
         _check_stages(resolved, task, teacher)
         if config.export_onnx:
             require_onnx()
         # Of sharded rows one rank reads the files, to see that the shards were made from them.
-        splits = data.load_splits(task, config.data_dir, train=not is_sharded or dist.is_main())
-        fingerprints, shards = data.fingerprints(splits), None
+        splits = reading.load_splits(task, config.data_dir, train=not is_sharded or dist.is_main())
+        fingerprints, shards = reading.fingerprints(splits), None
         if is_sharded:
             shards = shard_files.find(config, task, tokenizer, fingerprints.get("train"))
             fingerprints["train"] = shards.data_fingerprint
         elif config.select_on == "holdout":
-            data.check_holdout(task, len(splits["train"]))
+            check_holdout(task, len(splits["train"]))
         _check_same_data(resolved, fingerprints)
         run = Run(
             resolved,
@@ -180,18 +193,18 @@ def open_run(config: RunConfig) -> Run:
         dist.on_main(lambda: _create_run_folder(config, fingerprints))
 
     def tokenized(name: str) -> Split:
-        return data.tokenize(run.task, splits[name], run.tokenizer, config.max_seq_length, cache)
+        return tokenize(run.task, splits[name], run.tokenizer, config.max_seq_length, cache)
 
     run.train = tokenized("train") if train is None else train
     run.dev = {name: tokenized(name) for name in run.task.eval_splits}
     run.train_rows = np.arange(len(run.train))
     if config.select_on == "holdout":
-        run.train_rows, holdout_rows = data.split_holdout(len(run.train))
+        run.train_rows, holdout_rows = split_holdout(len(run.train))
         run.selection = ("holdout", run.train, holdout_rows)
     else:
         first = run.task.eval_splits[0]
         run.selection = ("dev", run.dev[first], np.arange(len(run.dev[first])))
-    run.used_tokens = vocabulary.used_tokens((run.train, run.selection[1]), max(run.tokenizer.get_vocab().values()) + 1)
+    run.used_tokens = used_tokens((run.train, run.selection[1]), max(run.tokenizer.get_vocab().values()) + 1)
     return run
 
 
@@ -220,7 +233,7 @@ def check_run_folder(config: RunConfig) -> None:
 
 def _check_loss_backend(config: RunConfig) -> None:
     try:
-        check_backend(config.loss_backend, dist.device())
+        check_backend(config.loss_backend, device())
     except ValueError as error:
         raise UserError(f"--loss_backend {config.loss_backend}: {error}") from error
 
@@ -230,7 +243,8 @@ def _check_same_data(config: RunConfig, fingerprints: dict[str, str]) -> None:
     saved = Path(config.run_dir) / "data.json"
     if saved.exists() and json.loads(saved.read_text()) != fingerprints:
         raise UserError(
-            f"--run_dir {config.run_dir} holds a run on other rows than {config.data_dir or data.HUB_DATASET} has now; "
+            f"--run_dir {config.run_dir} holds a run on other rows than {config.data_dir or reading.HUB_DATASET} has "
+            "now; "
             "nothing was changed there: take another --run_dir, or the data it was started with"
         )
 
@@ -242,8 +256,8 @@ def _check_alike(
     differing = [name for name in names if fingerprints[name] != of_first[name]]
     if differing:
         raise UserError(
-            f"{socket.gethostname()} has other rows of {', '.join(differing)} in {config.data_dir or data.HUB_DATASET} "
-            "than the host of rank 0; give all nodes the same data"
+            f"{socket.gethostname()} has other rows of {', '.join(differing)} in "
+            f"{config.data_dir or reading.HUB_DATASET} than the host of rank 0; give all nodes the same data"
         )
 
 
@@ -276,3 +290,42 @@ def _check_stages(config: RunConfig, task: Task, teacher: Pretrained) -> None:
             f"--stages {','.join(config.stages)} distils a PTP student, but the ptp stage has not run in "
             f"{folder}; add it, or set --no_ptp"
         )
+
+
+def plan(run: Run) -> str:
+    """What is about to run, with every derived number beside what it is derived from."""
+    config = run.config
+    micro, accum = run.micro_and_accum
+    pairs = ", ".join(f"{i}:{j}" for i, j in run.pairs) or "none"
+    placement, unnamed = [], []
+    if config.data_placement == "sharded":
+        placement = [f"rows of {NUM_SHARDS // dist.num_nodes()} shards on each of {dist.num_nodes()} nodes"]
+    if run.teacher_source.is_classifier and not run.task.is_regression and has_unnamed_labels(run.teacher_source):
+        unnamed = [f"warning: the teacher does not name its classes; taken for {', '.join(run.task.label_names)}"]
+    return "\n".join(
+        [
+            f"task {run.task.name}, method {run.method}, seed {config.seed}, {config.dtype} on {device().type}",
+            f"rows: train {len(run.train_rows):,}, {run.selection[0]} {len(run.selection[2]):,} (picks epochs), "
+            + ", ".join(f"{name} {len(split):,}" for name, split in run.dev.items()),
+            f"batch: global {config.global_batch_size} = micro {micro} x accum {accum} x world {dist.world_size()}, "
+            f"from {math.gcd(config.global_batch_size, NUM_SHARDS)} of {NUM_SHARDS} shards at a time",
+            *placement,
+            f"teacher: {run.teacher_source.path}, {run.teacher_source.config.num_hidden_layers} layers of "
+            f"{run.teacher_source.config.hidden_size}, ZeRO stage {zero_stage(run.teacher_ds_config)}",
+            f"student: {config.num_hidden_layers} stored layers run as {run.student_depth} of "
+            f"{run.student_init.config.hidden_size}, ZeRO stage {zero_stage(run.student_ds_config)}, "
+            f"layer pairs {pairs}",
+            f"vocabulary: {len(run.used_tokens):,} of {len(run.tokenizer):,} tokens occur and are trained",
+            f"loss: {loss_backend(config)}",
+            *unnamed,
+            *(f"warning: {host.describe(lock)}" for lock in host.stale_locks()),
+        ]
+    )
+
+
+def loss_backend(config: RunConfig) -> str:
+    """What computes the losses, and why."""
+    if config.loss_backend != "auto":
+        return f"{config.loss_backend} kernels (--loss_backend)"
+    chosen, reason = choose_backend(device().type)
+    return f"{chosen} kernels, since {reason}"

@@ -30,8 +30,8 @@ from transformers.models.bert.modeling_bert import (
 )
 from transformers.utils.output_capturing import OutputRecorder
 
-from peakd_ds.attention import Dropout, attend
-from peakd_ds.packing import Packing
+from peakd_ds.packed.attention import Dropout, attend
+from peakd_ds.packed.packing import Packing
 
 SHARINGS = ("none", "sps", "cycle", "cycle_rev", "sequence")
 """Values of ``sharing``; :func:`execution_order` says what each means."""

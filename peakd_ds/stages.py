@@ -13,26 +13,25 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from peakd_ds import (
-    checkpoint,
-    dist,
-    ds_engine,
-    figures,
-    glue_eval,
-    modeling,
-    ptp,
-    run_lock,
-    teacher_ahead,
-    teacher_cache,
-)
-from peakd_ds.config import STAGES
-from peakd_ds.data import GlobalBatch, MicroBatch, Split
-from peakd_ds.export import export_model, unroll
+from peakd_ds import ptp
+from peakd_ds.cluster import run_lock
+from peakd_ds.config.outputs import STAGES
+from peakd_ds.data.batches import GlobalBatch
+from peakd_ds.data.tasks import compute_metrics
+from peakd_ds.data.tokens import MicroBatch, Split
+from peakd_ds.engine import checkpoint, engines
+from peakd_ds.engine.ds_config import zero_stage
 from peakd_ds.files import whole_file
 from peakd_ds.kernels import DistillationLoss, distillation_loss
-from peakd_ds.modeling import MatchedStudent
+from peakd_ds.model.build import MatchedStudent, build_student, build_teacher, load_student_body, ptp_head, task_head
+from peakd_ds.ranks import dist
+from peakd_ds.ranks.device import on_gpu, to_device
+from peakd_ds.results import evaluation, figures
+from peakd_ds.results.export import export_model, unroll
+from peakd_ds.results.log import RunLog
 from peakd_ds.run import Run
-from peakd_ds.run_log import RunLog
+from peakd_ds.teacher import cache as teacher_cache
+from peakd_ds.teacher import online
 
 
 @dataclass
@@ -93,7 +92,7 @@ def _teacher_stage(run: Run, log: RunLog) -> Stage:
 
     return Stage(
         "teacher",
-        lambda: modeling.build_teacher(run.config, run.task, run.teacher_source),
+        lambda: build_teacher(run.config, run.task, run.teacher_source),
         loss,
         evaluate,
         run.task.primary_metric,
@@ -109,7 +108,7 @@ def _ptp_stage(run: Run, log: RunLog) -> Stage:
 
     def loss(engine: Any, micro: MicroBatch, batch: GlobalBatch, closely: bool) -> tuple[DistillationLoss, None]:
         logits = engine(**micro.inputs).logits[: micro.num_real]
-        labels = dist.to_device(ptp_labels["train"][micro.rows[: micro.num_real]])
+        labels = to_device(ptp_labels["train"][micro.rows[: micro.num_real]])
         return _hard_loss(run, engine, logits, labels, batch), None
 
     def evaluate(module: nn.Module) -> dict[str, float]:
@@ -132,7 +131,7 @@ def _ptp_stage(run: Run, log: RunLog) -> Stage:
 
     return Stage(
         "ptp",
-        lambda: modeling.build_student(run.config, run.student_init, modeling.ptp_head()),
+        lambda: build_student(run.config, run.student_init, ptp_head()),
         loss,
         evaluate,
         "loss",
@@ -153,12 +152,12 @@ def _distill_stage(run: Run, log: RunLog) -> Stage:
         log.say(f"--layer_map {config.layer_map} matches no layer pair at these depths: the hidden-state loss is 0")
 
     def build() -> nn.Module:
-        student = modeling.build_student(config, run.student_init, modeling.task_head(run.task))
+        student = build_student(config, run.student_init, task_head(run.task))
         if config.ptp and not run.task.is_regression:
-            modeling.load_student_body(student, run.folder / "checkpoints" / "ptp" / "student")
+            load_student_body(student, run.folder / "checkpoints" / "ptp" / "student")
         return MatchedStudent(student, run.pairs, run.teacher_source.config.hidden_size, config.hidden_loss)
 
-    def ask(micro: MicroBatch) -> teacher_ahead.Answer:
+    def ask(micro: MicroBatch) -> online.Answer:
         n, layers, needs_logits = micro.num_real, [j for _, j in run.pairs], config.alpha > 0
         if answers is not None:
             logits, states = answers["train"].of(micro.rows[:n])
@@ -170,8 +169,8 @@ def _distill_stage(run: Run, log: RunLog) -> Stage:
     def answered(batches: Iterator[GlobalBatch]) -> Iterator[GlobalBatch]:
         if not run.loss_reads_teacher:
             return batches
-        is_ahead = teacher is not None and dist.on_gpu() and ds_engine.zero_stage(run.teacher_ds_config) == 0
-        return teacher_ahead.answered(batches, ask, run.teacher_clock, is_ahead)
+        is_ahead = teacher is not None and on_gpu() and zero_stage(run.teacher_ds_config) == 0
+        return online.answered(batches, ask, run.teacher_clock, is_ahead)
 
     def loss(
         engine: Any, micro: MicroBatch, batch: GlobalBatch, closely: bool
@@ -194,7 +193,7 @@ def _distill_stage(run: Run, log: RunLog) -> Stage:
                 normalize=config.hidden_loss == "cls",
                 num_items=batch.num_items,
                 num_tokens=batch.num_tokens,
-                grad_scale=ds_engine.expected_upstream(engine),
+                grad_scale=engines.expected_upstream(engine),
                 backend=config.loss_backend,
             )
 
@@ -208,7 +207,7 @@ def _distill_stage(run: Run, log: RunLog) -> Stage:
         logits = _predict_selection(run, lambda inputs: module(**inputs)[0], run.task.num_labels)
         metrics = _task_metrics(run, logits)
         if teacher_logits is not None:
-            metrics["agreement"] = glue_eval.agreement(run.task, logits, teacher_logits)
+            metrics["agreement"] = evaluation.agreement(run.task, logits, teacher_logits)
         return metrics
 
     def finish(module: Any) -> None:
@@ -286,16 +285,16 @@ def _hard_loss(
         alpha=0.0,
         beta=0.0,
         num_items=batch.num_items,
-        grad_scale=ds_engine.expected_upstream(engine),
+        grad_scale=engines.expected_upstream(engine),
         backend=run.config.loss_backend,
     )
 
 
-def _predict_selection(run: Run, forward: glue_eval.Forward, num_columns: int) -> torch.Tensor:
+def _predict_selection(run: Run, forward: evaluation.Forward, num_columns: int) -> torch.Tensor:
     _, split, rows = run.selection
-    return glue_eval.predict(forward, split, rows, run.eval_batch_size, num_columns)[0]
+    return evaluation.predict(forward, split, rows, run.eval_batch_size, num_columns)[0]
 
 
 def _task_metrics(run: Run, logits: torch.Tensor) -> dict[str, float]:
     _, split, rows = run.selection
-    return glue_eval.compute_metrics(run.task, logits, split.labels[rows])
+    return compute_metrics(run.task, logits, split.labels[rows])

@@ -7,33 +7,44 @@ pretrained with the teacher's predictions, the student is distilled. All go thro
 started again goes on where it stopped; a stage that is over is not run again.
 """
 
+if __name__ == "__main__":  # run as a file: options are checked before the imports below, which take seconds
+    from functools import partial
+
+    from peakd_ds import command_line
+    from peakd_ds.ranks import notes, signals
+
+    signals.listen()
+    command_line.start("peakd_ds.train:run_rank", "train.py", on_refusal=partial(notes.note, "refused"))
+
 import math
-import sys
 from pathlib import Path
 
 from deepspeed import DeepSpeedEngine
 from torch import nn
 
-from peakd_ds import (
-    checkpoint,
-    data,
-    dist,
-    ds_engine,
-    jit_lock,
-    preempt,
-    report,
-    run_lock,
-    slurm_job,
-    stages,
-    vocabulary,
-)
-from peakd_ds.checkpoint import TrainState
-from peakd_ds.config import STAGES, RunConfig, UserError, exit_with, parse, to_yaml
-from peakd_ds.kernels import choose_backend
-from peakd_ds.modeling import has_unnamed_labels
-from peakd_ds.run import Run, check_run_folder, open_run
-from peakd_ds.run_log import RunLog, StepMeter
+from peakd_ds import report, stages
+from peakd_ds.cluster import run_lock
+from peakd_ds.command_line import to_yaml
+from peakd_ds.config import RunConfig
+from peakd_ds.config.outputs import STAGES
+from peakd_ds.data.batches import epoch_slots, global_batches
+from peakd_ds.engine import checkpoint, engines
+from peakd_ds.engine.checkpoint import TrainState
+from peakd_ds.errors import UserError
+from peakd_ds.model import vocabulary
+from peakd_ds.ranks import dist, preempt, signals
+from peakd_ds.ranks.device import device
+from peakd_ds.ranks.outcome import noted
+from peakd_ds.results.log import RunLog
+from peakd_ds.results.meter import StepMeter
+from peakd_ds.run import Run, check_run_folder, open_run, plan
 from peakd_ds.stages import Stage
+
+
+@noted()
+def run_rank(config: RunConfig) -> None:
+    """One rank of the program, from joining the others to leaving them."""
+    main(config)
 
 
 def main(config: RunConfig) -> None:
@@ -62,7 +73,7 @@ def train(stage: Stage, run: Run, log: RunLog) -> None:
     config, folder = run.config, run.folder / "checkpoints" / stage.name
     epochs = config.epochs_of(stage.name)
     _, num_accum_steps = run.micro_and_accum
-    num_steps = epochs * len(data.epoch_slots(len(run.train_rows), config.global_batch_size, config.seed, 0))
+    num_steps = epochs * len(epoch_slots(len(run.train_rows), config.global_batch_size, config.seed, 0))
 
     module = build(stage, config)
     vocabulary.trim(module, run.used_tokens)
@@ -72,9 +83,9 @@ def train(stage: Stage, run: Run, log: RunLog) -> None:
     fresh = TrainState(tokens=vocabulary.digest(run.used_tokens))
     if resumed_from is not None:
         checkpoint.load_weights(module, resumed_from, fresh.tokens)
-    engine = ds_engine.training_engine(module, config, run.student_ds_config, num_steps, stage.name)
+    engine = engines.training_engine(module, config, run.student_ds_config, num_steps, stage.name)
     state = fresh if resumed_from is None else checkpoint.restore(engine, resumed_from)
-    share_to_loss = ds_engine.undo_averaging(engine)
+    share_to_loss = engines.undo_averaging(engine)
     log.start_stage(stage.name, num_steps, state.step, to_yaml(config))
     log.say(
         f"stage {stage.name}: {epochs} epochs, {num_steps} steps" + (f", from step {state.step}" if state.step else "")
@@ -82,8 +93,8 @@ def train(stage: Stage, run: Run, log: RunLog) -> None:
 
     meter = StepMeter(stage.name, run.teacher_clock)
     while state.epoch < epochs and not is_patience_over(config, state):
-        slots = data.epoch_slots(len(run.train_rows), config.global_batch_size, config.seed, state.epoch)
-        batches = data.global_batches(run.train, run.train_rows, slots, num_accum_steps, first=state.batch)
+        slots = epoch_slots(len(run.train_rows), config.global_batch_size, config.seed, state.epoch)
+        batches = global_batches(run.train, run.train_rows, slots, num_accum_steps, first=state.batch)
         for batch in stage.answered(batches):
             dist.seed_everything(config.seed, stage.name, state.step, dist.rank())  # dropout masks
             is_logged = (state.step + 1) % config.log_steps == 0 or state.step == 0
@@ -107,7 +118,7 @@ def train(stage: Stage, run: Run, log: RunLog) -> None:
             is_evaluated = config.eval_steps > 0 and state.step % config.eval_steps == 0 and state.batch < len(slots)
             if is_logged or is_saved or is_evaluated:
                 meter.stop_if_not_finite(folder)
-                ds_engine.stop_if_skipped(engine, stage.name, state.step)
+                engines.stop_if_skipped(engine, stage.name, state.step)
                 log.stop_if_failed()
             if is_logged:
                 metrics, watched = meter.reduce()
@@ -123,7 +134,7 @@ def train(stage: Stage, run: Run, log: RunLog) -> None:
                 meter.restart_clock()
 
         meter.stop_if_not_finite(folder)
-        ds_engine.stop_if_skipped(engine, stage.name, state.step)
+        engines.stop_if_skipped(engine, stage.name, state.step)
         state.epoch, state.batch = state.epoch + 1, 0
         score = evaluate(stage, engine, run, state, log)[stage.score]
         if state.best_score is None or (
@@ -140,7 +151,7 @@ def train(stage: Stage, run: Run, log: RunLog) -> None:
     engine.destroy()
     best = load_best(stage, run, checkpoint.best_folder(folder, state.best_epoch))
     dist.on_main(run_lock.check)
-    stage.finish(best.to(dist.device()).eval())
+    stage.finish(best.to(device()).eval())
     log.say(
         f"stage {stage.name} is over: {stage.score} {state.best_score:.4f} on {run.selection[0]} picks epoch "
         f"{state.best_epoch} of {state.epoch}"
@@ -194,56 +205,3 @@ def grad_norm(engine: DeepSpeedEngine) -> float | None:
     """Global gradient norm before clipping; None where fp16 has skipped the step, and in fp32 at stage 0."""
     norm = engine.get_global_grad_norm()
     return None if norm is None or not math.isfinite(norm) else float(norm)
-
-
-def plan(run: Run) -> str:
-    """What is about to run, with every derived number beside what it is derived from."""
-    config = run.config
-    micro, accum = run.micro_and_accum
-    pairs = ", ".join(f"{i}:{j}" for i, j in run.pairs) or "none"
-    placement, unnamed = [], []
-    if config.data_placement == "sharded":
-        placement = [f"rows of {data.NUM_SHARDS // dist.num_nodes()} shards on each of {dist.num_nodes()} nodes"]
-    if run.teacher_source.is_classifier and not run.task.is_regression and has_unnamed_labels(run.teacher_source):
-        unnamed = [f"warning: the teacher does not name its classes; taken for {', '.join(run.task.label_names)}"]
-    return "\n".join(
-        [
-            f"task {run.task.name}, method {run.method}, seed {config.seed}, {config.dtype} on {dist.device().type}",
-            f"rows: train {len(run.train_rows):,}, {run.selection[0]} {len(run.selection[2]):,} (picks epochs), "
-            + ", ".join(f"{name} {len(split):,}" for name, split in run.dev.items()),
-            f"batch: global {config.global_batch_size} = micro {micro} x accum {accum} x world {dist.world_size()}, "
-            f"from {math.gcd(config.global_batch_size, data.NUM_SHARDS)} of {data.NUM_SHARDS} shards at a time",
-            *placement,
-            f"teacher: {run.teacher_source.path}, {run.teacher_source.config.num_hidden_layers} layers of "
-            f"{run.teacher_source.config.hidden_size}, ZeRO stage {ds_engine.zero_stage(run.teacher_ds_config)}",
-            f"student: {config.num_hidden_layers} stored layers run as {run.student_depth} of "
-            f"{run.student_init.config.hidden_size}, ZeRO stage {ds_engine.zero_stage(run.student_ds_config)}, "
-            f"layer pairs {pairs}",
-            f"vocabulary: {len(run.used_tokens):,} of {len(run.tokenizer):,} tokens occur and are trained",
-            f"loss: {loss_backend(config)}",
-            *unnamed,
-            *(f"warning: {jit_lock.describe(lock)}" for lock in jit_lock.stale_locks()),
-        ]
-    )
-
-
-def loss_backend(config: RunConfig) -> str:
-    """What computes the losses, and why."""
-    if config.loss_backend != "auto":
-        return f"{config.loss_backend} kernels (--loss_backend)"
-    chosen, reason = choose_backend(dist.device().type)
-    return f"{chosen} kernels, since {reason}"
-
-
-def cli() -> None:
-    """Console script, and what launchers start."""
-    preempt.listen()
-    try:
-        with slurm_job.noted():
-            main(parse(sys.argv[1:]))
-    except (UserError, OSError) as error:  # OSError: a full disk or a folder that is gone, told without a traceback
-        exit_with(error)
-
-
-if __name__ == "__main__":
-    cli()

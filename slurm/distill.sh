@@ -7,7 +7,7 @@
 # One task is one rank: give as many --ntasks-per-node as GPUs; without it there is one on each node. --cpus-per-task
 # gives each its cores; without it Slurm may give one, which is slow where there is no GPU. Submit from the
 # repository's root; slurm/site.sh says what the cluster is like. Stopped before its time limit, preempted or broken, the
-# job saves, is requeued and goes on; peakd_ds/slurm_job.py decides that. sbatch's own options win over these:
+# job saves, is requeued and goes on; peakd_ds/cluster/job.py decides that. sbatch's own options win over these:
 #SBATCH --job-name=peakd
 #SBATCH --output=%x-%j.out
 #SBATCH --open-mode=append
@@ -21,7 +21,7 @@ PEAKD_SCRIPT=distill.sh
 need_slurm
 load_site
 
-PEAKD_START_DIR=$("${PYTHON[@]}" -m peakd_ds.slurm_job open "$@")
+PEAKD_START_DIR=$("${PYTHON[@]}" -m peakd_ds.cluster.job open "$@")
 export PEAKD_START_DIR
 echo "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST; ranks write to" \
     "$PEAKD_START_DIR/HOST.log"
@@ -35,14 +35,14 @@ trap : TERM
 run() { # in the background, and wait for its end however often a signal interrupts the waiting
     "$@" 2>> "$PEAKD_START_DIR/srun.log" &
     local pid=$! watch status=0
-    "${PYTHON[@]}" -m peakd_ds.slurm_job watch "$PEAKD_START_DIR" "$pid" &
+    "${PYTHON[@]}" -m peakd_ds.cluster.job watch "$PEAKD_START_DIR" "$pid" &
     watch=$!
     while kill -0 "$pid" 2> /dev/null; do wait "$pid" || :; done
     wait "$pid" || status=$?
     kill "$watch" 2> /dev/null || :
     return "$status"
 }
-judge() { exec "${PYTHON[@]}" -m peakd_ds.slurm_job close "$PEAKD_START_DIR"; }
+judge() { exec "${PYTHON[@]}" -m peakd_ds.cluster.job close "$PEAKD_START_DIR"; }
 
 if [ "${PEAKD_PREFLIGHT:-yes}" = yes ]; then
     run slurm/preflight.sh "$@" || judge

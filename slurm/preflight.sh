@@ -10,4 +10,4 @@ PEAKD_SCRIPT=preflight.sh
 need_slurm
 load_site
 exec srun --kill-on-bad-exit=1 --wait=60 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} \
-    "${PYTHON[@]}" -m peakd_ds.preflight "$@"
+    "${PYTHON[@]}" -m peakd_ds.cluster.preflight "$@"

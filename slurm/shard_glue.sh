@@ -20,4 +20,4 @@ PEAKD_SCRIPT=shard_glue.sh
 need_slurm
 load_site
 read -r -a MPIRUN <<< "${PEAKD_MPIRUN:-srun --mpi=pmix --kill-on-bad-exit=1}"
-exec "${MPIRUN[@]}" "${PYTHON[@]}" -m peakd_ds.shard "$@"
+exec "${MPIRUN[@]}" "${PYTHON[@]}" -m peakd_ds.programs.shard "$@"

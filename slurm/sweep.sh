@@ -20,6 +20,6 @@ load_site
 [ $# -gt 0 ] || die "no grid; peakd-sweep --grid GRID.yaml --submit"
 [ -n "${SLURM_ARRAY_TASK_ID:-}" ] || die "not an array job; peakd-sweep --grid $1 --submit, or give sbatch --array=0-N"
 
-mapfile -d '' -t options < <("${PYTHON[@]}" -m peakd_ds.sweep --options "$SLURM_ARRAY_TASK_ID" --grid "$@")
+mapfile -d '' -t options < <("${PYTHON[@]}" -m peakd_ds.programs.sweep --options "$SLURM_ARRAY_TASK_ID" --grid "$@")
 wait "$!" || exit 2
 exec bash slurm/distill.sh "${options[@]}"

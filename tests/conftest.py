@@ -65,8 +65,8 @@ def env() -> dict[str, str]:
 @pytest.fixture(scope="session")
 def single_rank() -> None:
     """This process has joined a process group of its own."""
-    from peakd_ds import dist
-    from peakd_ds.run_log import quiet_libraries
+    from peakd_ds.ranks import dist
+    from peakd_ds.results.log import quiet_libraries
 
     dist.init()
     quiet_libraries()
@@ -117,8 +117,8 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
     folder = tmp_path_factory.mktemp("teachers")
 
     def teacher_of(task_name: str) -> Path:
-        from peakd_ds.modeling import task_head
-        from peakd_ds.tasks import get_task
+        from peakd_ds.data.tasks import get_task
+        from peakd_ds.model.build import task_head
 
         if not (folder / task_name).exists():
             save_encoder(folder / task_name, head=task_head(get_task(task_name)))
@@ -183,7 +183,7 @@ def write_split(data_dir: Path, task_name: str, split: str, columns: dict[str, l
     """Write DATA_DIR/TASK/SPLIT-00000-of-00001.parquet as the hub's export does, label names included."""
     from datasets import ClassLabel, Dataset, Features, Value, disable_progress_bars, enable_progress_bars
 
-    from peakd_ds.tasks import get_task
+    from peakd_ds.data.tasks import get_task
 
     task = get_task(task_name)
     features = {name: Value("int32") if name == "idx" else Value("string") for name in columns}

@@ -66,7 +66,7 @@ def _serve(pipe: Any, rank: int, world_size: int, port: int) -> None:
         MASTER_PORT=str(port),
     )
     sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - it lives as long as the process
-    from peakd_ds import dist
+    from peakd_ds.ranks import dist
 
     dist.init(timeout_s=TIMEOUT_S)
     while True:

@@ -81,7 +81,9 @@ def run(name: str, python: str) -> dict[str, Any]:
             form: hashlib.sha256((folder / "run" / form / "model.safetensors").read_bytes()).hexdigest()
             for form in ("teacher", "student", "student_unrolled")
         }
-        print(f"{name}: {len(records)} records, last loss {[r['loss'] for r in records if 'loss' in r][-1]}", flush=True)
+        print(
+            f"{name}: {len(records)} records, last loss {[r['loss'] for r in records if 'loss' in r][-1]}", flush=True
+        )
         return {"records": records, "weights": weights}
 
 
@@ -106,7 +108,9 @@ def differences(name: str, before: dict[str, Any], now: dict[str, Any]) -> list[
             if old.get(key) != new.get(key)
         ]
     return lines + [
-        f"{name}: other weights in {form}/" for form, digest in before["weights"].items() if now["weights"][form] != digest
+        f"{name}: other weights in {form}/"
+        for form, digest in before["weights"].items()
+        if now["weights"][form] != digest
     ]
 
 

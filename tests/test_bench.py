@@ -9,15 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import pytest
-import torch
-from conftest import ROOT
-from torch.utils.flop_counter import FlopCounterMode
-from transformers import BertConfig, BertForSequenceClassification
-
-sys.path.insert(0, str(ROOT / "benchmarks"))
-
 import arithmetic
 import baselines
 import bench_rows
@@ -26,9 +17,15 @@ import bench_scaling
 import bench_step
 import bench_train
 import cases
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import BertConfig, BertForSequenceClassification
 
 from peakd_ds.kernels import distillation_loss
-from peakd_ds.packing import WIDTH_MULTIPLE, pack
+from peakd_ds.packed.packing import WIDTH_MULTIPLE, pack
 from peakd_ds.sps import SPSBertConfig, SPSBertForSequenceClassification
 
 NUM_ROWS, HIDDEN, PAIRS = 6, 16, ((1, 2), (2, 3))
@@ -374,8 +371,8 @@ def test_cases_prepare_their_first_rows(tiny_data: Path, tiny_encoder: Path, tmp
     made.mkdir(parents=True)
     (made / "tokenizer_config.json").touch()  # as if it were made
     prepared = bench_runs.prepare(case, tiny_encoder, str(tiny_data), tmp_path)
-    from peakd_ds.data import load_splits
-    from peakd_ds.tasks import get_task
+    from peakd_ds.data.reading import load_splits
+    from peakd_ds.data.tasks import get_task
 
     kept, whole = (
         load_splits(get_task("sst2_40"), str(tmp_path / "data")),

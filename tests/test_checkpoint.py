@@ -16,10 +16,16 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import nn
 
-from peakd_ds import checkpoint, ds_engine, engine_state, modeling
-from peakd_ds.checkpoint import NUM_KEPT, TrainState
-from peakd_ds.config import RunConfig, UserError, parse
-from peakd_ds.tasks import get_task
+from peakd_ds.command_line import parse
+from peakd_ds.config import RunConfig
+from peakd_ds.data.tasks import get_task
+from peakd_ds.engine import checkpoint, engines
+from peakd_ds.engine.checkpoint import NUM_KEPT, TrainState
+from peakd_ds.engine.ds_config import load_ds_config
+from peakd_ds.engine.state import MOMENTS, adam_step
+from peakd_ds.errors import UserError
+from peakd_ds.model import contract
+from peakd_ds.model.build import build_student, task_head
 
 STAGES = (0, 1, 2, 3)
 DTYPES = ("fp32", "bf16")
@@ -38,8 +44,8 @@ def config(tiny_encoder: Path, tmp_path: Path, single_rank: None) -> RunConfig:
 def build(config: RunConfig, seed: int = 0, num_hidden_layers: int | None = None) -> nn.Module:
     """A student like the program's, with other first weights for other seeds."""
     torch.manual_seed(seed)
-    settings = modeling.task_head(get_task("rte"))
-    student = modeling.build_student(config, modeling.find_encoder(config.teacher, "teacher"), settings)
+    settings = task_head(get_task("rte"))
+    student = build_student(config, contract.find_encoder(config.teacher, "teacher"), settings)
     with torch.no_grad():
         for parameter in student.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.01)
@@ -52,8 +58,8 @@ def new_engine(config: RunConfig) -> Iterator[Callable[..., Any]]:
     made = []
 
     def make(ds_config: str, module: nn.Module | None = None) -> Any:
-        settings = ds_engine.load_ds_config(ds_config, "student_ds_config")
-        made.append(ds_engine.training_engine(module or build(config), config, settings, NUM_STEPS, "teacher"))
+        settings = load_ds_config(ds_config, "student_ds_config")
+        made.append(engines.training_engine(module or build(config), config, settings, NUM_STEPS, "teacher"))
         return made[-1]
 
     yield make
@@ -82,13 +88,13 @@ def state_of(engine: Any) -> dict[str, torch.Tensor]:
     """fp32 weights and moments by kind and name, the counted steps and the learning rates."""
     state = {
         f"{moment}/{name}": tensor
-        for moment in (None, *engine_state.MOMENTS)
+        for moment in (None, *MOMENTS)
         for name, tensor in checkpoint.gather(engine, moment).items()
     }
     assert len(state) == 3 * len(list(engine.module.named_parameters()))
     return {
         **state,
-        "adam_step": torch.tensor(engine_state.adam_step(engine)),
+        "adam_step": torch.tensor(adam_step(engine)),
         "lr": torch.tensor(engine.get_lr(), dtype=torch.float64),
         "group_lr": torch.tensor([group["lr"] for group in engine.optimizer.param_groups], dtype=torch.float64),
         "scheduler_step": torch.tensor(engine.lr_scheduler.last_epoch),
@@ -216,8 +222,8 @@ def three_saved(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory, si
     folder = tmp_path_factory.mktemp("saved") / "teacher"
     words = "--task rte --num_hidden_layers 2 --dropout 0 --global_batch_size 8 --micro_batch_size 4 --run_dir x"
     config = parse([*words.split(), "--teacher", str(tiny_encoder)])
-    settings = ds_engine.load_ds_config("zero1_fp32", "student_ds_config")
-    engine = ds_engine.training_engine(build(config), config, settings, NUM_STEPS, "teacher")
+    settings = load_ds_config("zero1_fp32", "student_ds_config")
+    engine = engines.training_engine(build(config), config, settings, NUM_STEPS, "teacher")
     for step in (1, 2, 3):
         train(engine, step - 1, 1)
         checkpoint.save(folder, engine, TrainState(step=step))
@@ -265,7 +271,7 @@ def test_files_are_safetensors_and_json(folder: Path) -> None:
 
 def test_names_are_the_model_s(folder: Path, config: RunConfig) -> None:
     expected = {name: parameter.shape for name, parameter in build(config).named_parameters()}
-    for kind in ("weights", *engine_state.MOMENTS):
+    for kind in ("weights", *MOMENTS):
         stored = load_file(folder / "step-00000003" / f"{kind}.safetensors")
         assert {name: tensor.shape for name, tensor in stored.items()} == expected
 

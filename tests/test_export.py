@@ -19,7 +19,8 @@ from transformers import (
     BertTokenizer,
 )
 
-from peakd_ds import export
+from peakd_ds.results import export
+from peakd_ds.results.export import export_model, export_onnx, model_card, unroll
 from peakd_ds.sps import SHARINGS, SPSBertConfig, SPSBertForSequenceClassification, init_from_encoder
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
@@ -68,7 +69,7 @@ def card(**settings):
         "num_effective_layers": 6,
         "settings": {"temperature": 10.0, "layer_map": "1|3\n2|6"},
     }
-    return export.model_card(**(arguments | settings))
+    return model_card(**(arguments | settings))
 
 
 # -- Unrolling -----------------------------------------------------------------------------------------------
@@ -80,7 +81,7 @@ def test_unrolled_model_computes_the_same(sharing, exchange, dtype, tolerance, t
     inputs = encode(tokenizer, pairs=True)
     for num_layers in (1, 3, 6):
         student = make_student(num_layers, sharing, dtype, shuffle_qk=exchange)
-        plain = export.unroll(student)
+        plain = unroll(student)
         assert type(plain) is BertForSequenceClassification and type(plain.config) is BertConfig
         assert plain.config.num_hidden_layers == student.config.num_effective_layers
         assert plain.dtype == dtype and not plain.training
@@ -94,7 +95,7 @@ def test_unrolled_model_computes_the_same(sharing, exchange, dtype, tolerance, t
 
 def test_gradient_of_a_shared_layer_is_the_sum_over_its_copies(tokenizer):
     student = make_student(2, "sps")
-    plain = export.unroll(student)
+    plain = unroll(student)
     for model in (student, plain):
         model(**encode(tokenizer)).logits.pow(2).sum().backward()
     gradients = {name: parameter.grad for name, parameter in plain.named_parameters()}
@@ -124,19 +125,19 @@ def test_unrolled_config_keeps_the_task_and_nothing_of_ours():
         classifier_dropout=0.3,
         attn_implementation="eager",
     ).train()
-    config = export.unroll(student).config
+    config = unroll(student).config
     assert (config.id2label, config.label2id) == (labels, {name: index for index, name in labels.items()})
     assert config.problem_type == "single_label_classification" and config.classifier_dropout == 0.3
     assert config.architectures == ["BertForSequenceClassification"]
     assert config._attn_implementation == "eager"
     assert set(config.to_dict()) == set(BertConfig(architectures=[]).to_dict())
-    assert export.unroll(student).training
+    assert unroll(student).training
 
 
 def test_unrolling_copies_and_leaves_the_random_numbers_alone(tokenizer):
     student = make_student(1)
     before = torch.get_rng_state()
-    plain = export.unroll(student)
+    plain = unroll(student)
     assert torch.equal(torch.get_rng_state(), before)
     inputs = encode(tokenizer)
     expected = student(**inputs).logits
@@ -152,7 +153,7 @@ def test_unrolling_copies_and_leaves_the_random_numbers_alone(tokenizer):
 def test_exported_folder_loads(tmp_path, tokenizer):
     student = make_student(2)
     folder = tmp_path / "runs" / "student"
-    export.export_model(student, tokenizer, folder, "the card")
+    export_model(student, tokenizer, folder, "the card")
     assert (folder / "README.md").read_text() == "the card"
     assert (folder / "model.safetensors").is_file()
     assert [path.name for path in folder.parent.iterdir()] == ["student"]
@@ -165,9 +166,9 @@ def test_exported_folder_loads(tmp_path, tokenizer):
 def test_export_replaces_an_earlier_one(tmp_path, tokenizer):
     folder, link = tmp_path / "student", tmp_path / "latest"
     link.symlink_to(folder)
-    export.export_model(make_student(1), tokenizer, folder, "first")
+    export_model(make_student(1), tokenizer, folder, "first")
     (folder / "stale.bin").write_text("of the first")
-    export.export_model(make_student(2), tokenizer, link, "second")
+    export_model(make_student(2), tokenizer, link, "second")
     assert (folder / "README.md").read_text() == "second"
     assert json.loads((folder / "config.json").read_text())["num_hidden_layers"] == 2
     assert not (folder / "stale.bin").exists()
@@ -176,7 +177,7 @@ def test_export_replaces_an_earlier_one(tmp_path, tokenizer):
 
 def test_failed_export_keeps_the_earlier_one(tmp_path, tokenizer, monkeypatch):
     folder = tmp_path / "student"
-    export.export_model(make_student(1), tokenizer, folder, "first")
+    export_model(make_student(1), tokenizer, folder, "first")
 
     def fail(*arguments):
         assert (folder / "README.md").read_text() == "first"  # visible and whole while the next one is written
@@ -185,7 +186,7 @@ def test_failed_export_keeps_the_earlier_one(tmp_path, tokenizer, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(type(tokenizer), "save_pretrained", fail)
         with pytest.raises(OSError, match="disk full"):
-            export.export_model(make_student(2), tokenizer, folder, "second")
+            export_model(make_student(2), tokenizer, folder, "second")
 
     rename = Path.rename
 
@@ -197,7 +198,7 @@ def test_failed_export_keeps_the_earlier_one(tmp_path, tokenizer, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Path, "rename", fail_for_the_new_one)
         with pytest.raises(OSError, match="quota"):
-            export.export_model(make_student(2), tokenizer, folder, "third")
+            export_model(make_student(2), tokenizer, folder, "third")
     assert (folder / "README.md").read_text() == "first"
     assert [path.name for path in tmp_path.iterdir()] == ["student"]
 
@@ -211,7 +212,7 @@ def test_export_refuses_to_delete_other_files(content, tmp_path, tokenizer):
     else:
         target.write_text("years of work")
     with pytest.raises(ValueError, match=r"thesis holds files that are no exported model.*choose a new folder"):
-        export.export_model(make_student(1), tokenizer, target, "card")
+        export_model(make_student(1), tokenizer, target, "card")
     kept = target / "chapter1.txt" if content == "folder" else target
     assert kept.read_text() == "years of work"
 
@@ -219,9 +220,9 @@ def test_export_refuses_to_delete_other_files(content, tmp_path, tokenizer):
 @pytest.mark.parametrize("form", ["sps_bert", "bert"])
 def test_usage_in_the_card_gives_the_students_scores(form, tmp_path, tokenizer):
     student = make_student(3, dtype=torch.float32, id2label={0: "negative", 1: "positive"})
-    model = student if form == "sps_bert" else export.unroll(student)
+    model = student if form == "sps_bert" else unroll(student)
     text = card(model_type=model.config.model_type)
-    export.export_model(model, tokenizer, tmp_path / "model", text)
+    export_model(model, tokenizer, tmp_path / "model", text)
     usage = text.split("```python\n")[1].split("```")[0].replace("path/to/this/folder", "model")
     script = f"""{usage}
 import json, sys
@@ -295,9 +296,9 @@ def test_onnx_computes_the_same_on_any_shape(form, tmp_path, tokenizer):
     import onnxruntime
 
     student = make_student(1, num_labels=3).train()
-    model = student if form == "sps_bert" else export.unroll(student)
+    model = student if form == "sps_bert" else unroll(student)
     file = tmp_path / "folder" / "model.onnx"
-    difference = export.export_onnx(model, tokenizer, file)
+    difference = export_onnx(model, tokenizer, file)
     assert 0 <= difference <= 1e-5
     assert [path.name for path in file.parent.iterdir()] == ["model.onnx"]
     assert model.training and model.dtype == torch.float64 and model.config.return_dict
@@ -318,7 +319,7 @@ def test_onnx_that_differs_is_not_written(differences, tmp_path, tokenizer, monk
     monkeypatch.setattr(torch.onnx, "export", lambda *arguments, f, **settings: Path(f).write_bytes(b"graph"))
     monkeypatch.setattr(export, "_onnx_difference", lambda *arguments: remaining.pop(0))
     with pytest.raises(RuntimeError, match=r"differ from PyTorch's by (2\.00e-04|nan), over 0\.0001"):
-        export.export_onnx(make_student(1), tokenizer, tmp_path / "model.onnx")
+        export_onnx(make_student(1), tokenizer, tmp_path / "model.onnx")
     assert not remaining
     assert not any(tmp_path.iterdir())
 
@@ -329,7 +330,7 @@ def test_onnx_names_the_extra_if_a_package_is_missing(package, tmp_path, tokeniz
         monkeypatch.setitem(sys.modules, other, object())
     monkeypatch.setitem(sys.modules, package, None)  # importing it now raises ImportError
     with pytest.raises(ValueError, match=rf"package {package} is missing.*peakd_ds\[onnx\]"):
-        export.export_onnx(make_student(1), tokenizer, tmp_path / "model.onnx")
+        export_onnx(make_student(1), tokenizer, tmp_path / "model.onnx")
     assert not any(tmp_path.iterdir())
 
 
@@ -351,7 +352,7 @@ def test_pretrained_encoder_shared_and_unrolled():
     with torch.no_grad():
         ours = student(**inputs, output_hidden_states=True)
         teacher = encoder(**inputs, output_hidden_states=True)
-        plain = export.unroll(student)(**inputs)
+        plain = unroll(student)(**inputs)
     # the first pass is the encoder's first three layers, the second is not
     torch.testing.assert_close(ours.hidden_states[3], teacher.hidden_states[3], rtol=0, atol=1e-5)
     assert (ours.hidden_states[4] - teacher.hidden_states[4]).abs().max() > 0.1

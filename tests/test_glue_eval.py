@@ -13,13 +13,19 @@ import torch
 from conftest import NUM_DEV_ROWS, made_up_rows, write_split
 from transformers import AutoTokenizer, BertForSequenceClassification, PreTrainedTokenizerBase
 
-from peakd_ds import data, dist, glue_eval, modeling
-from peakd_ds.config import UserError, parse
-from peakd_ds.data import Split
-from peakd_ds.export import export_model, unroll
-from peakd_ds.packing import padded
+from peakd_ds.command_line import parse
+from peakd_ds.data import reading
+from peakd_ds.data.tasks import compute_metrics, get_task
+from peakd_ds.data.tokens import Split, tokenize
+from peakd_ds.errors import UserError
+from peakd_ds.model import contract
+from peakd_ds.model.build import build_student, task_head
+from peakd_ds.packed.packing import padded
+from peakd_ds.programs import glue_eval, scripts
+from peakd_ds.ranks import dist
+from peakd_ds.results import evaluation
+from peakd_ds.results.export import export_model, unroll
 from peakd_ds.sps import SPSBertForSequenceClassification
-from peakd_ds.tasks import compute_metrics, get_task
 
 
 def read_tsv(file: Path) -> list[list[str]]:
@@ -30,8 +36,8 @@ def read_tsv(file: Path) -> list[list[str]]:
 
 def splits_of(task_name: str, data_dir: Path, tokenizer: PreTrainedTokenizerBase) -> dict[str, Split]:
     task = get_task(task_name)
-    rows = data.load_splits(task, str(data_dir))
-    return {name: data.tokenize(task, rows[name], tokenizer, 32) for name in task.eval_splits}
+    rows = reading.load_splits(task, str(data_dir))
+    return {name: tokenize(task, rows[name], tokenizer, 32) for name in task.eval_splits}
 
 
 # -- Submission files --------------------------------------------------------------------------------------------------
@@ -82,18 +88,18 @@ def test_as_many_predictions_as_rows(tmp_path: Path) -> None:
 def test_agreement_is_the_share_of_the_teacher_s_classes() -> None:
     student = torch.tensor([[1.0, 0.0, 0.5], [0.0, 5.0, 1.0], [0.0, 0.0, 1.0], [9.0, 1.0, 8.0]])
     teacher = torch.tensor([[9.0, 8.0, 7.0], [1.0, 0.0, 0.0], [0.1, 0.2, 0.3], [0.0, 0.1, 0.0]])
-    assert glue_eval.agreement(get_task("mnli"), student, teacher) == 0.5
-    assert glue_eval.agreement(get_task("mnli"), student, student * 3) == 1.0
+    assert evaluation.agreement(get_task("mnli"), student, teacher) == 0.5
+    assert evaluation.agreement(get_task("mnli"), student, student * 3) == 1.0
 
 
 def test_agreement_of_scores_is_their_correlation() -> None:
     task, scores = get_task("stsb"), torch.tensor([[1.0], [2.0], [4.0], [3.5]])
-    assert glue_eval.agreement(task, scores, 2 * scores - 7) == pytest.approx(1.0)
-    assert glue_eval.agreement(task, scores, -scores) == pytest.approx(-1.0)
+    assert evaluation.agreement(task, scores, 2 * scores - 7) == pytest.approx(1.0)
+    assert evaluation.agreement(task, scores, -scores) == pytest.approx(-1.0)
     expected = np.corrcoef([1, 2, 4, 3.5], [0, 1, 0, 2])[0, 1]
-    assert glue_eval.agreement(task, scores, torch.tensor([[0.0], [1.0], [0.0], [2.0]])) == pytest.approx(expected)
-    assert glue_eval.agreement(task, scores, torch.ones(4, 1)) == 0.0, "a constant agrees with nothing"
-    assert glue_eval.agreement(task, scores[:1], scores[:1]) == 0.0
+    assert evaluation.agreement(task, scores, torch.tensor([[0.0], [1.0], [0.0], [2.0]])) == pytest.approx(expected)
+    assert evaluation.agreement(task, scores, torch.ones(4, 1)) == 0.0, "a constant agrees with nothing"
+    assert evaluation.agreement(task, scores[:1], scores[:1]) == 0.0
 
 
 # -- Evaluation --------------------------------------------------------------------------------------------------------
@@ -109,12 +115,12 @@ def test_evaluation_equals_plain_forward_passes(
     model = BertForSequenceClassification.from_pretrained(tiny_teacher(name)).eval()
     tokenizer = AutoTokenizer.from_pretrained(tiny_teacher(name))
     dev = splits_of(name, tiny_data, tokenizer)
-    metrics, logits, speed = glue_eval.evaluate(
+    metrics, logits, speed = evaluation.evaluate(
         lambda inputs: model(**padded(inputs)).logits, task, dev, micro_batch_size
     )
     assert speed > 0
     expected_metrics = {}
-    for split, rows in data.load_splits(task, str(tiny_data)).items():
+    for split, rows in reading.load_splits(task, str(tiny_data)).items():
         if split == "train":
             continue
         one_by_one = [
@@ -136,7 +142,7 @@ def test_logits_of_chosen_rows_come_in_their_order(tiny_data: Path, tiny_teacher
     split = splits_of("rte", tiny_data, AutoTokenizer.from_pretrained(tiny_teacher("rte")))["validation"]
 
     def predict(rows: np.ndarray) -> torch.Tensor:
-        return glue_eval.predict(lambda inputs: model(**padded(inputs)).logits, split, rows, 4, 2)[0]
+        return evaluation.predict(lambda inputs: model(**padded(inputs)).logits, split, rows, 4, 2)[0]
 
     whole, rows = predict(np.arange(len(split))), np.array([29, 3, 11, 0])
     assert torch.allclose(predict(rows), whole[rows], atol=1e-6)
@@ -155,13 +161,13 @@ def test_ranks_together_predict_each_row_once(
         return padded(inputs)["input_ids"].sum(1, keepdim=True) + torch.ones(1, 2)
 
     rows = np.arange(NUM_DEV_ROWS)
-    alone = glue_eval.predict(forward, split, rows, 4, 2)[0]
+    alone = evaluation.predict(forward, split, rows, 4, 2)[0]
     parts = []
     monkeypatch.setattr(dist, "world_size", lambda: world_size)
     monkeypatch.setattr(dist, "all_reduce", lambda tensor: tensor)
     for rank in range(world_size):
         monkeypatch.setattr(dist, "rank", lambda rank=rank: rank)
-        parts.append(glue_eval.predict(forward, split, rows, 4, 2)[0])
+        parts.append(evaluation.predict(forward, split, rows, 4, 2)[0])
     assert torch.equal(torch.stack(parts).sum(0), alone)
     assert ((torch.stack(parts) != 0).any(2).sum(0) == 1).all()
 
@@ -174,8 +180,8 @@ def student(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """A folder with a student of random weights in both forms, for sst2."""
     folder = tmp_path_factory.mktemp("exported")
     words = ["--task", "sst2", "--teacher", str(tiny_encoder), "--run_dir", "unused", "--num_hidden_layers", "2"]
-    source = modeling.find_encoder(str(tiny_encoder), "teacher")
-    model = modeling.build_student(parse(words), source, modeling.task_head(get_task("sst2"))).eval()
+    source = contract.find_encoder(str(tiny_encoder), "teacher")
+    model = build_student(parse(words), source, task_head(get_task("sst2"))).eval()
     tokenizer = AutoTokenizer.from_pretrained(tiny_encoder)
     with torch.no_grad():
         model.classifier.weight.normal_(generator=torch.Generator().manual_seed(0))
@@ -188,7 +194,7 @@ def student(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 def evaluated(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[dict[str, Any], str]:
     """What `peakd-eval` prints: its JSON, and the lines after it."""
-    glue_eval.main([*map(str, words)])
+    glue_eval.main(scripts.evaluate_options([*map(str, words)]))
     printed = capsys.readouterr().out
     end = printed.index("\n}\n") + 3
     return json.loads(printed[:end]), printed[end:]
@@ -201,7 +207,7 @@ def test_peakd_eval_of_a_student(
     answer, rest = evaluated(capsys, "--model", student / form, "--task", "sst2", "--data_dir", tiny_data)
     model = SPSBertForSequenceClassification.from_pretrained(student / "student").eval()
     dev = splits_of("sst2", tiny_data, AutoTokenizer.from_pretrained(student / "student"))
-    expected, _, _ = glue_eval.evaluate(lambda inputs: model(**padded(inputs)).logits, get_task("sst2"), dev, 8)
+    expected, _, _ = evaluation.evaluate(lambda inputs: model(**padded(inputs)).logits, get_task("sst2"), dev, 8)
     assert answer["metrics"] == pytest.approx(expected) and rest == ""
     assert (answer["task"], answer["model"]) == ("sst2", str(student / form))
     assert answer["samples_per_s"] > 0
@@ -250,7 +256,7 @@ def test_peakd_eval_writes_a_submission(
 
 def refusal(*words: str | Path) -> str:
     with pytest.raises(UserError) as caught:
-        glue_eval.main([*map(str, words)])
+        glue_eval.main(scripts.evaluate_options([*map(str, words)]))
     assert "\n" not in str(caught.value)
     return str(caught.value)
 

@@ -12,11 +12,14 @@ import torch.nn.functional as F
 from deepspeed.utils import safe_get_full_grad
 from transformers import BertForSequenceClassification
 
-from peakd_ds import data, dist, ds_engine, stages, train
-from peakd_ds.config import parse
-from peakd_ds.packing import padded
+from peakd_ds import stages, train
+from peakd_ds.command_line import parse
+from peakd_ds.data.batches import epoch_slots, global_batches
+from peakd_ds.engine import engines
+from peakd_ds.packed.packing import padded
+from peakd_ds.ranks import dist
+from peakd_ds.results.log import RunLog
 from peakd_ds.run import open_run
-from peakd_ds.run_log import RunLog
 
 TOLERANCE = 1e-5  # of the gradient's norm, parameter by parameter and as a whole
 
@@ -26,18 +29,18 @@ def distributed_gradients(argv: list[str]) -> tuple[dict[str, np.ndarray], np.nd
     config = parse(argv)
     run = open_run(config)
     stage = stages.build_stage("distill", run, RunLog(run.folder))
-    engine = ds_engine.training_engine(
+    engine = engines.training_engine(
         train.build(stage, config), config, run.student_ds_config, num_steps=10, name="distill"
     )
-    slots = data.epoch_slots(len(run.train_rows), config.global_batch_size, config.seed, epoch=0)
+    slots = epoch_slots(len(run.train_rows), config.global_batch_size, config.seed, epoch=0)
     number = next(i for i, batch in enumerate(slots) if (batch < 0).any())  # a last, smaller batch: uneven ranks
-    batches = data.global_batches(run.train, run.train_rows, slots, run.micro_and_accum[1], first=number)
+    batches = global_batches(run.train, run.train_rows, slots, run.micro_and_accum[1], first=number)
     batch = next(stage.answered(batches))
     total = torch.zeros(())
     micro_batches = list(batch.micro_batches)
     for i, micro in enumerate(micro_batches):
         loss, _ = stage.loss(engine, micro, batch, False)
-        engine.backward(loss.total * ds_engine.undo_averaging(engine))
+        engine.backward(loss.total * engines.undo_averaging(engine))
         total += loss.total.detach().float()
         if i < len(micro_batches) - 1:
             engine.step()

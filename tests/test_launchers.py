@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from peakd_ds import dist
+from peakd_ds.ranks import launch
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -94,18 +94,18 @@ def srun_task(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyP
 
 
 def test_srun_tasks_become_ranks(srun_task: pytest.MonkeyPatch) -> None:
-    dist._set_rank_variables()
+    launch._set_rank_variables()
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR")
     assert [os.environ[name] for name in names] == ["5", "8", "1", "4", "node3"]
 
 
 def test_a_requeued_job_gets_another_port(srun_task: pytest.MonkeyPatch) -> None:
-    first = dist._ranks_from_srun()["MASTER_PORT"]
+    first = launch._ranks_from_srun()["MASTER_PORT"]
     srun_task.setitem(os.environ, "SLURM_RESTART_COUNT", "1")
-    assert dist._ranks_from_srun()["MASTER_PORT"] != first
+    assert launch._ranks_from_srun()["MASTER_PORT"] != first
 
 
 def test_the_batch_shell_is_no_rank(srun_task: pytest.MonkeyPatch) -> None:
     srun_task.delitem(os.environ, "SLURM_STEP_ID")
-    dist._set_rank_variables()
+    launch._set_rank_variables()
     assert os.environ["WORLD_SIZE"] == "1"

@@ -192,17 +192,17 @@ def test_one_rank_in_a_job_of_two_nodes(ranks: Ranks) -> None:
 def test_stale_build_lock_is_not_waited_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from torch.utils.file_baton import FileBaton
 
-    from peakd_ds import jit_lock
-    from peakd_ds.config import UserError
+    from peakd_ds.errors import UserError
+    from peakd_ds.ranks import host
 
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setattr(FileBaton, "wait", FileBaton.wait)
     lock = tmp_path / "cpu_adam" / "lock"
     lock.parent.mkdir()
     lock.touch()
-    assert jit_lock.stale_locks() == []
+    assert host.stale_locks() == []
     os.utime(lock, (0, time.time() - 3600))
-    assert jit_lock.stale_locks() == [lock]
-    jit_lock.never_wait_on_stale()
+    assert host.stale_locks() == [lock]
+    host.never_wait_on_stale()
     with pytest.raises(UserError, match=f"{lock} is 60 minutes old"):
         FileBaton(str(lock)).wait()

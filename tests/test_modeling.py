@@ -11,13 +11,23 @@ from conftest import save_encoder
 from torch import nn
 from transformers import BertForSequenceClassification, BertModel
 
-from peakd_ds import modeling
-from peakd_ds.config import RunConfig, UserError, parse
-from peakd_ds.modeling import MatchedStudent, layer_pairs, ptp_head, task_head
-from peakd_ds.packing import pack, padded
+from peakd_ds.command_line import parse
+from peakd_ds.config import RunConfig
+from peakd_ds.data.tasks import TASKS, get_task
+from peakd_ds.errors import UserError
+from peakd_ds.model import contract
+from peakd_ds.model.build import (
+    MatchedStudent,
+    build_student,
+    build_teacher,
+    layer_pairs,
+    load_student_body,
+    ptp_head,
+    task_head,
+)
+from peakd_ds.packed.packing import pack, padded
 from peakd_ds.ptp import NUM_PTP_LABELS
 from peakd_ds.sps import SPSBertForSequenceClassification, execution_order
-from peakd_ds.tasks import TASKS, get_task
 
 
 def effective_depth(num_stored: int, sharing: str) -> int:
@@ -32,8 +42,8 @@ def settings(encoder: Path, words: str = "") -> RunConfig:
 def make_student(
     encoder: Path, words: str = "", head: dict[str, Any] | None = None
 ) -> SPSBertForSequenceClassification:
-    init = modeling.find_encoder(str(encoder), "student_init")
-    return modeling.build_student(settings(encoder, words), init, head or task_head(get_task("rte")))
+    init = contract.find_encoder(str(encoder), "student_init")
+    return build_student(settings(encoder, words), init, head or task_head(get_task("rte")))
 
 
 def same(one: nn.Module, other: nn.Module) -> bool:
@@ -206,10 +216,10 @@ def test_label_names_are_not_inherited_from_a_teacher_of_another_task(tiny_teach
 
 def test_teacher_gets_the_task_s_head(tiny_encoder: Path, tiny_teacher: Any) -> None:
     task = get_task("mnli")
-    fresh = modeling.build_teacher(settings(tiny_encoder), task, modeling.find_encoder(str(tiny_encoder), "teacher"))
+    fresh = build_teacher(settings(tiny_encoder), task, contract.find_encoder(str(tiny_encoder), "teacher"))
     assert fresh.config.id2label == dict(enumerate(task.label_names)) and fresh.classifier.out_features == 3
     folder = tiny_teacher("mnli")
-    given = modeling.build_teacher(settings(folder), task, modeling.find_encoder(str(folder), "teacher"))
+    given = build_teacher(settings(folder), task, contract.find_encoder(str(folder), "teacher"))
     assert same(given, BertForSequenceClassification.from_pretrained(folder))
 
 
@@ -231,7 +241,7 @@ def test_body_of_a_saved_student_leaves_the_head(tiny_encoder: Path, tmp_path: P
     pretrained.save_pretrained(tmp_path / "ptp")
     student = make_student(tiny_encoder)
     head = student.classifier.weight.clone()
-    modeling.load_student_body(student, tmp_path / "ptp")
+    load_student_body(student, tmp_path / "ptp")
     assert same(student.bert, pretrained.bert)
     assert torch.equal(student.classifier.weight, head) and student.classifier.out_features == 2
 
@@ -240,8 +250,8 @@ def test_body_of_a_saved_student_leaves_the_head(tiny_encoder: Path, tmp_path: P
 
 
 def test_encoders_and_classifiers_are_told_apart(tiny_encoder: Path, tiny_teacher: Any) -> None:
-    assert not modeling.find_encoder(str(tiny_encoder), "teacher").is_classifier
-    assert modeling.find_encoder(str(tiny_teacher("sst2")), "teacher").is_classifier
+    assert not contract.find_encoder(str(tiny_encoder), "teacher").is_classifier
+    assert contract.find_encoder(str(tiny_teacher("sst2")), "teacher").is_classifier
 
 
 def test_an_encoder_that_lacks_weights(tiny_encoder: Path, tmp_path: Path) -> None:

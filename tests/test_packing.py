@@ -9,12 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peakd_ds import attention
-from peakd_ds import packing as packing_module
-from peakd_ds.attention import Dropout, attend
-from peakd_ds.export import unroll
-from peakd_ds.modeling import ask
-from peakd_ds.packing import WIDTH_MULTIPLE, pack, padded
+from peakd_ds.model.build import ask
+from peakd_ds.packed import cpu
+from peakd_ds.packed import packing as packing_module
+from peakd_ds.packed.attention import Dropout, attend
+from peakd_ds.packed.cpu import _draw
+from peakd_ds.packed.packing import PART_COST, WIDTH_MULTIPLE, pack, padded, parts_of
+from peakd_ds.results.export import unroll
 from peakd_ds.sps import SPSBertConfig, SPSBertForSequenceClassification
 
 LENGTHS = (5, 9, 1, 33, 2)
@@ -119,7 +120,7 @@ def test_packed_equals_a_plain_bert_in_fp32() -> None:
 
 def test_the_path_of_other_devices_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention by PyTorch, as on a GPU, run here."""
-    monkeypatch.setattr(attention, "_uses_cpu_path", lambda tensor: False)
+    monkeypatch.setattr(cpu, "_uses_cpu_path", lambda tensor: False)
     check_against_padded(make_model(), LENGTHS, "cls")
     check_against_padded(make_model("cycle_rev"), LENGTHS, "tokens")
 
@@ -231,8 +232,8 @@ def test_attention_with_dropout_has_the_gradient_of_its_formula(
         masks.append(keep * scale)
         return keep, scale
 
-    attention_draw = attention._draw
-    monkeypatch.setattr(attention, "_draw", draw)
+    attention_draw = _draw
+    monkeypatch.setattr(cpu, "_draw", draw)
     asking = query[packing.starts] if is_first_only else query
     ours = attend(asking, key, value, packing, heads, 0.5, 0.3)
     our_gradients = torch.autograd.grad(ours.sin().sum(), (query, key, value))
@@ -268,11 +269,11 @@ def test_parts_cost_least(monkeypatch: pytest.MonkeyPatch) -> None:
         def cost(edges: Sequence[int], lengths: np.ndarray = lengths) -> int:
             widths = [-(-lengths[start] // WIDTH_MULTIPLE) * WIDTH_MULTIPLE for start in edges[:-1]]
             return sum(
-                packing_module.PART_COST + (stop - start) * width**2
+                PART_COST + (stop - start) * width**2
                 for start, stop, width in zip(edges, edges[1:], widths, strict=False)
             )
 
-        parts = packing_module.parts_of(lengths)
+        parts = parts_of(lengths)
         assert [stop for _, stop in parts[:-1]] == [start for start, _ in parts[1:]]
         assert cost([0, *(stop for _, stop in parts)]) == min(map(cost, cuts)) and parts[-1][1] == len(lengths)
 

@@ -10,7 +10,8 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipe
 
 import peakd_ds.sps
 from peakd_ds import stages, train
-from peakd_ds.config import UserError, parse
+from peakd_ds.command_line import parse
+from peakd_ds.errors import UserError
 
 STEP_KEYS = "stage step epoch loss hard_loss soft_loss hidden_loss lr grad_norm samples_per_s tokens_per_s".split()
 WORDS = "--num_hidden_layers 2 --epochs 2 --global_batch_size 16 --log_steps 2 --lr 2e-3 --dtype fp32"
@@ -152,7 +153,7 @@ def test_a_classifier_is_used_as_it_is(argv: list[str], finished: Path, two_rank
 
 def run_with_bad_term(argv: list[str], bad_rank: int, bad_step: int) -> str:
     """Runs on every rank: the program, with the soft term turned to NaN on one rank from one step on."""
-    from peakd_ds import dist
+    from peakd_ds.ranks import dist
 
     original, calls = stages.distillation_loss, iter(range(10**6))
 

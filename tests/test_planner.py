@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import measure_traffic
 import numpy as np
 import pytest
 import torch
@@ -19,14 +20,23 @@ from conftest import new_pools, save_encoder
 from torch._subclasses import FakeTensor
 from transformers import AutoConfig, BertConfig, BertForSequenceClassification
 
-from peakd_ds import data, dist, ds_engine, engine_state, planner, run_lock, scaling, stages, train
-from peakd_ds.config import RunConfig, parse
-from peakd_ds.modeling import task_head
-from peakd_ds.packing import pack
-from peakd_ds.planner import Batch, Engine
+from peakd_ds import stages, train
+from peakd_ds.cluster import run_lock
+from peakd_ds.command_line import parse
+from peakd_ds.config import RunConfig
+from peakd_ds.data.batches import epoch_slots, global_batches
+from peakd_ds.data.tasks import get_task
+from peakd_ds.engine import engines
+from peakd_ds.engine.ds_config import DTYPES, load_ds_config
+from peakd_ds.engine.state import MOMENTS, _master_tensors
+from peakd_ds.model.build import task_head
+from peakd_ds.packed.packing import pack
+from peakd_ds.programs import planner, scripts
+from peakd_ds.programs.planner import Batch, Engine
+from peakd_ds.programs.traffic import Sizes
+from peakd_ds.ranks import dist
+from peakd_ds.results.log import RunLog
 from peakd_ds.run import open_run
-from peakd_ds.run_log import RunLog
-from peakd_ds.tasks import get_task
 
 WITHIN = 0.01
 SLACK = 10_000
@@ -72,7 +82,7 @@ def bytes_of(tensors: Any) -> dict[int, int]:
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
 
 
-def measure(argv: list[str]) -> tuple[dict[str, int], dict[str, int], scaling.Sizes]:
+def measure(argv: list[str]) -> tuple[dict[str, int], dict[str, int], Sizes]:
     """Runs on every rank: what student and teacher hold in the third step, by the names of planner.py's fields."""
     run = open_run(parse(argv))
     with run_lock.owned(run.folder):
@@ -83,20 +93,20 @@ def measure(argv: list[str]) -> tuple[dict[str, int], dict[str, int], scaling.Si
         gc.collect()
         kept = live_storages()  # as long as these live, nothing new can lie at their addresses
         before = {storage.data_ptr(): storage.nbytes() for storage in kept}
-        engine = ds_engine.training_engine(module, run.config, run.student_ds_config, 3, "distill")
-        held, slots = {}, data.epoch_slots(len(run.train_rows), run.config.global_batch_size, 0, 0)[:3]
-        batches = data.global_batches(run.train, run.train_rows, slots, ACCUM)
+        engine = engines.training_engine(module, run.config, run.student_ds_config, 3, "distill")
+        held, slots = {}, epoch_slots(len(run.train_rows), run.config.global_batch_size, 0, 0)[:3]
+        batches = global_batches(run.train, run.train_rows, slots, ACCUM)
         for number, batch in enumerate(stage.answered(batches)):
             for micro in batch.micro_batches:
                 loss, _ = stage.loss(engine, micro, batch, False)
-                backward = loss.total * ds_engine.undo_averaging(engine)
+                backward = loss.total * engines.undo_averaging(engine)
                 del loss
                 if number == 2:  # stage 3 is at its final order of gathers
                     held = held_in_backward(engine, backward, before | bytes_of(teacher.parameters()))
                 else:
                     engine.backward(backward)
                 engine.step()
-        sizes, parameters = scaling._sizes_of(run, engine), list(teacher.parameters())
+        sizes, parameters = measure_traffic._sizes_of(run, engine), list(teacher.parameters())
         shards = bytes_of(p.ds_tensor for p in parameters) if gathered else {}
         host = shards if "offload" in run.config.teacher_ds_config else {}
         weights = bytes_of(parameters) | ({} if host else shards)
@@ -126,8 +136,8 @@ def held_in_backward(engine: Any, loss: torch.Tensor, others: dict[int, int]) ->
     found.append(storages())
     held = found[0] if stage == 1 else found[-1]
     weights = bytes_of([*parameters, *(p.ds_tensor for p in parameters if stage == 3)])
-    masters = bytes_of(engine_state._master_tensors(engine))
-    moments = bytes_of(s[key] for s in engine.basic_optimizer.state.values() for key in engine_state.MOMENTS)
+    masters = bytes_of(_master_tensors(engine))
+    moments = bytes_of(s[key] for s in engine.basic_optimizer.state.values() for key in MOMENTS)
     weights = {key: size for key, size in weights.items() if key not in whole or stage != 3 or dist.world_size() == 1}
     known = masters.items() | moments.items() | weights.items() | whole.items() | others.items()  # addresses come again
     return {
@@ -184,7 +194,7 @@ def test_memory(
     dtype: str,
     teacher_name: str,
 ) -> None:
-    ds_config = ds_engine.load_ds_config(f"zero{stage}_{dtype}", "student_ds_config")
+    ds_config = load_ds_config(f"zero{stage}_{dtype}", "student_ds_config")
     ds_config["zero_optimization"]["reduce_bucket_size"] = BUCKET
     (tmp_path / "student.json").write_text(json.dumps(ds_config))
     words = "--task rte --num_hidden_layers 2 --no_ptp --stages distill --layer_map 1:1,2:2 --micro_batch_size 4"
@@ -223,7 +233,7 @@ def test_activations_are_bounded(single_rank: None, dtype: str, hidden_loss: str
     encoder = BertConfig(**ENCODER)
     config = settings(hidden_loss=hidden_loss, sharing=sharing)
     _, matched = planner.build_on_meta(config, encoder, encoder)
-    module = matched.to_empty(device="cpu").to(ds_engine.DTYPES[dtype]).train()
+    module = matched.to_empty(device="cpu").to(DTYPES[dtype]).train()
     for parameter in module.parameters():
         torch.nn.init.normal_(parameter, std=0.02)
     rows = [np.arange(5, 5 + length) for length in (64, 40, 50, 60)]
@@ -237,7 +247,7 @@ def test_activations_are_bounded(single_rank: None, dtype: str, hidden_loss: str
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         module(**inputs)
     measured = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in weights)
-    batch = Batch(4, 214, 64, ds_engine.DTYPES[dtype].itemsize, on_gpu=False)
+    batch = Batch(4, 214, 64, DTYPES[dtype].itemsize, on_gpu=False)
     bound = planner.student_activations(module, 256, batch)
     print(f"{dtype} {hidden_loss} {sharing}: at most {bound:,}, kept {measured:,}, {bound / measured:.2f}")
     assert measured <= bound <= 1.1 * measured
@@ -257,11 +267,11 @@ SHAPES = ["--teacher_layers", "4", "--teacher_hidden", "128", "--task", "rte"]
 
 
 def test_json_and_table_say_the_same(capsys: pytest.CaptureFixture[str]) -> None:
-    planner.main([*SHAPES, "--world_size", "2", "--json"])
+    planner.main(scripts.plan_options([*SHAPES, "--world_size", "2", "--json"]))
     plan = json.loads(capsys.readouterr().out)
     assert len(plan["choices"]) == 2 * 4 * 3
     best = plan["choices"][plan["recommended"]["index"]]
-    planner.main([*SHAPES, "--world_size", "2"])
+    planner.main(scripts.plan_options([*SHAPES, "--world_size", "2"]))
     printed = capsys.readouterr().out
     words = f"--student_ds_config {best['student']} --teacher_ds_config {best['teacher']}"
     assert f"Take: {words}" in printed
@@ -275,21 +285,21 @@ def test_json_is_all_there_is_on_stdout(env: dict[str, str]) -> None:
 
 
 def test_small_gpus_get_no_recommendation(capsys: pytest.CaptureFixture[str]) -> None:
-    planner.main([*SHAPES, "--gpu_memory_gib", "0.1"])
+    planner.main(scripts.plan_options([*SHAPES, "--gpu_memory_gib", "0.1"]))
     assert "Take: none\nWhy: nothing fits in 92.2 MiB" in capsys.readouterr().out
 
 
 def test_a_folder_needs_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     encoder = BertConfig(**ENCODER)
     encoder.save_pretrained(tmp_path)
-    planner.main(["--teacher", str(tmp_path), "--task", "rte", "--json"])
+    planner.main(scripts.plan_options(["--teacher", str(tmp_path), "--task", "rte", "--json"]))
     counted = json.loads(capsys.readouterr().out)["teacher_parameters"]
     assert counted == sum(p.numel() for p in BertForSequenceClassification(encoder).parameters())
 
 
 def test_rows_shorter_than_the_longest_take_less(capsys: pytest.CaptureFixture[str]) -> None:
     def activations(*words: str) -> int:
-        planner.main([*SHAPES, *words, "--json"])
+        planner.main(scripts.plan_options([*SHAPES, *words, "--json"]))
         return json.loads(capsys.readouterr().out)["choices"][0]["student_memory"]["activations"]
 
     assert activations("--tokens_per_row", "40") < activations() == activations("--tokens_per_row", "128")

@@ -11,18 +11,18 @@ from typing import Any
 import pytest
 from test_resume import ROOT, assert_same_curve, curve
 
-from peakd_ds import preempt
+from peakd_ds.ranks import preempt, signals
 
 
 def ask_one_rank(number: int) -> tuple[str | None, str | None]:
     """Runs on every rank: what is agreed before and after rank 1 is asked to stop."""
-    from peakd_ds import dist
+    from peakd_ds.ranks import dist
 
     before = preempt.stop_agreed()
     if dist.rank() == 1:
-        preempt._note(number, None)
+        signals._note(number, None)
     after = preempt.stop_agreed()
-    preempt._received.clear()
+    signals._received.clear()
     return before and before.name, after and after.name
 
 
@@ -33,9 +33,9 @@ def test_what_one_rank_is_asked_all_agree_on(two_ranks: Any, number: int) -> Non
 
 def test_usr1_counts_more_than_the_term_that_follows(single_rank: None) -> None:
     for number in (signal.SIGUSR1, signal.SIGTERM):
-        preempt._note(number, None)
+        signals._note(number, None)
     assert preempt.stop_agreed() == signal.SIGUSR1
-    preempt._received.clear()
+    signals._received.clear()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])

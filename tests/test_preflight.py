@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from peakd_ds import preflight
-from peakd_ds.config import UserError
+from peakd_ds.cluster import preflight
+from peakd_ds.errors import UserError
 
 
 @pytest.fixture(autouse=True)

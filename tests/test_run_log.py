@@ -12,10 +12,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
-from peakd_ds import dist, figures
-from peakd_ds.config import UserError
+from peakd_ds.errors import UserError
 from peakd_ds.kernels import DistillationLoss
-from peakd_ds.run_log import TERMS, RunLog, StepMeter, TeacherClock
+from peakd_ds.ranks import dist
+from peakd_ds.results import figures
+from peakd_ds.results.log import RunLog
+from peakd_ds.results.meter import TERMS, StepMeter, TeacherClock
 
 VALUES = dict.fromkeys((*TERMS, "samples_per_s", "tokens_per_s", "padding_share", "lr", "grad_norm"), 1.0)
 pytestmark = pytest.mark.usefixtures("single_rank")

@@ -4,11 +4,13 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
+import measure_traffic
 import pytest
+from measure_traffic import Machine, Measured
 
-from peakd_ds import scaling
-from peakd_ds.config import UserError, parse
-from peakd_ds.scaling import Machine, Measured, Sizes, Traffic, formula
+from peakd_ds.command_line import parse
+from peakd_ds.errors import UserError
+from peakd_ds.programs.traffic import Sizes, Traffic, formula
 
 DOCS = Path(__file__).parent.parent / "docs"
 PADDING = 64
@@ -17,7 +19,7 @@ PADDING = 64
 
 def measure(argv: list[str]) -> Measured:
     """Runs on every rank."""
-    return scaling.measure(parse(argv))
+    return measure_traffic.measure(parse(argv))
 
 
 @pytest.fixture
@@ -89,7 +91,7 @@ def test_the_page_s_counts_agree_with_the_formula(recorded: list[Measured]) -> N
 
 def test_the_page_shows_what_the_program_prints() -> None:
     text = (DOCS / "scaling.md").read_text()
-    for table in scaling.tables([str(DOCS / "scaling.jsonl")]).split("\n\n"):
+    for table in measure_traffic.tables([str(DOCS / "scaling.jsonl")]).split("\n\n"):
         assert table in text
 
 
@@ -127,23 +129,23 @@ def test_stages_0_and_1_send_alike_and_accumulation_costs_from_stage_2_on() -> N
 
 def test_projection() -> None:
     machine = Machine(gpus_per_node=8, gpu_flops_per_s=1e6, node_bytes_per_s=1e3, seconds_per_call=0.01)
-    one_node = scaling.project(replace(SIZES, num_ranks=8), 1e6, 3, machine)
+    one_node = measure_traffic.project(replace(SIZES, num_ranks=8), 1e6, 3, machine)
     assert (one_node.compute_s, one_node.comm_s, one_node.efficiency) == (1, 0, 1)
-    four_nodes = scaling.project(replace(SIZES, num_ranks=32), 1e6, 3, machine)
+    four_nodes = measure_traffic.project(replace(SIZES, num_ranks=32), 1e6, 3, machine)
     assert four_nodes.comm_s == pytest.approx(2 * 31 / 32 * 2000 / 1e3 + 3 * 0.01 * 2)
-    two_nodes = scaling.project(replace(SIZES, num_ranks=8), 1e6, 3, replace(machine, gpus_per_node=6))
+    two_nodes = measure_traffic.project(replace(SIZES, num_ranks=8), 1e6, 3, replace(machine, gpus_per_node=6))
     assert two_nodes.comm_s == pytest.approx(2 * 7 / 8 * 2000 / 1e3 + 3 * 0.01)
     assert four_nodes.efficiency == pytest.approx(1 / (1 + four_nodes.comm_s))
 
 
 def test_flops() -> None:
-    assert scaling.layer_params(768, 12) == 84_934_656  # BERT-base's layers without biases and LayerNorms
-    assert scaling.flops_per_rank(10, 5, 100) == 100 * (20 + 30)
+    assert measure_traffic.layer_params(768, 12) == 84_934_656  # BERT-base's layers without biases and LayerNorms
+    assert measure_traffic.flops_per_rank(10, 5, 100) == 100 * (20 + 30)
 
 
 def test_words_that_do_not_fit(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"give measure and train.py's options"):
-        scaling.main([])
+        measure_traffic.main([])
     (tmp_path / "file").write_text("{}\n")
     with pytest.raises(UserError, match=r"holds no lines of `measure`"):
-        scaling.main(["tables", str(tmp_path / "file")])
+        measure_traffic.main(["tables", str(tmp_path / "file")])

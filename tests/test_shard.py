@@ -23,11 +23,17 @@ from test_data import as_rank
 from test_resume import assert_same_curve
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from peakd_ds import data, dist, shard, shard_files, train
-from peakd_ds.config import UserError, parse
-from peakd_ds.data import NUM_SHARDS, epoch_slots, global_batches
-from peakd_ds.packing import padded
-from peakd_ds.tasks import get_task
+from peakd_ds import train
+from peakd_ds.command_line import parse
+from peakd_ds.data import reading
+from peakd_ds.data import shards as shard_files
+from peakd_ds.data.batches import NUM_SHARDS, epoch_slots, eval_batches, global_batches, split_holdout
+from peakd_ds.data.tasks import get_task
+from peakd_ds.data.tokens import tokenize
+from peakd_ds.errors import UserError
+from peakd_ds.packed.packing import padded
+from peakd_ds.programs import scripts, shard
+from peakd_ds.ranks import dist, launch
 
 BIN = Path(sys.executable).parent
 ROOT = Path(__file__).parent.parent
@@ -49,7 +55,7 @@ def made(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of shards, made by this process alone."""
     folder = tmp_path_factory.mktemp("made") / "shards"
     with without_launcher():
-        shard.main([*words, "--shard_dir", str(folder)])
+        shard.main(scripts.shard_options([*words, "--shard_dir", str(folder)]))
     return folder
 
 
@@ -71,7 +77,7 @@ def without_launcher() -> Any:
 
 def remake(words: list[str], folder: Path, *more: str) -> None:
     with without_launcher():
-        shard.main([*words, "--shard_dir", str(folder), *more])
+        shard.main(scripts.shard_options([*words, "--shard_dir", str(folder), *more]))
 
 
 def content(folder: Path) -> dict[str, bytes]:
@@ -130,7 +136,7 @@ def with_workers(size: int, action: Callable[[Workers], Any]) -> list[Any]:
 @pytest.fixture(scope="module")
 def make(tiny_data: Path, tokenizer: PreTrainedTokenizerBase) -> Callable[..., Any]:
     task = get_task("rte")
-    rows = data.load_splits(task, str(tiny_data))["train"]
+    rows = reading.load_splits(task, str(tiny_data))["train"]
     return lambda workers, folder: shard.make(workers, task, rows, tokenizer, MAX_SEQ_LENGTH, "holdout", folder)
 
 
@@ -165,9 +171,9 @@ def test_mpi_ranks_are_workers(made: Path, words: list[str], env: dict[str, str]
 
 def test_a_shard_holds_its_rows(made: Path, tiny_data: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     task = get_task("rte")
-    raw = data.load_splits(task, str(tiny_data))["train"]
-    whole = data.tokenize(task, raw, tokenizer, MAX_SEQ_LENGTH)
-    trained, held_out = data.split_holdout(len(raw))
+    raw = reading.load_splits(task, str(tiny_data))["train"]
+    whole = tokenize(task, raw, tokenizer, MAX_SEQ_LENGTH)
+    trained, held_out = split_holdout(len(raw))
     held = [load_file(made / name) for name in [*SHARDS, "holdout.safetensors"]]
     assert torch.cat([tensors["rows"] for tensors in held]).tolist() == [*trained, *held_out]
     sizes = [len(tensors["rows"]) for tensors in held[:-1]]
@@ -432,7 +438,7 @@ def test_a_replicated_run_goes_on_sharded(
 def as_node(monkeypatch: pytest.MonkeyPatch, single_rank: None) -> Callable[[int, int], None]:
     def become(node: int, num_nodes: int) -> None:
         as_rank(monkeypatch, node, num_nodes)
-        monkeypatch.setattr(dist, "local_world_size", lambda: 1)
+        monkeypatch.setattr(launch, "local_world_size", lambda: 1)
 
     return become
 
@@ -447,8 +453,8 @@ def test_a_node_composes_its_part_of_every_batch(
     made: Path, words: list[str], tiny_data: Path, tokenizer: PreTrainedTokenizerBase, as_node, num_nodes: int
 ) -> None:
     task = get_task("rte")
-    whole = data.tokenize(task, data.load_splits(task, str(tiny_data))["train"], tokenizer, MAX_SEQ_LENGTH)
-    train_rows, held_out = data.split_holdout(NUM_TRAIN_ROWS)
+    whole = tokenize(task, reading.load_splits(task, str(tiny_data))["train"], tokenizer, MAX_SEQ_LENGTH)
+    train_rows, held_out = split_holdout(NUM_TRAIN_ROWS)
     slots = epoch_slots(len(train_rows), 16, 3, 0)
     for node in range(num_nodes):
         as_node(node, num_nodes)
@@ -488,17 +494,17 @@ def test_each_node_predicts_its_own_rows_once(
     num_nodes: int,
     local_size: int,
 ) -> None:
-    train_rows, held_out = data.split_holdout(NUM_TRAIN_ROWS)
+    train_rows, held_out = split_holdout(NUM_TRAIN_ROWS)
     seen: dict[str, list[int]] = {"train": [], "holdout": []}
     passes: set[tuple[str, int]] = set()
-    monkeypatch.setattr(dist, "local_world_size", lambda: local_size)
+    monkeypatch.setattr(launch, "local_world_size", lambda: local_size)
     for rank in range(num_nodes * local_size):
         as_rank(monkeypatch, rank, num_nodes * local_size)
         config = sharded_config(words, made)
         with mock.patch.object(dist, "agree", lambda action: action()):
             part = shard_files.load(config, shard_files.find(config, get_task("rte"), tokenizer, None))
         for name, rows in (("train", train_rows), ("holdout", held_out)):
-            batches = list(data.eval_batches(part, rows, 4))
+            batches = list(eval_batches(part, rows, 4))
             seen[name] += real_rows(batches)
             passes.add((name, len(batches)))
     assert sorted(seen["train"]) == train_rows.tolist() and sorted(seen["holdout"]) == held_out.tolist()

@@ -7,9 +7,13 @@ from typing import Any
 
 import pytest
 
-from peakd_ds import dist, preempt, slurm_job
-from peakd_ds.config import UserError
-from peakd_ds.slurm_job import cause_of, decide
+from peakd_ds.cluster import job
+from peakd_ds.cluster.job import cause_of, decide
+from peakd_ds.errors import UserError
+from peakd_ds.ranks import dist, preempt
+from peakd_ds.ranks.notes import START_DIR, note
+from peakd_ds.ranks.outcome import noted
+from peakd_ds.ranks.slurm_env import num_nodes_of_this_start
 
 RUNNING = {"JobState": "RUNNING", "Requeue": "1", "NumNodes": "2", "PreemptTime": "None"}
 ENDING = RUNNING | {"JobState": "COMPLETING", "Reason": "None"}  # as after scancel
@@ -107,26 +111,26 @@ def test_idle_starts_are_counted_from_the_newest_back(tmp_path: Path) -> None:
     end(9, is_idle=True)
     end(10)  # cut off with its host
     end(11, is_idle=True)
-    assert slurm_job._num_idle_starts(tmp_path, "7") == 2
+    assert job._num_idle_starts(tmp_path, "7") == 2
     (tmp_path / "7-9" / "bad_nodes.json").write_text("{}")
-    assert slurm_job._num_idle_starts(tmp_path, "7") == 1
+    assert job._num_idle_starts(tmp_path, "7") == 1
 
 
 def test_position_tells_progress(tmp_path: Path) -> None:
-    assert slurm_job.position(tmp_path, tmp_path / "cache") == []
+    assert job.position(tmp_path, tmp_path / "cache") == []
     for stage, name, text in (("teacher", "FINISHED.json", "{}"), ("ptp", "latest", "step-00000004")):
         (tmp_path / "checkpoints" / stage).mkdir(parents=True)
         (tmp_path / "checkpoints" / stage / name).write_text(text)
-    assert slurm_job.position(tmp_path, tmp_path / "cache") == ["teacher finished", "ptp step-00000004"]
+    assert job.position(tmp_path, tmp_path / "cache") == ["teacher finished", "ptp step-00000004"]
     (tmp_path / "cache" / "train").mkdir(parents=True)
     (tmp_path / "cache" / "train" / "part-00.sha256").touch()
-    assert slurm_job.position(tmp_path, tmp_path / "cache")[-1] == "1 parts of the teacher cache"
+    assert job.position(tmp_path, tmp_path / "cache")[-1] == "1 parts of the teacher cache"
 
 
 @pytest.fixture
 def start_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(dist, "leave", lambda: None)  # the process group belongs to other tests too
-    monkeypatch.setenv(slurm_job.START_DIR, str(tmp_path))
+    monkeypatch.setenv(START_DIR, str(tmp_path))
     monkeypatch.setenv("RANK", "3")
     return tmp_path
 
@@ -142,19 +146,19 @@ def start_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     ],
 )
 def test_rank_notes_how_it_ended(start_dir: Path, error: BaseException, how: str, code: int | None) -> None:
-    with pytest.raises(SystemExit if code else type(error)) as caught, slurm_job.noted():
+    with pytest.raises(SystemExit if code else type(error)) as caught, noted():
         raise error
     assert code is None or caught.value.code == code
     note = json.loads((start_dir / "rank-00003.json").read_text())
     assert (note["how"], note["rank"]) == (how, 3) and str(error) in note["cause"]
-    slurm_job.note("lost", "later")
+    note("lost", "later")
     assert json.loads((start_dir / "rank-00003.json").read_text()) == note, "the first note stands"
 
 
 def test_nothing_is_noted_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv(slurm_job.START_DIR, raising=False)
+    monkeypatch.delenv(START_DIR, raising=False)
     monkeypatch.chdir(tmp_path)
-    slurm_job.note("finished")
+    note("finished")
     assert not any(tmp_path.iterdir())
 
 
@@ -163,23 +167,23 @@ def test_open_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SLURM_JOB_NODELIST", "node[1-2]")
     words = ["--task", "rte", "--teacher", "somewhere"]
     with pytest.raises(UserError, match="--run_dir is missing"):
-        slurm_job.open_start(words)
+        job.open_start(words)
     monkeypatch.setenv("RUN_DIR", str(tmp_path / "run"))
-    folder = slurm_job.open_start(words)
+    folder = job.open_start(words)
     assert folder == tmp_path / "run" / "logs" / "7-0"
     facts = json.loads((folder / "start.json").read_text())
     assert facts["nodes"] == "node[1-2]" and facts["words"] == words and facts["position"] == []
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
-        slurm_job.open_start([*words, "--run_dir", str(tmp_path / "file" / "run")])
+        job.open_start([*words, "--run_dir", str(tmp_path / "file" / "run")])
 
 
 def test_nodes_of_a_step_and_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("SLURM_")]:
         monkeypatch.delenv(name)
-    assert slurm_job.num_nodes_of_this_start() == 1
+    assert num_nodes_of_this_start() == 1
     monkeypatch.setenv("SLURM_NNODES", "4")
-    assert slurm_job.num_nodes_of_this_start() == 4
+    assert num_nodes_of_this_start() == 4
     monkeypatch.setenv("SLURM_STEP_ID", "0")
     monkeypatch.setenv("SLURM_STEP_NUM_NODES", "1")
-    assert slurm_job.num_nodes_of_this_start() == 1
+    assert num_nodes_of_this_start() == 1

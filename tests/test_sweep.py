@@ -15,10 +15,12 @@ import pytest
 import yaml
 from conftest import ROOT, made_up_rows, write_split
 
-from peakd_ds import sweep
-from peakd_ds.config import RunConfig, UserError, parse
-from peakd_ds.grid import methods, read_grid
-from peakd_ds.slurm_job import job_name
+from peakd_ds.command_line import parse
+from peakd_ds.config import RunConfig
+from peakd_ds.errors import UserError
+from peakd_ds.programs import scripts, sweep
+from peakd_ds.programs.grid import methods, read_grid
+from peakd_ds.ranks.slurm_env import job_name
 
 BIN = Path(sys.executable).parent
 GRID = """
@@ -104,7 +106,7 @@ def test_methods_are_the_readmes_baselines() -> None:
 
 
 def parse_switches(required: list[str], switches: dict) -> RunConfig:
-    from peakd_ds.config import to_words
+    from peakd_ds.command_line import to_words
 
     return parse([*required, *to_words("test", switches)])
 
@@ -208,7 +210,7 @@ def test_a_wrong_option_is_refused_with_nothing_written(
 ) -> None:
     file = grid_file(GRID.replace("runs/x", str(tmp_path / "runs")))
     with pytest.raises(UserError, match=re.escape(part)):
-        sweep.main(["--grid", file, *words])
+        sweep.main(scripts.sweep_options(["--grid", file, *words]))
     assert not (tmp_path / "runs").exists()
 
 
@@ -238,7 +240,7 @@ def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def finish(element_config: RunConfig) -> None:
     """Leave what a finished run leaves, as far as `state` looks."""
-    from peakd_ds.config import to_yaml
+    from peakd_ds.command_line import to_yaml
 
     folder = Path(element_config.run_dir)
     folder.mkdir(parents=True)
@@ -250,7 +252,7 @@ def test_the_array_is_what_is_not_finished(grid_file: Callable[[str], str], tmp_
     runs = tmp_path / "my runs"
     file = grid_file(GRID.replace("runs/x", f"'{runs}'"))
     words = ["--lr", "1e-4", "--at_once", "4", "--submit", "--nodes=2", "--comment", "a b; $(c)"]
-    assert sweep.main(["--grid", file, *words]) == 3, "sbatch's exit code"
+    assert sweep.main(scripts.sweep_options(["--grid", file, *words])) == 3, "sbatch's exit code"
     (copy,) = (runs / "grids").glob("grid-????????.yaml")
     assert copy.read_bytes() == Path(file).read_bytes()
     script = "slurm/sweep.sh"
@@ -258,19 +260,21 @@ def test_the_array_is_what_is_not_finished(grid_file: Callable[[str], str], tmp_
     assert sbatch.read_text().split("\0")[:-1] == expected
     for number in (0, 4, 5, 6):
         finish(read_grid(file).elements[number].config)
-    sweep.main(["--grid", file, "--submit"])
+    sweep.main(scripts.sweep_options(["--grid", file, "--submit"]))
     assert sbatch.read_text().split("\0")[0] == "--array=1-3,7-11"
     for number in (1, 2, 3, 7, 8, 9, 10, 11):
         finish(read_grid(file).elements[number].config)
     sbatch.unlink()
-    assert sweep.main(["--grid", file, "--submit"]) == 0 and not sbatch.exists(), "nothing is left to submit"
+    assert sweep.main(scripts.sweep_options(["--grid", file, "--submit"])) == 0 and not sbatch.exists(), (
+        "nothing is left to submit"
+    )
 
 
 def test_an_element_of_the_array_gets_its_options(
     grid_file: Callable[[str], str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = grid_file(GRID.replace("runs/x", f"'{tmp_path}/my runs'"))
-    assert sweep.main(["--grid", file, "--options", "4", "--data_dir", "a b"]) == 0
+    assert sweep.main(scripts.sweep_options(["--grid", file, "--options", "4", "--data_dir", "a b"])) == 0
     words = capsys.readouterr().out.split("\0")
     assert words.pop() == ""
     assert parse(words).run_dir == f"{tmp_path}/my runs/rte/kd/seed-2" and parse(words).data_dir == "a b"
@@ -281,10 +285,14 @@ def test_without_sbatch_it_says_so(
 ) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(UserError, match="sbatch is not on PATH"):
-        sweep.main(["--grid", grid_file(GRID.replace("runs/x", str(tmp_path / "runs"))), "--submit"])
+        sweep.main(
+            scripts.sweep_options(["--grid", grid_file(GRID.replace("runs/x", str(tmp_path / "runs"))), "--submit"])
+        )
     (tmp_path / "slurm" / "sweep.sh").unlink()
     with pytest.raises(UserError, match=r"no slurm/sweep\.sh here; go to the repository's root"):
-        sweep.main(["--grid", grid_file(GRID.replace("runs/x", str(tmp_path / "runs"))), "--submit"])
+        sweep.main(
+            scripts.sweep_options(["--grid", grid_file(GRID.replace("runs/x", str(tmp_path / "runs"))), "--submit"])
+        )
 
 
 def test_an_element_is_named_to_slurm_by_its_index(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -325,7 +333,7 @@ def test_a_run_with_other_settings_does_not_count_as_finished(
     (Path(elements[1].config.run_dir) / "results.json").write_text('{"student": {')
     assert sweep.state(elements[1]) == "unfinished"
     assert sweep.state(read_grid(file, ["--lr=1"]).elements[0]) == "unfinished"
-    sweep.main(["--grid", file, "--list"])
+    sweep.main(scripts.sweep_options(["--grid", file, "--list"]))
     listed = [line.split("\t") for line in capsys.readouterr().out.splitlines()[1:]]
     assert listed[0] == ["0", "rte/pea-kd/seed-1", "finished"] and listed[11] == ["11", "mrpc/kd/seed-3", "not started"]
 
@@ -387,7 +395,7 @@ def test_a_stopped_sweep_leaves_no_process(
     program = (
         "from peakd_ds import sweep\n"
         f"sweep._command = lambda *_: ['sh', '-c', {shell!r}]\n"
-        f"sweep.main(['--grid', {file!r}])\n"
+        f"sweep.main(scripts.sweep_options(['--grid', {file!r}]))\n"
     )
     process = subprocess.Popen([sys.executable, "-c", program], env=env, stdout=subprocess.DEVNULL)
     try:

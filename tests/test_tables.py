@@ -13,8 +13,10 @@ from typing import Any
 
 import pytest
 
-from peakd_ds import tables
-from peakd_ds.config import RunConfig, UserError, to_yaml
+from peakd_ds.command_line import to_yaml
+from peakd_ds.config import RunConfig
+from peakd_ds.errors import UserError
+from peakd_ds.programs import scripts, tables
 
 SCORES = {1: 0.61, 2: 0.655, 3: 0.627}
 MakeRun = Callable[..., Path]
@@ -68,7 +70,7 @@ def ask_for(runs: Path, names: list[str], grid: str = "grid") -> None:
 
 def written(runs: Path, *words: str) -> tuple[str, list[dict[str, str]]]:
     """The Markdown, and the lines of the CSV."""
-    tables.main([str(runs), *words])
+    tables.main(scripts.report_options([str(runs), *words]))
     return (runs / "report.md").read_text(), list(csv.DictReader((runs / "report.csv").open()))
 
 
@@ -156,10 +158,10 @@ def test_a_teacher_for_each_seed_is_one_setting(make_run: MakeRun, runs: Path) -
 
 def test_the_same_run_twice_is_refused_and_the_same_folder_is_not(make_run: MakeRun, runs: Path) -> None:
     make_run("rte/a/seed-1")
-    tables.main([str(runs), str(runs / "rte"), str(runs / "rte" / "a" / "seed-1")])
+    tables.main(scripts.report_options([str(runs), str(runs / "rte"), str(runs / "rte" / "a" / "seed-1")]))
     make_run("rte/b/seed-1")
     with pytest.raises(UserError, match=r"rte/a/seed-1 and \S+rte/b/seed-1 are the same run .* count as two seeds"):
-        tables.main([str(runs)])
+        tables.main(scripts.report_options([str(runs)]))
 
 
 def test_runs_of_the_teacher_stage_alone(make_run: MakeRun, runs: Path) -> None:
@@ -257,7 +259,7 @@ def test_seeds_that_a_grid_no_longer_asks_for(make_run: MakeRun, runs: Path) -> 
 def test_a_part_of_a_sweep_knows_its_grid(make_run: MakeRun, runs: Path) -> None:
     ask_for(runs, ["rte/kd/seed-1", "rte/kd/seed-2", "sst2/kd/seed-1"])
     make_run("rte/kd/seed-1")
-    tables.main([str(runs / "rte")])
+    tables.main(scripts.report_options([str(runs / "rte")]))
     text = (runs / "rte" / "report.md").read_text()
     assert "| 1 of 2 |" in text and "Not in the table: 1" in text and "sst2" not in text
 
@@ -280,17 +282,17 @@ def test_optimistic_figures_are_named(make_run: MakeRun, runs: Path) -> None:
 
 def test_what_holds_no_run_is_refused(make_run: MakeRun, runs: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="none is no folder"):
-        tables.main([str(tmp_path / "none")])
+        tables.main(scripts.report_options([str(tmp_path / "none")]))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no run in .*empty; give a run folder"):
-        tables.main([str(tmp_path / "empty")])
+        tables.main(scripts.report_options([str(tmp_path / "empty")]))
     (make_run("rte/kd/seed-1") / "results.json").unlink()
     with pytest.raises(UserError, match=r"none of the 1 runs in .* is finished; start them again.*\(.*unfinished"):
-        tables.main([str(runs)])
+        tables.main(scripts.report_options([str(runs)]))
     ask_for(runs, [])
     (runs / "grids" / "grid.json").write_text("[")
     with pytest.raises(UserError, match=r"grid\.json is damaged .*delete it"):
-        tables.main([str(runs)])
+        tables.main(scripts.report_options([str(runs)]))
     assert not list(runs.glob("report.*"))
 
 
@@ -314,7 +316,7 @@ def test_the_picture_shows_what_the_table_says(make_run: MakeRun, runs: Path, tm
     assert rte.teacher == pytest.approx(0.7)
     assert rte.scores == [list(SCORES.values())] and rte.means == [statistics.mean(SCORES.values())]
     assert rte.deviations == [statistics.stdev(SCORES.values())] and sst2.deviations == [None]
-    tables.main([str(runs), "--out", str(tmp_path / "out")])
+    tables.main(scripts.report_options([str(runs), "--out", str(tmp_path / "out")]))
     assert (tmp_path / "out" / "report.png").read_bytes().startswith(b"\x89PNG")
     assert sorted(file.name for file in (tmp_path / "out").iterdir()) == ["report.csv", "report.md", "report.png"]
     assert not list(runs.glob("report.*"))

@@ -14,7 +14,7 @@ import torch
 from scipy import stats
 from sklearn import metrics
 
-from peakd_ds.tasks import TASKS, compute_metrics, get_task
+from peakd_ds.data.tasks import TASKS, compute_metrics, get_task
 
 GLUE_TASKS = ["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
 DATA_DIR = Path(os.environ.get("PEAKD_DATA_DIR", Path(__file__).parents[1] / "../shared/data/glue"))

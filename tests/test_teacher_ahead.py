@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from peakd_ds.data import GlobalBatch, MicroBatch
-from peakd_ds.packing import pack
-from peakd_ds.run_log import TeacherClock
-from peakd_ds.teacher_ahead import Answer, answered
+from peakd_ds.data.batches import GlobalBatch
+from peakd_ds.data.tokens import MicroBatch
+from peakd_ds.packed.packing import pack
+from peakd_ds.results.meter import TeacherClock
+from peakd_ds.teacher.online import Answer, answered
 
 
 def make_batches(sizes: list[int], log: list[str]) -> Iterator[GlobalBatch]:

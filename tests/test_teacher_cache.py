@@ -18,11 +18,16 @@ import pytest
 import torch
 from conftest import ROOT, save_encoder
 
-from peakd_ds import dist, files, run_lock, stages, teacher_cache, train
-from peakd_ds.config import UserError, parse
-from peakd_ds.modeling import task_head
+from peakd_ds import stages, train
+from peakd_ds.cluster import run_lock
+from peakd_ds.command_line import parse
+from peakd_ds.data.tasks import get_task
+from peakd_ds.errors import UserError
+from peakd_ds.files import sha256_of
+from peakd_ds.model.build import task_head
+from peakd_ds.ranks import dist
 from peakd_ds.run import Run, open_run
-from peakd_ds.tasks import get_task
+from peakd_ds.teacher import cache as teacher_cache
 
 START = "from peakd_ds import teacher_cache; teacher_cache.PART_ROWS = 1; import peakd_ds.__main__"
 WORDS = "--task rte --num_hidden_layers 2 --layer_map 1:1,2:2,3:3 --global_batch_size 16 --log_steps 1 --lr 1e-3"
@@ -111,7 +116,7 @@ def test_later_runs_never_start_the_teacher(
     words = ["--select_on", select_on, "--seed", "7", "--layer_map", "1:3", "--micro_batch_size", "4"]
     run = opened(argv, tmp_path / "second", *words)
     monkeypatch.setattr(run, "teacher", no_engine)
-    from peakd_ds.run_log import RunLog
+    from peakd_ds.results.log import RunLog
 
     labels = stages._ptp_labels_of(run, RunLog(run.folder))
     assert (labels["train"] >= 0).sum() == len(run.train_rows)
@@ -206,7 +211,7 @@ def _lose_a_row(file: Path) -> None:
         tensors = {name: part.get_tensor(name)[:-1].clone() for name in ("rows", "logits", "cls")}
         metadata = part.metadata()
     save_file(tensors, file, metadata=metadata)
-    file.with_suffix(".sha256").write_text(f"{files.sha256_of(file)}  {file.name}\n")
+    file.with_suffix(".sha256").write_text(f"{sha256_of(file)}  {file.name}\n")
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,11 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
-from peakd_ds import dist, train, vocabulary
-from peakd_ds.config import parse
-from peakd_ds.data import ON_ALL_NODES, Split, TokenRows
+from peakd_ds import train
+from peakd_ds.command_line import parse
+from peakd_ds.data.tokens import ON_ALL_NODES, Split, TokenRows, used_tokens
+from peakd_ds.model import vocabulary
+from peakd_ds.ranks import dist
 
 WORDS = "--task sst2 --num_hidden_layers 2 --epochs 2 --global_batch_size 16 --log_steps 1 --lr 3e-3 --weight_decay 0.5"
 
@@ -28,12 +30,12 @@ def split_of(*parts: list[list[int]]) -> Split:
 
 def test_tokens_of_all_splits(single_rank: None) -> None:
     splits = split_of([[2, 7], [2, 9, 3]], [[2, 3]]), split_of([[2, 5]])
-    assert vocabulary.used_tokens(splits, 12).tolist() == [2, 3, 5, 7, 9]
+    assert used_tokens(splits, 12).tolist() == [2, 3, 5, 7, 9]
 
 
 def used_here(ids: list[int]) -> list[int]:
     """Runs on each of two ranks, which hold other rows."""
-    return vocabulary.used_tokens([split_of([[2, ids[dist.rank()]]])], 12).tolist()
+    return used_tokens([split_of([[2, ids[dist.rank()]]])], 12).tolist()
 
 
 def test_tokens_of_all_ranks(two_ranks) -> None:

@@ -19,8 +19,11 @@ from conftest import ENVIRONMENT, ROOT, VOCABULARY, made_up_rows, save_encoder, 
 from safetensors.torch import load_file, save_file
 from transformers import DistilBertConfig, DistilBertModel, RobertaConfig, RobertaForSequenceClassification
 
-from peakd_ds import checkpoint, dist, stages, train
-from peakd_ds.config import UserError, parse
+from peakd_ds import stages, train
+from peakd_ds.command_line import parse
+from peakd_ds.engine import checkpoint
+from peakd_ds.errors import UserError
+from peakd_ds.ranks import dist
 from peakd_ds.run import open_run
 
 # Words by which a message tells what to do.

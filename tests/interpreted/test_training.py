@@ -18,7 +18,7 @@ def test_triton_and_reference_give_the_same_curve(
     hidden_loss: str, tiny_data: Path, tiny_teacher, single_rank: None, tmp_path: Path
 ) -> None:
     from peakd_ds import train
-    from peakd_ds.config import parse
+    from peakd_ds.command_line import parse
 
     curves = {}
     for backend in ("triton", "reference"):

@@ -1,0 +1,72 @@
+"""Objective settings."""
+
+import argparse
+from dataclasses import dataclass
+
+from peakd_ds.config.setting import setting
+
+
+def _parse_layer_map(text: str) -> str | tuple[tuple[int, int], ...]:
+    if text in ("skip", "last"):
+        return text
+    try:
+        pairs = tuple(tuple(int(layer) for layer in pair.split(":")) for pair in text.replace(" ", "").split(","))
+    except ValueError:
+        pairs = ()
+    if not pairs or any(len(pair) != 2 for pair in pairs):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is neither skip, last, nor pairs STUDENT:TEACHER of 1-based layers; "
+            "write for example 1:2,2:4, in quotes in a YAML file"
+        )
+    return pairs  # type: ignore[return-value]
+
+
+def _parse_threshold(text: str) -> float | str:
+    return text if text == "median" else float(text)
+
+
+@dataclass(frozen=True)
+class ObjectiveSettings:
+    """PTP's thresholds, and the terms of distillation: (1 - alpha) * hard + alpha * soft + beta * hidden."""
+
+    ptp: bool = setting(True, "pretrain the student with the teacher's predictions before distilling")
+    t_correct: float | str | None = setting(
+        None,
+        "a right teacher prediction is confident above this probability",
+        parse=_parse_threshold,
+        range="[0, 1] or median",
+        check=lambda v: v == "median" or 0 <= v <= 1,
+        shown_default="Pea-KD's for its five tasks, else median",
+    )
+    t_wrong: float | str | None = setting(
+        None,
+        "a wrong teacher prediction is confident above this probability",
+        parse=_parse_threshold,
+        range="[0, 1] or median",
+        check=lambda v: v == "median" or 0 <= v <= 1,
+        shown_default="Pea-KD's for its five tasks, else median",
+    )
+    temperature: float = setting(
+        10.0,
+        "softmax temperature T of the soft loss, which is scaled by T^2",
+        range="> 0",
+        check=lambda v: v > 0,
+    )
+    alpha: float = setting(
+        0.7,
+        "weight of the soft loss; 1 - alpha weighs the hard loss",
+        range="[0, 1]",
+        check=lambda v: 0 <= v <= 1,
+    )
+    beta: float = setting(100.0, "weight of the hidden-state loss", range=">= 0", check=lambda v: v >= 0)
+    layer_map: str | tuple[tuple[int, int], ...] = setting(
+        "skip",
+        "student:teacher layer pairs of the hidden-state loss, 1-based over effective layers",
+        parse=_parse_layer_map,
+        range="skip, last or pairs like 1:2,2:4",
+    )
+    hidden_loss: str = setting(
+        "cls",
+        "compare L2-normalised [CLS] vectors, or all non-padded tokens as they are",
+        choices=("cls", "tokens"),
+    )

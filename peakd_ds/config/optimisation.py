@@ -1,0 +1,95 @@
+"""Optimisation settings."""
+
+from dataclasses import dataclass
+
+from peakd_ds.config.setting import setting
+
+EVAL_BATCH_FACTOR = 4
+"""Rows of a forward pass without gradients, to one of a training micro-batch."""
+
+
+@dataclass(frozen=True)
+class OptimisationSettings:
+    """Epochs, batches and AdamW."""
+
+    teacher_epochs: int = setting(
+        3,
+        "passes over the training rows in the teacher stage",
+        unit="epochs",
+        range=">= 1",
+        check=lambda v: v >= 1,
+    )
+    ptp_epochs: int = setting(
+        4,
+        "passes over the training rows in the ptp stage",
+        unit="epochs",
+        range=">= 1",
+        check=lambda v: v >= 1,
+    )
+    distill_epochs: int = setting(
+        6,
+        "passes over the training rows in the distill stage",
+        unit="epochs",
+        range=">= 1",
+        check=lambda v: v >= 1,
+    )
+    epochs: int | None = setting(
+        None,
+        "sets --teacher_epochs, --ptp_epochs and --distill_epochs together",
+        unit="epochs",
+        range=">= 1",
+        check=lambda v: v >= 1,
+        shown_default="each its own",
+    )
+    lr: float = setting(2e-5, "peak learning rate of AdamW", range="> 0", check=lambda v: v > 0)
+    warmup_ratio: float = setting(
+        0.1,
+        "share of a stage's steps in which the learning rate rises linearly; it then falls linearly to 0",
+        range="[0, 1]",
+        check=lambda v: 0 <= v <= 1,
+    )
+    weight_decay: float = setting(
+        0.01, "AdamW weight decay; biases and LayerNorms have none", range=">= 0", check=lambda v: v >= 0
+    )
+    max_grad_norm: float = setting(
+        1.0, "clip the global gradient norm to this; 0 does not clip", range=">= 0", check=lambda v: v >= 0
+    )
+    dropout: float | None = setting(
+        None,
+        "dropout probability of hidden states, attention and head",
+        range="[0, 1)",
+        check=lambda v: 0 <= v < 1,
+        shown_default="the encoder's own",
+    )
+    global_batch_size: int = setting(
+        32, "samples per optimiser step over all ranks", unit="samples", range=">= 1", check=lambda v: v >= 1
+    )
+    micro_batch_size: int = setting(
+        32,
+        f"most samples per rank and training pass (without gradients {EVAL_BATCH_FACTOR} times as many, but once with "
+        "--hidden_loss tokens); accumulation follows",
+        unit="samples",
+        range=">= 1",
+        check=lambda v: v >= 1,
+        is_neutral=True,
+    )
+    seed: int = setting(
+        42,
+        "seeds data order, new weights and dropout; dropout masks also depend on the number of ranks",
+        range="[0, 2^32)",
+        check=lambda v: 0 <= v < 2**32,
+    )
+    early_stopping_patience: int = setting(
+        0,
+        "stop a stage after so many epochs without a better score; 0: never",
+        unit="epochs",
+        range=">= 0",
+        check=lambda v: v >= 0,
+    )
+
+    def epochs_of(self, stage: str) -> int:
+        """Passes over the training rows in `stage`."""
+        return (
+            self.epochs
+            or {"teacher": self.teacher_epochs, "ptp": self.ptp_epochs, "distill": self.distill_epochs}[stage]
+        )

@@ -1,0 +1,74 @@
+"""Outputs settings."""
+
+import argparse
+from dataclasses import dataclass
+
+from peakd_ds.config.setting import setting
+
+STAGES = ("teacher", "ptp", "distill")
+
+
+def _parse_stages(text: str) -> tuple[str, ...]:
+    chosen = text.replace(" ", "").split(",")
+    unknown = [name for name in chosen if name not in STAGES]
+    if unknown:
+        raise argparse.ArgumentTypeError(f"unknown stage {unknown[0]!r}; choose from {','.join(STAGES)}")
+    return tuple(name for name in STAGES if name in chosen)
+
+
+@dataclass(frozen=True)
+class OutputSettings:
+    """The run folder, what is written to it and when."""
+
+    run_dir: str = setting(
+        "",
+        "folder that receives everything the run writes; started again in it, a run goes on",
+        shown_default="$RUN_DIR, else required",
+        is_neutral=True,
+    )
+    stages: tuple[str, ...] = setting(
+        STAGES,
+        "stages to run, comma-separated",
+        parse=_parse_stages,
+        range="teacher,ptp,distill",
+        is_neutral=True,
+    )
+    save_steps: int = setting(
+        500,
+        "checkpoint every so many steps, besides each epoch's end; 0: epochs only",
+        unit="steps",
+        range=">= 0",
+        check=lambda v: v >= 0,
+        is_neutral=True,
+    )
+    eval_steps: int = setting(
+        0,
+        "evaluate every so many steps, besides each epoch's end; 0: epochs only",
+        unit="steps",
+        range=">= 0",
+        check=lambda v: v >= 0,
+        is_neutral=True,
+    )
+    log_steps: int = setting(
+        10,
+        "write metrics every so many steps",
+        unit="steps",
+        range=">= 1",
+        check=lambda v: v >= 1,
+        is_neutral=True,
+    )
+    export_unrolled: bool = setting(
+        True,
+        "also write the student as a plain BERT of the effective depth",
+        is_neutral=True,
+    )
+    export_onnx: bool = setting(
+        False,
+        "also write student_unrolled/model.onnx, checked against onnxruntime (needs the onnx extra)",
+        is_neutral=True,
+    )
+    dry_run: bool = setting(
+        False,
+        "check everything, print the plan, and stop before any engine starts",
+        is_neutral=True,
+    )

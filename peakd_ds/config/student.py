@@ -1,0 +1,51 @@
+"""Student settings."""
+
+from dataclasses import dataclass
+
+from peakd_ds.config.setting import setting
+
+
+def _parse_layers(text: str) -> tuple[int, ...]:
+    return tuple(int(word) for word in text.replace(" ", "").split(","))
+
+
+@dataclass(frozen=True)
+class StudentSettings:
+    """The small model: its stored layers, where their weights come from, and the order in which they run."""
+
+    student_init: str = setting(
+        "",
+        "folder or hub id of the pretrained BERT encoder whose embeddings, pooler and "
+        "layers start the student; another hidden size than the teacher's is allowed",
+        shown_default="the --teacher weights as given",
+    )
+    num_hidden_layers: int = setting(
+        3,
+        "stored layers n of the student; sps runs them twice (of 6 only the upper three)",
+        unit="layers",
+        range=">= 1",
+        check=lambda v: v >= 1,
+    )
+    init_layers: tuple[int, ...] | None = setting(
+        None,
+        "1-based layers of --student_init that start the student, e.g. 1,3,5",
+        unit="layer numbers",
+        parse=_parse_layers,
+        range="n numbers >= 1",
+        check=lambda v: min(v) >= 1,
+        shown_default="1..n",
+    )
+    sharing: str = setting(
+        "sps",
+        "order in which the n stored layers run: none 1..n; sps, cycle 1..n, 1..n; cycle_rev 1..n, n..1; sequence 1, "
+        "1, 2, 2, ..; of 6 only 4..6 run again",
+        choices=("none", "sps", "cycle", "cycle_rev", "sequence"),
+    )
+    shuffle_qk: bool | None = setting(
+        None, "exchange query and key in a layer's second run", shown_default="on for sps, off for the others"
+    )
+
+    @property
+    def swaps_qk(self) -> bool:
+        """Whether a layer's second run has query and key exchanged."""
+        return self.sharing == "sps" if self.shuffle_qk is None else self.shuffle_qk

@@ -1,0 +1,271 @@
+"""A task's training rows as 64 tokenised shards: what files there are, copied to each node's scratch, read by train.py.
+
+    train.py --data_placement sharded --shard_dir shards/mnli --scratch_dir /scratch ...
+
+shard.py makes them. They are the canonical ones of data.py, so which rows a file holds depends on the data alone, and
+its bytes do not depend on the workers. With n nodes, node i holds shards i * 64 / n up to (i + 1) * 64 / n, from which
+its ranks' slots of every global batch come.
+
+    SHARD_DIR/
+      shard-00.safetensors .. shard-63.safetensors   rows, labels, lengths [n], input_ids, token_type_ids [tokens]
+      holdout.safetensors    the same, of rows that only pick epochs; no rows with --select_on dev
+      index.safetensors      lengths and labels of all training rows, which every rank needs
+      manifest.json          what the files were made from, and the checksum of each; written last
+      shard-00.json ..       until the manifest is there, the checksums of finished files: a later start goes on
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.torch import load_file
+from transformers import PreTrainedTokenizerBase
+
+from peakd_ds.config import RunConfig
+from peakd_ds.data.batches import NUM_SHARDS, shard_bounds, split_holdout
+from peakd_ds.data.tasks import Task
+from peakd_ds.data.tokens import ON_ALL_NODES, Split, TokenRows, tokenizer_digest
+from peakd_ds.errors import UserError
+from peakd_ds.files import sha256_of, whole_file
+from peakd_ds.ranks import dist, launch
+
+FORMAT = 1
+HOLDOUT = "holdout.safetensors"
+INDEX = "index.safetensors"
+MIB = 2**20
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """What the manifest says about one file."""
+
+    sha256: str
+    num_bytes: int
+    num_rows: int
+    num_tokens: int
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A whole folder of shards."""
+
+    folder: Path
+    made_from: dict[str, Any]
+    num_rows: int
+    """Training rows, held out ones included."""
+    files: dict[str, FileRecord]
+
+    @property
+    def data_fingerprint(self) -> str:
+        return self.made_from["data"]
+
+    def to_json(self) -> str:
+        files = {name: asdict(record) for name, record in self.files.items()}
+        return json.dumps({"made_from": self.made_from, "num_rows": self.num_rows, "files": files}, indent=1)
+
+
+def describe(
+    task: Task, data_fingerprint: str, tokenizer: PreTrainedTokenizerBase, max_seq_length: int, select_on: str
+) -> dict[str, Any]:
+    """All that the bytes of the shards depend on."""
+    return {
+        "format": FORMAT,
+        "num_shards": NUM_SHARDS,
+        "task": task.name,
+        "data": data_fingerprint,
+        "tokenizer": tokenizer_digest(tokenizer),
+        "max_seq_length": max_seq_length,
+        "select_on": select_on,
+    }
+
+
+def rows_of_files(num_rows: int, select_on: str) -> dict[str, np.ndarray]:
+    """Which of so many training rows each file holds: int64, sorted. The shards hold the rows trained on."""
+    trained, held_out = np.arange(num_rows), np.arange(0)
+    if select_on == "holdout":
+        trained, held_out = split_holdout(num_rows)
+    bounds = shard_bounds(len(trained))
+    shards = {_shard_name(number): trained[bounds[number] : bounds[number + 1]] for number in range(NUM_SHARDS)}
+    return {**shards, HOLDOUT: held_out}
+
+
+def shards_of_node(node: int, num_nodes: int) -> list[str]:
+    """File names of a node's block of shards.
+
+    Raises:
+        UserError: the nodes do not divide the shards.
+    """
+    if NUM_SHARDS % num_nodes:
+        fitting = [str(n) for n in range(1, NUM_SHARDS + 1) if NUM_SHARDS % n == 0]
+        raise UserError(
+            f"{num_nodes} nodes do not divide the {NUM_SHARDS} shards; take {', '.join(fitting[:-1])} or {fitting[-1]} "
+            "nodes (--data_placement replicated trains on any number)"
+        )
+    size = NUM_SHARDS // num_nodes
+    return [_shard_name(number) for number in range(node * size, (node + 1) * size)]
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a folder of shards. Raises UserError where there is none, or it cannot be read."""
+    file = folder / "manifest.json"
+    if not file.exists():
+        raise UserError(
+            f"--shard_dir {folder} holds no whole set of shards (no manifest.json); make it with peakd-shard"
+        )
+    try:
+        content = json.loads(file.read_text())
+        files = {name: FileRecord(**record) for name, record in content["files"].items()}
+        return Manifest(folder, dict(content["made_from"]), int(content["num_rows"]), files)
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(f"{file} is damaged ({error}); run peakd-shard again, which makes what is missing") from error
+
+
+def _shard_name(number: int) -> str:
+    return f"shard-{number:02d}.safetensors"
+
+
+def check_made_from(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    differing = [
+        f"{name}: {found.get(name)} there, {wanted.get(name)} here"
+        for name in sorted(found.keys() | wanted.keys())
+        if found.get(name) != wanted.get(name)
+    ]
+    if differing:
+        raise UserError(
+            f"--shard_dir {folder} holds shards of other data or settings ({'; '.join(differing)}); give another "
+            "--shard_dir, made by peakd-shard with these settings"
+        )
+
+
+# -- Reading them: train.py --------------------------------------------------------------------------------------------
+
+
+def find(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, data_fingerprint: str | None) -> Manifest:
+    """The shards of `--shard_dir`, checked against the settings and the nodes of this run; nothing is copied yet.
+
+    Args:
+        data_fingerprint: of the train split; None on ranks that have not read it and leave this check to others.
+
+    Raises:
+        UserError: no whole set of shards there, made from something else, or not for so many nodes.
+    """
+    manifest = read_manifest(Path(config.shard_dir))
+    wanted = describe(
+        task, data_fingerprint or manifest.data_fingerprint, tokenizer, config.max_seq_length, config.select_on
+    )
+    check_made_from(manifest.folder, manifest.made_from, wanted)
+    shards_of_node(dist.node_rank(), dist.num_nodes())
+    rows = rows_of_files(manifest.num_rows, config.select_on)
+    num_trained = manifest.num_rows - len(rows[HOLDOUT])
+    if num_trained < dist.num_nodes():
+        raise UserError(
+            f"task {task.name} has {num_trained} rows to train on, fewer than the {dist.num_nodes()} nodes; "
+            "set --data_placement replicated"
+        )
+    return manifest
+
+
+def load(config: RunConfig, manifest: Manifest) -> Split:
+    """The train split (collective), with the tokens of this node's shards and of the held out rows.
+
+    One rank of each node copies its files to scratch and verifies them; a dry run verifies them where they are.
+
+    Raises:
+        UserError: a damaged file, or a scratch that is full or cannot be written; with its name and host.
+    """
+    node, num_nodes = dist.node_rank(), dist.num_nodes()
+    names = [*shards_of_node(node, num_nodes), HOLDOUT]
+    scratch = None if config.dry_run else scratch_of(config.scratch_dir)
+    dist.agree(lambda: stage(manifest, [*names, INDEX], scratch) if launch.local_rank() == 0 else None)
+
+    def open_files() -> Split:
+        folder = _staged_folder(manifest, scratch)
+        index = load_file(folder / INDEX)
+        lengths = index["lengths"].numpy().astype(np.int64)
+        node_of = np.full(manifest.num_rows, ON_ALL_NODES)
+        rows = rows_of_files(manifest.num_rows, manifest.made_from["select_on"])
+        for other in range(num_nodes):
+            for name in shards_of_node(other, num_nodes):
+                node_of[rows[name]] = other
+        held_here = TokenRows((_rows_of(folder / name) for name in names), lengths)
+        return Split(held_here, lengths, index["labels"], node_of)
+
+    return dist.agree(open_files)
+
+
+def _rows_of(file: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+    """Numbers and tokens of the rows in a file, mapped into memory."""
+    tensors = load_file(file)
+    return tensors["rows"].numpy(), {name: tensors[name].numpy() for name in TokenRows.COLUMNS}
+
+
+# -- Staging: to each node's scratch -----------------------------------------------------------------------------------
+
+
+def stage(manifest: Manifest, names: Sequence[str], scratch: Path | None) -> None:
+    """Copy files to this node's scratch and verify each copy; whole ones that are there already are kept.
+
+    Without a scratch the files are verified where they are.
+
+    Raises:
+        UserError: a damaged file, named; a scratch that is full or cannot be written, with the host.
+    """
+    if scratch is None:
+        for name in names:
+            _check_whole(manifest, name)
+        return
+    folder, host = _staged_folder(manifest, scratch), socket.gethostname()
+    try:
+        missing = [name for name in names if not is_whole(folder / name, manifest.files[name])]
+        folder.mkdir(parents=True, exist_ok=True)
+        needed, free = sum(manifest.files[name].num_bytes for name in missing), shutil.disk_usage(folder).free
+        if needed > free:
+            raise UserError(
+                f"scratch {scratch} on {host} has {free / MIB:,.1f} MiB free, and this node's shards need "
+                f"{needed / MIB:,.1f}; free space there or give another --scratch_dir"
+            )
+        for name in missing:
+            with whole_file(folder / name) as copy:
+                shutil.copyfile(manifest.folder / name, copy)
+                if not is_whole(copy, manifest.files[name]):
+                    _check_whole(manifest, name)
+                    raise UserError(
+                        f"{name} was copied to {scratch} on {host} and came out different; the disk or the network is "
+                        "failing: give another --scratch_dir or leave this host out"
+                    )
+    except OSError as error:
+        raise UserError(
+            f"shards cannot be copied to scratch {scratch} on {host} ({error}); free space there or give another "
+            "--scratch_dir"
+        ) from error
+
+
+def scratch_of(scratch_dir: str) -> Path | None:
+    """The folder that the user or the site named, or the one that was made for the job, if any."""
+    chosen = scratch_dir or os.environ.get("PEAKD_SCRATCH") or os.environ.get("SLURM_TMPDIR")
+    return Path(chosen) if chosen else None
+
+
+def _staged_folder(manifest: Manifest, scratch: Path | None) -> Path:
+    """Where staged files lie: a folder for each content, so that runs on the same shards share them."""
+    if scratch is None:
+        return manifest.folder
+    return scratch / f"peakd-shards-{hashlib.sha256(manifest.to_json().encode()).hexdigest()[:16]}"
+
+
+def is_whole(file: Path, record: FileRecord) -> bool:
+    return file.exists() and file.stat().st_size == record.num_bytes and sha256_of(file) == record.sha256
+
+
+def _check_whole(manifest: Manifest, name: str) -> None:
+    file = manifest.folder / name
+    if not is_whole(file, manifest.files[name]):
+        state = "is damaged (its SHA-256 is not the manifest's)" if file.exists() else "is missing"
+        raise UserError(f"{file} {state}; run peakd-shard again, which makes it anew")

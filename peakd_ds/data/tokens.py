@@ -1,0 +1,224 @@
+"""TODO data.tokens."""
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+import socket
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from peakd_ds.data import reading
+from peakd_ds.data.tasks import Task
+from peakd_ds.packed.packing import pack
+from peakd_ds.ranks import dist, launch
+from peakd_ds.ranks.device import device, to_device
+
+ON_ALL_NODES = -1
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """What one rank feeds to one forward pass.
+
+    A rank that has no row left still gets one, `num_real` = 0, because engines talk to each other in every pass.
+    """
+
+    inputs: dict[str, Any]
+    """Packed rows: input_ids, token_type_ids, position_ids, int64 [1, T], and where rows lie (packing.py)."""
+    labels: torch.Tensor
+    """int64 [B], or float32 [B] for regression."""
+    rows: torch.Tensor
+    """int64 [B], positions in the split."""
+    num_real: int
+    """The first so many rows count; the others must not touch loss or metrics."""
+    answer: Any = None
+    """The teacher's logits and matched states of the rows that count, once it was asked (teacher_ahead.py)."""
+
+
+class TokenRows:
+    """Token ids by row number, in arrays of many rows each. Mapped from files, the ranks of a node share one copy."""
+
+    COLUMNS = ("input_ids", "token_type_ids")
+
+    def __init__(self, parts: Iterable[tuple[np.ndarray, dict[str, np.ndarray]]], lengths: np.ndarray):
+        """
+        Args:
+            parts: Numbers of some rows, and the tokens of these rows one after another, in each of the COLUMNS.
+            lengths: Token counts of all rows, int64 [N].
+        """
+        self._lengths = lengths
+        self._parts: list[dict[str, np.ndarray]] = []
+        self._part_of = np.full(len(lengths), -1)
+        self._start = np.zeros(len(lengths), np.int64)
+        for number, (rows, columns) in enumerate(parts):
+            self._part_of[rows] = number
+            self._start[rows] = np.cumsum(lengths[rows]) - lengths[rows]
+            self._parts.append(columns)
+
+    def __getitem__(self, rows: np.ndarray, /) -> dict[str, list[np.ndarray]]:
+        """The COLUMNS of the given rows: for each row an array of its tokens."""
+        assert (self._part_of[rows] >= 0).all(), "these rows are on another node"
+        found: dict[str, list[np.ndarray]] = {name: [] for name in self.COLUMNS}
+        for row in rows:
+            tokens = slice(self._start[row], self._start[row] + self._lengths[row])
+            for name, arrays in found.items():
+                arrays.append(self._parts[self._part_of[row]][name][tokens])
+        return found
+
+    def all_ids(self) -> Iterator[np.ndarray]:
+        """Ids of all tokens of the rows that are here, array by array."""
+        return (columns["input_ids"] for columns in self._parts)
+
+
+@dataclass
+class Split:
+    """A tokenised split. Lengths and labels of all N rows are known on every node; a sharded split's tokens are not."""
+
+    rows: TokenRows
+    lengths: np.ndarray
+    """Token counts, int64 [N]."""
+    labels: torch.Tensor
+    """int64 [N], or float32 [N] for regression."""
+    node_of: np.ndarray
+    """The node that holds a row's tokens, int64 [N]; ON_ALL_NODES where each does."""
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def micro_batch(self, rows: np.ndarray) -> MicroBatch:
+        """The given rows, packed and on this rank's device; for no rows, the first row here with num_real = 0."""
+        num_real = len(rows)
+        if not num_real:
+            rows = np.flatnonzero(np.isin(self.node_of, (ON_ALL_NODES, dist.node_rank())))[:1]
+        columns = self.rows[rows]
+        return MicroBatch(
+            inputs=pack(columns["input_ids"], columns["token_type_ids"]),
+            labels=to_device(self.labels[rows]),
+            rows=torch.from_numpy(rows),
+            num_real=num_real,
+        )
+
+
+def tokenize(
+    task: Task,
+    rows: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_seq_length: int,
+    cache: Path | None = None,
+) -> Split:
+    """Tokenise once per node (collective), into an Arrow folder of this node's that later starts read again.
+
+    Without a `cache` folder each rank tokenises for itself, in memory.
+    """
+
+    def encode_all() -> datasets.Dataset:
+        return rows.map(
+            encoder_of(task, tokenizer, max_seq_length),
+            batched=True,
+            remove_columns=[name for name in rows.column_names if name != "label"],
+            keep_in_memory=True,
+        )
+
+    def encode_on_disk(folder: Path) -> None:
+        if launch.local_rank() == 0 and not (folder / "state.json").exists():
+            temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+            encode_all().save_to_disk(str(temporary))
+            shutil.rmtree(folder, ignore_errors=True)
+            temporary.rename(folder)
+
+    with _quiet_progress_bars():
+        if cache is None:
+            return _whole_split(task, encode_all())
+        state = json.dumps(
+            [
+                tokenizer_digest(tokenizer),
+                max_seq_length,
+                task.text_columns,
+                rows.num_rows,
+                rows._fingerprint,
+            ],
+            sort_keys=True,
+        )
+        folder = cache / socket.gethostname() / hashlib.sha256(state.encode()).hexdigest()[:16]
+        dist.agree(lambda: encode_on_disk(folder))
+        return _whole_split(task, datasets.load_from_disk(str(folder)))
+
+
+def encoder_of(
+    task: Task, tokenizer: PreTrainedTokenizerBase, max_seq_length: int
+) -> Callable[[dict[str, list]], dict[str, list]]:
+    """The function from text columns of some rows to their columns input_ids, token_type_ids and length."""
+
+    def encode(batch: dict[str, list]) -> dict[str, list]:
+        encoded = tokenizer(
+            *(batch[name] for name in task.text_columns),
+            truncation=True,
+            max_length=max_seq_length,
+            return_token_type_ids=True,
+        )
+        return {
+            "input_ids": encoded["input_ids"],
+            "token_type_ids": encoded["token_type_ids"],
+            "length": [len(ids) for ids in encoded["input_ids"]],
+        }
+
+    return encode
+
+
+def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """A short hash of the vocabulary and of whether it is for lower-cased text."""
+    state = json.dumps([tokenizer.get_vocab(), tokenizer.init_kwargs.get("do_lower_case")], sort_keys=True)
+    return hashlib.sha256(state.encode()).hexdigest()[:16]
+
+
+def label_dtype(task: Task) -> type[np.generic]:
+    """What labels are stored as: scores or class numbers."""
+    return np.float32 if task.is_regression else np.int64
+
+
+def _whole_split(task: Task, rows: datasets.Dataset) -> Split:
+    def parts() -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+        first = 0
+        for batch in rows.data.to_batches():
+            columns = {name: batch.column(name).flatten().to_numpy() for name in TokenRows.COLUMNS}
+            yield np.arange(first, first + len(batch)), columns
+            first += len(batch)
+
+    lengths = reading._column(rows, "length")
+    return Split(
+        TokenRows(parts(), lengths),
+        lengths,
+        torch.from_numpy(reading._column(rows, "label").astype(label_dtype(task))),
+        np.full(len(rows), ON_ALL_NODES),
+    )
+
+
+@contextlib.contextmanager
+def _quiet_progress_bars() -> Iterator[None]:
+    """Hides datasets' own progress bars, one for each rank."""
+    were_on = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if were_on:
+            datasets.enable_progress_bars()
+
+
+def used_tokens(splits: Iterable[Split], vocab_size: int) -> Tensor:
+    """Ids of the tokens that occur in a row on any node, int64 [K], ascending (collective)."""
+    is_used = torch.zeros(vocab_size, dtype=torch.int32)
+    for split in splits:
+        for ids in split.rows.all_ids():
+            is_used.numpy()[ids] = 1
+    return dist.all_reduce(is_used.to(device()), torch.distributed.ReduceOp.MAX).cpu().nonzero().flatten()

@@ -1,0 +1,222 @@
+"""The models of a run: the teacher as found, the student as made, and the contract between them.
+
+B batch, S tokens, H hidden (Hs student's, Ht teacher's), C classes.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import (
+    BertConfig,
+    BertModel,
+)
+
+from peakd_ds.config import RunConfig
+from peakd_ds.data.tasks import Task
+from peakd_ds.errors import UserError
+from peakd_ds.model import contract
+from peakd_ds.ptp import NUM_PTP_LABELS
+from peakd_ds.sps import SPSBertConfig, SPSBertForSequenceClassification, Take, init_from_encoder
+
+# -- Building ----------------------------------------------------------------------------------------------------------
+
+
+def build_teacher(config: RunConfig, task: Task, encoder: contract.Pretrained) -> SPSBertForSequenceClassification:
+    """The teacher with a head for the task, in fp32; a new head where the checkpoint has none.
+
+    It shares no layers: it is of the student's class for the sake of packed rows.
+    """
+    optional = () if encoder.is_classifier else contract.NEW_WITH_A_TASK
+    settings = teacher_config(config, task, encoder.config)
+    return load_pretrained(SPSBertForSequenceClassification, encoder.path, encoder.option, optional, config=settings)
+
+
+def teacher_config(config: RunConfig, task: Task, encoder: BertConfig) -> SPSBertConfig:
+    """The teacher's sizes: all of `encoder`'s layers, none shared, and a head for the task."""
+    settings = _inherited(encoder) | task_head(task) | _dropout_settings(config.dropout)
+    return SPSBertConfig(num_hidden_layers=encoder.num_hidden_layers, sharing="none", **settings)
+
+
+def build_student(
+    config: RunConfig, student_init: contract.Pretrained, head: dict[str, Any]
+) -> SPSBertForSequenceClassification:
+    """A new student with `head` settings (`task_head` or `ptp_head`) and the encoder's weights, in fp32."""
+    student = SPSBertForSequenceClassification(student_config(config, student_init.config, head))
+    encoder = load_pretrained(BertModel, student_init.path, student_init.option, contract.NEW_WITH_A_TASK)
+    init_from_encoder(student, encoder, config.init_layers or tuple(range(1, config.num_hidden_layers + 1)))
+    return student
+
+
+def student_config(config: RunConfig, encoder: BertConfig, head: dict[str, Any]) -> SPSBertConfig:
+    """The student's sizes: those of `encoder`, with n stored layers and the `head` settings."""
+    settings = _inherited(encoder) | head | _dropout_settings(config.dropout)
+    return SPSBertConfig(
+        num_hidden_layers=config.num_hidden_layers, sharing=config.sharing, shuffle_qk=config.swaps_qk, **settings
+    )
+
+
+def load_teacher(
+    config: RunConfig, task: Task, source: contract.Pretrained, folder: Path
+) -> SPSBertForSequenceClassification:
+    """The trained teacher: the classifier that was given, or the one that this run has saved in `folder`."""
+    return build_teacher(
+        config, task, source if source.is_classifier else contract.find_encoder(str(folder), "run_dir")
+    )
+
+
+def load_student_body(student: SPSBertForSequenceClassification, folder: Path) -> None:
+    """Copy embeddings, layers and pooler from a saved student; its head stays behind (Pea-KD, PTP)."""
+    pretrained = SPSBertForSequenceClassification.from_pretrained(folder)
+    student.bert.load_state_dict(pretrained.bert.state_dict())
+
+
+def task_head(task: Task) -> dict[str, Any]:
+    """Config entries of a head for the task: label names both ways and the kind of problem."""
+    if task.is_regression:
+        return {"num_labels": 1, "problem_type": "regression"}
+    return {
+        "id2label": dict(enumerate(task.label_names)),
+        "label2id": {name: number for number, name in enumerate(task.label_names)},
+        "problem_type": "single_label_classification",
+    }
+
+
+def ptp_head() -> dict[str, Any]:
+    """Config entries of the four-class head of PTP."""
+    return {"num_labels": NUM_PTP_LABELS, "problem_type": "single_label_classification"}
+
+
+def _inherited(config: BertConfig) -> dict[str, Any]:
+    """What a model of our class takes over from a plain BERT's configuration: sizes, vocabulary, activation."""
+    own = "model_type architectures num_hidden_layers id2label label2id dtype transformers_version _name_or_path"
+    return {name: value for name, value in config.to_dict().items() if name not in (*own.split(), "problem_type")}
+
+
+def _dropout_settings(dropout: float | None) -> dict[str, Any]:
+    if dropout is None:
+        return {}
+    return {
+        "hidden_dropout_prob": dropout,
+        "attention_probs_dropout_prob": dropout,
+        "classifier_dropout": dropout,
+    }
+
+
+def load_pretrained(model_class: Any, path: str, option: str, optional: tuple[str, ...] = (), **settings: Any) -> Any:
+    """A saved model in fp32. Weights whose names start with one of `optional` may be missing, and are then new.
+
+    Raises:
+        UserError: the weights cannot be read, or others are missing.
+    """
+    try:
+        model, report = model_class.from_pretrained(
+            path,
+            trust_remote_code=False,
+            use_safetensors=True,
+            dtype=torch.float32,
+            output_loading_info=True,
+            **settings,
+        )
+    except Exception as error:  # safetensors, hub and shape errors have no common base
+        raise UserError(
+            f"--{option} {path}: the weights cannot be read ({contract._first_line(error)}); get the model again"
+        ) from error
+    missing = sorted(name for name in report["missing_keys"] if not name.startswith(optional))
+    if missing:
+        raise UserError(
+            f"--{option} {path} lacks {len(missing)} weights, {missing[0]} among them; take a whole model of its kind"
+        )
+    return model.float()
+
+
+# -- What the engine trains in the distill stage -----------------------------------------------------------------------
+
+
+def layer_pairs(
+    layer_map: str | Sequence[tuple[int, int]], student_depth: int, teacher_depth: int
+) -> tuple[tuple[int, int], ...]:
+    """(student layer, teacher layer) pairs, 1-based, over effective depths; the last layers are not matched.
+
+    `skip` pairs (i, i * Lt / Ls) where that is whole and `last` pairs (i, Lt - Ls + i), both for i < Ls (Sun et al.
+    2019, Patient KD); a list is taken as it is.
+
+    Raises:
+        UserError: a layer that is not there, or `last` with a teacher shallower than the student.
+    """
+    if layer_map == "skip":
+        return tuple(
+            (i, i * teacher_depth // student_depth)
+            for i in range(1, student_depth)
+            if i * teacher_depth % student_depth == 0
+        )
+    if layer_map == "last":
+        if teacher_depth < student_depth:
+            raise UserError(
+                f"--layer_map last needs a teacher at least as deep as the student, but the teacher has "
+                f"{teacher_depth} layers and the student runs {student_depth}; use skip or a list"
+            )
+        return tuple((i, teacher_depth - student_depth + i) for i in range(1, student_depth))
+    assert not isinstance(layer_map, str)
+    for i, j in layer_map:
+        if not (1 <= int(i) <= student_depth and 1 <= int(j) <= teacher_depth):
+            raise UserError(
+                f"--layer_map pair {i}:{j} is out of range; the student runs layers 1 to {student_depth}, "
+                f"the teacher 1 to {teacher_depth}: choose pairs STUDENT:TEACHER within both"
+            )
+    return tuple(layer_map)
+
+
+class MatchedStudent(nn.Module):
+    """The student with what the hidden-state loss needs beside it; only `student` is exported.
+
+    Where hidden sizes differ, each pair has a trained projection Hs -> Ht.
+    """
+
+    def __init__(
+        self,
+        student: SPSBertForSequenceClassification,
+        pairs: Sequence[tuple[int, int]],
+        teacher_hidden: int,
+        hidden_loss: str,
+    ):
+        super().__init__()
+        self.student, self.pairs, self.hidden_loss = student, tuple(pairs), hidden_loss
+        width = student.config.hidden_size
+        self.projections = nn.ModuleList(nn.Linear(width, teacher_hidden) for _ in pairs if width != teacher_hidden)
+
+    def forward(self, **inputs: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Logits [B, C] and, for each pair, hidden states [B, Ht] (cls) or [1, T, Ht] (tokens), of packed inputs."""
+        logits, hidden = ask(self.student, inputs, [i for i, _ in self.pairs], self.hidden_loss)
+        if len(self.projections):
+            hidden = [project(states) for project, states in zip(self.projections, hidden, strict=True)]
+        return logits, hidden
+
+
+class Teacher(nn.Module):
+    """The frozen teacher, asked for no more than is read."""
+
+    def __init__(self, model: SPSBertForSequenceClassification):
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, layers: Sequence[int] = (), hidden_loss: str = "cls", logits: bool = True, **inputs: Any
+    ) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        """Logits [B, C], meaningless unless asked for, and states of `layers`, [B, H] (cls) or [1, T, H] (tokens)."""
+        return ask(self.model, inputs, layers, hidden_loss, logits)
+
+
+def ask(
+    model: SPSBertForSequenceClassification,
+    inputs: dict[str, Any],
+    layers: Sequence[int],
+    hidden_loss: str,
+    logits: bool = True,
+) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """Logits and states of the given effective layers, from 1, of packed inputs."""
+    take = Take(tuple(layers), hidden_loss == "tokens", logits)
+    output = model(**inputs, take=take)
+    return output.logits, [take.states[layer] for layer in layers]

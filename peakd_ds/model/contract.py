@@ -1,0 +1,182 @@
+"""TODO model.contract."""
+
+import re
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from transformers import (
+    AutoConfig,
+    AutoTokenizer,
+    BertConfig,
+    BertModel,
+    PreTrainedTokenizerBase,
+)
+
+from peakd_ds.config import RunConfig
+from peakd_ds.data.tasks import Task
+from peakd_ds.errors import UserError
+
+NEW_WITH_A_TASK = ("classifier.", "bert.pooler.", "pooler.")
+"""Weights that a pretrained encoder need not have."""
+
+
+@dataclass(frozen=True)
+class Pretrained:
+    """A BERT checkpoint as the user names it, before its weights are read."""
+
+    path: str
+    option: str
+    """The option that named it, for messages."""
+    config: BertConfig
+    is_classifier: bool
+
+
+def find_encoder(path: str, option: str) -> Pretrained:
+    """Look at a folder or hub id.
+
+    Raises:
+        UserError: nothing there, no weights in safetensors, not a BERT, or a classifier without its head.
+    """
+    folder, names = Path(path), set()
+    if folder.is_dir() and not any(folder.glob("*.safetensors")):
+        raise UserError(
+            f"--{option} {path} has no weights; the folder must hold model.safetensors beside config.json "
+            "(save the model again with save_pretrained)"
+        )
+    for file in folder.glob("*.safetensors"):
+        try:
+            with safe_open(file, framework="pt") as opened:
+                names |= set(opened.keys())
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{file} is not a whole safetensors file ({_first_line(error)}); get it again") from error
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # besides OSError and ValueError, a validation error of its own for each bad field
+        raise UserError(
+            f"--{option} {path} is neither a folder with config.json nor a model that the hub gives "
+            f"({_first_line(error)}); give a folder that save_pretrained wrote, or go online for a hub id"
+        ) from error
+    if config.model_type != "bert":
+        raise UserError(
+            f"--{option} {path} is a {config.model_type} model; it must be a bert, since the student "
+            "takes its layers and vocabulary from it: take a BERT"
+        )
+    if config.is_decoder or config.add_cross_attention:
+        raise UserError(f"--{option} {path} is a decoder by its config.json; take an encoder")
+    is_classifier = "BertForSequenceClassification" in (config.architectures or [])
+    if is_classifier and names and "classifier.weight" not in names:  # transformers would make up a random head
+        raise UserError(
+            f"--{option} {path} is a classifier by its config.json, but its weights hold no classifier.weight; get the "
+            "whole model, or set architectures in config.json to BertModel to have it fine-tuned"
+        )
+    if names:
+        _check_complete(config, names, f"--{option} {path}")
+    return Pretrained(path, option, config, is_classifier)
+
+
+def _check_complete(config: BertConfig, names: set[str], source: str) -> None:
+    """A student's source is read hours into a run, after the teacher was trained: look for its weights now."""
+    with torch.device("meta"):  # names only
+        expected = BertModel(config).state_dict().keys()
+    stored = {re.sub("gamma$", "weight", re.sub("beta$", "bias", name.removeprefix("bert."))) for name in names}
+    missing = [name for name in expected if name not in stored and not name.startswith(NEW_WITH_A_TASK)]
+    if missing:
+        raise UserError(f"{source} lacks {len(missing)} weights, {missing[0]} among them; get the whole model")
+
+
+def load_tokenizer(encoder: Pretrained) -> PreTrainedTokenizerBase:
+    """The encoder's own tokenizer. Raises UserError if there is none."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(encoder.path, trust_remote_code=False)
+        tokenizer.padding_side = "right"  # the hidden-state loss takes position 0 for [CLS]
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a folder without one
+            raise ValueError("no vocabulary in tokenizer.json or vocab.txt")
+        return tokenizer
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise UserError(
+            f"--{encoder.option} {encoder.path} has no tokenizer that can be read "
+            f"({_first_line(error)}); save it there with save_pretrained"
+        ) from error
+
+
+def check_contract(
+    config: RunConfig, task: Task, teacher: Pretrained, student_init: Pretrained, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """What teacher and student must share, checked before any engine starts.
+
+    Raises:
+        UserError: naming both sides, when vocabularies, label orders, token types, depths or lengths do not fit.
+    """
+    for side in {teacher.path: teacher, student_init.path: student_init}.values():
+        name = f"--{side.option} {side.path}"
+        if len(tokenizer) > side.config.vocab_size:
+            raise UserError(
+                f"the teacher's tokenizer has {len(tokenizer)} entries, but {name} embeds "
+                f"{side.config.vocab_size}; teacher and student must share one vocabulary: take the tokenizer that the "
+                "model was trained with"
+            )
+        if config.max_seq_length > side.config.max_position_embeddings:
+            raise UserError(
+                f"--max_seq_length {config.max_seq_length} is longer than the "
+                f"{side.config.max_position_embeddings} positions of {name}; "
+                f"set at most {side.config.max_position_embeddings}"
+            )
+        if len(task.text_columns) == 2 and side.config.type_vocab_size < 2:
+            raise UserError(
+                f"task {task.name} has sentence pairs, but {name} has {side.config.type_vocab_size} token "
+                "type; it would not see which sentence is which: take a BERT with 2"
+            )
+    if "token_type_ids" not in tokenizer.model_input_names:
+        raise UserError(
+            f"the tokenizer of --teacher {teacher.path} gives no token_type_ids, which BERT reads; "
+            "use the tokenizer the teacher was trained with"
+        )
+    if student_init.path != teacher.path and load_tokenizer(student_init).get_vocab() != tokenizer.get_vocab():
+        raise UserError(
+            f"--teacher {teacher.path} and --{student_init.option} {student_init.path} have different "
+            "vocabularies; take a student encoder with the teacher's tokenizer"
+        )
+    if teacher.is_classifier:
+        check_labels(task, teacher)
+    layers = config.init_layers or tuple(range(1, config.num_hidden_layers + 1))
+    if max(layers) > student_init.config.num_hidden_layers:
+        raise UserError(
+            f"layer {max(layers)} of --{student_init.option} {student_init.path} was asked for, which has "
+            f"{student_init.config.num_hidden_layers}; lower --num_hidden_layers or set --init_layers"
+        )
+
+
+def check_labels(task: Task, teacher: Pretrained) -> None:
+    """Raises UserError, naming both sides, where a classifier's labels or their order are not the task's."""
+    if task.is_regression != (teacher.config.num_labels == 1):
+        raise UserError(
+            f"--{teacher.option} {teacher.path} has {teacher.config.num_labels} label(s), task {task.name} needs "
+            f"{task.num_labels}; take a model of this task, or to train one an encoder without a head"
+        )
+    if task.is_regression:
+        return
+    names = _label_names(teacher)
+    fits = has_unnamed_labels(teacher) or tuple(name.lower() for name in names) == task.label_names
+    if len(names) != task.num_labels or not fits:
+        raise UserError(
+            f"--{teacher.option} {teacher.path} orders its labels {list(names)}, task {task.name} orders them "
+            f"{list(task.label_names)}; take a model of this task with this order "
+            "(or mend id2label in its config.json)"
+        )
+
+
+def has_unnamed_labels(teacher: Pretrained) -> bool:
+    """Whether a classifier calls its classes LABEL_0, LABEL_1, ...: their order can then not be checked."""
+    return all(name == f"LABEL_{number}" for number, name in enumerate(_label_names(teacher)))
+
+
+def _label_names(teacher: Pretrained) -> tuple[str, ...]:
+    id2label: dict[int, str] = teacher.config.id2label  # type: ignore[assignment]
+    return tuple(id2label[number] for number in sorted(id2label))
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else type(error).__name__

