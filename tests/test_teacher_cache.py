@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -29,7 +30,7 @@ from peakd_ds.ranks import dist
 from peakd_ds.run import Run, open_run
 from peakd_ds.teacher import cache as teacher_cache
 
-START = "from peakd_ds import teacher_cache; teacher_cache.PART_ROWS = 1; import peakd_ds.__main__"
+START = "from peakd_ds.teacher import cache; cache.PART_ROWS = 1; from peakd_ds.__main__ import main; main()"
 WORDS = "--task rte --num_hidden_layers 2 --layer_map 1:1,2:2,3:3 --global_batch_size 16 --log_steps 1 --lr 1e-3"
 
 
@@ -291,7 +292,7 @@ def test_auto_says_why(
 def lock_of(folder: Path, pid: int, host: str = socket.gethostname()) -> Path:
     folder.mkdir(parents=True)
     there = {"host": host, "pid": pid, "process_start": run_lock.process_start(pid), "token": "other"}
-    (folder / "lock.json").write_text(json.dumps(run_lock.describe_me() | there))
+    (folder / "lock.json").write_text(json.dumps(asdict(run_lock.this_start()) | there))
     return folder / "lock.json"
 
 
@@ -299,7 +300,7 @@ def test_a_dead_builder_s_lock_is_taken(argv: list[str], tmp_path: Path, single_
     dead = subprocess.Popen([sys.executable, "-c", ""])
     dead.wait()
     lock = lock_of(tmp_path / "cache" / "train", dead.pid)
-    monkeypatch.setattr(teacher_cache, "POLL_S", 0.0)
+    monkeypatch.setattr(run_lock, "POLL_S", 0.0)
     answers_of(opened(argv, tmp_path / "run"))
     assert not lock.exists() and not list(lock.parent.glob(".*"))
 
@@ -307,7 +308,7 @@ def test_a_dead_builder_s_lock_is_taken(argv: list[str], tmp_path: Path, single_
 def test_a_lock_that_another_start_has_taken_is_kept(argv: list[str], tmp_path: Path, single_rank: None) -> None:
     """A user may delete a lock, as the message says, while its start goes on."""
     lock = tmp_path / "cache" / "train" / "lock.json"
-    with teacher_cache._building(lock.parent, print):
+    with run_lock.waiting_for(lock, print):
         lock.unlink()
         (tmp_path / "cache" / "train").rmdir()
         lock_of(tmp_path / "cache" / "train", os.getpid())
@@ -318,7 +319,7 @@ def test_the_lock_of_this_job_s_earlier_start_is_taken(
     argv: list[str], tmp_path: Path, single_rank: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its host has died, and Slurm has begun the job anew on another."""
-    monkeypatch.setattr(teacher_cache, "POLL_S", 0.0)
+    monkeypatch.setattr(run_lock, "POLL_S", 0.0)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     lock = lock_of(tmp_path / "cache" / "train", 1, host="elsewhere")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")

@@ -13,13 +13,11 @@ stages, for later runs and for other nodes that see the folder. A killed build g
 N rows of the split, n of a part, B of a batch, C classes, L matched layers, H the teacher's hidden size.
 """
 
-import contextlib
 import hashlib
 import json
-import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,19 +29,17 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from peakd_ds.cluster.run_lock import describe_me, give_back, name_of, process_start, remove_dead, why_alive
+from peakd_ds.cluster import run_lock
 from peakd_ds.data.batches import NUM_SHARDS
 from peakd_ds.data.tokens import Split, tokenizer_digest
 from peakd_ds.errors import UserError
-from peakd_ds.files import create_file, sha256_of, whole_file, write_atomically
+from peakd_ds.files import sha256_of, whole_file, write_atomically
 from peakd_ds.ranks import dist, preempt
 from peakd_ds.ranks.device import to_device
 from peakd_ds.run import Run
 
 FORMAT = 3
 PART_ROWS = 128  # of a part, until there are 64; with fewer, forward passes cost little less
-POLL_S = 2.0
-SILENT_S = 1800.0  # a builder on another host touches its lock at every part; after so long it is taken for dead
 SPARE_BYTES = 64 * 2**20  # free space to leave, which checkpoints and exports also need
 
 Say = Callable[[str], None]
@@ -159,7 +155,7 @@ def open_answers(run: Run, split_name: str, split: Split, layers: Sequence[int],
 
     manifest, missing = dist.on_main(find)
     if missing:
-        with _building(folder, say):
+        with run_lock.waiting_for(folder / "lock.json", say):
             manifest, missing = dist.on_main(find)  # another start may have built them meanwhile
             if missing:
                 dist.on_main(
@@ -271,8 +267,7 @@ def _build(run: Run, folder: Path, manifest: dict[str, Any], split: Split, missi
             if part is not None:
                 _write_part(folder, part, tensors, _digest(manifest))
             if dist.is_main():
-                with contextlib.suppress(FileNotFoundError):  # deleted by a user, who was told that they may
-                    os.utime(folder / "lock.json")
+                run_lock.touch(folder / "lock.json")
 
         dist.agree(write)
         preempt.leave_if(preempt.stop_agreed())
@@ -374,60 +369,3 @@ def _open_parts(folder: Path, manifest: dict[str, Any], bounds: np.ndarray) -> l
             raise UserError(f"{file} has no row {absent[0] if absent else 'in its place'}; {remedy}")
         parts.append(tensors)
     return parts
-
-
-# -- One builder at a time ---------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def _building(folder: Path, say: Say) -> Iterator[None]:
-    """Hold the folder's lock (collective); while another start holds it, wait and say so."""
-    file, me = folder / "lock.json", describe_me()
-    has_told = False
-    while (owner := dist.on_main(lambda: _take(file, me))) is not None:
-        if not has_told:
-            say(f"teacher cache {folder} is being built by {owner}; waiting for it (if it is over, delete {file})")
-            has_told = True
-        preempt.leave_if(preempt.stop_agreed())
-        time.sleep(POLL_S)
-    try:
-        yield
-    finally:  # not a collective: one rank alone may have raised
-        if dist.is_main():
-            give_back(file, me["token"])
-
-
-def _take(file: Path, me: dict[str, Any]) -> str | None:
-    """Take the lock: None if it is ours now, else who has it. A dead owner's lock is put aside first."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    return None if create_file(file, json.dumps(me)) else _owner_or_remove(file, me)
-
-
-def _owner_or_remove(file: Path, me: dict[str, Any]) -> str:
-    """Who holds the lock; that of an owner who is over is removed, and taken at the next try.
-
-    A builder on another host is believed while it touches its lock, unless it was an earlier start of this job: only
-    then is Slurm asked.
-    """
-    try:
-        text, silent_s = file.read_text(), time.time() - file.stat().st_mtime
-        owner = json.loads(text)
-        name = name_of(owner)
-        if owner["host"] == me["host"]:
-            is_over = owner["process_start"] is None or owner["process_start"] != process_start(owner["pid"])
-        else:
-            is_of_this_job = me["job"] is not None and owner["job"] == me["job"]
-            is_over = (is_of_this_job or silent_s > SILENT_S) and why_alive(owner, me) is None
-    except FileNotFoundError:
-        return "a start that has just ended"
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is no lock of this program ({error}); delete it") from error
-    if is_over:
-        remove_dead(file, text)
-        return f"{name}, which is gone"
-    if owner["host"] != me["host"] and silent_s > SILENT_S:
-        raise UserError(
-            f"{file} is held by {name}, but nothing was built for {silent_s / 60:.0f} minutes; delete the file if that "
-            "is over, then start again"
-        )
-    return name
