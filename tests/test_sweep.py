@@ -1,4 +1,4 @@
-"""Grids and sweeps: what a grid file means, what is refused, and two real runs, one after the other."""
+"""Grids and sweeps: the elements of a grid file, wrong files and options, and two real runs one after the other."""
 
 import json
 import os
@@ -43,10 +43,10 @@ def grid_file(tmp_path: Path) -> Callable[[str], str]:
     return write
 
 
-# -- What a grid means -------------------------------------------------------------------------------------------------
+# -- Elements of a grid ------------------------------------------------------------------------------------------------
 
 
-def test_lists_multiply_and_the_last_varies_fastest(grid_file: Callable[[str], str]) -> None:
+def test_lists_are_multiplied_and_the_last_varies_fastest(grid_file: Callable[[str], str]) -> None:
     grid = read_grid(grid_file(GRID))
     assert [element.name for element in grid.elements] == [
         f"{task}/{method}/seed-{seed}" for task in ("rte", "mrpc") for method in ("pea-kd", "kd") for seed in (1, 2, 3)
@@ -76,7 +76,7 @@ def test_any_setting_may_be_a_list(grid_file: Callable[[str], str]) -> None:
     ]
 
 
-def test_names_in_braces_are_the_elements_own(grid_file: Callable[[str], str]) -> None:
+def test_names_in_braces_are_replaced_by_the_elements_values(grid_file: Callable[[str], str]) -> None:
     text = GRID.replace("encoder", "'{run_dir}/{task}/{method}/s{seed}'")
     for element in read_grid(grid_file(text), ["--data_dir", "data/{task}"]).elements:
         task, method, seed = element.name.split("/")
@@ -141,7 +141,7 @@ def test_the_papers_recipes_fit_each_other() -> None:
         assert element.config.method == element.name.split("/")[1]
 
 
-# -- What is refused ---------------------------------------------------------------------------------------------------
+# -- Wrong files and options -------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -158,13 +158,16 @@ def test_the_papers_recipes_fit_each_other() -> None:
         (GRID.replace("[1, 2, 3]", "7"), ["seed under grid is 7; write a list"]),
         (GRID.replace("[1, 2, 3]", "[]"), ["seed under grid is []; write a list"]),
         (GRID.replace("[1, 2, 3]", "[1, -1]"), ["seed -1: --seed -1 is outside its range"]),
-        (GRID + "seed: 7\n", ["seed stands under grid and beside it"]),
+        (GRID + "seed: 7\n", ["seed is both under grid and beside it"]),
         (GRID + "sharing: cycle\n", ["sharing follows from method"]),
         (GRID + "alpha: 0\n", ["--alpha 0 and --beta 0 make it finetune", "set them above 0"]),
         (GRID + "temperature: 0\n", ["--temperature 0.0 is outside its range > 0"]),
         (GRID + "dry_run: true\n", ["--dry_run trains nothing", "--list"]),
         (GRID + "  save_steps: [1, 2]\n", ["save_steps does not change a run's result", "beside grid"]),
-        (GRID.replace("encoder", "'{tsk}/encoder'"), ["{tsk} in --teacher={tsk}/encoder is no setting", "mean task?"]),
+        (
+            GRID.replace("encoder", "'{tsk}/encoder'"),
+            ["{tsk} in --teacher={tsk}/encoder is not a setting", "task?"],
+        ),
         (GRID.replace("runs/x", "'runs/{task}'"), ["--run_dir runs/{task} is the one folder for all elements"]),
         (GRID.replace("run_dir: runs/x", ""), ["--run_dir is missing"]),
         (GRID.replace("teacher: encoder", ""), ["--teacher is missing"]),
@@ -226,7 +229,7 @@ def test_the_program_ends_with_code_2_and_one_line(tmp_path: Path, env: dict[str
 
 @pytest.fixture
 def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """An sbatch that leaves its words in a file, NUL after each."""
+    """A stand-in for sbatch that writes its arguments to a file, NUL after each."""
     script = tmp_path / "bin" / "sbatch"
     script.parent.mkdir()
     script.write_text(f'#!/bin/sh\nprintf "%s\\0" "$@" > {shlex.quote(str(tmp_path / "words"))}\nexit 3\n')
@@ -239,7 +242,7 @@ def sbatch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def finish(element_config: RunConfig) -> None:
-    """Leave what a finished run leaves, as far as `state` looks."""
+    """Write the files of a finished run that `state` reads."""
     from peakd_ds.command_line import to_yaml
 
     folder = Path(element_config.run_dir)
@@ -248,7 +251,7 @@ def finish(element_config: RunConfig) -> None:
     (folder / "results.json").write_text(json.dumps({"student": {}, "settings": {"stages": ["distill"]}}))
 
 
-def test_the_array_is_what_is_not_finished(grid_file: Callable[[str], str], tmp_path: Path, sbatch: Path) -> None:
+def test_the_array_has_the_unfinished_elements(grid_file: Callable[[str], str], tmp_path: Path, sbatch: Path) -> None:
     runs = tmp_path / "my runs"
     file = grid_file(GRID.replace("runs/x", f"'{runs}'"))
     words = ["--lr", "1e-4", "--at_once", "4", "--submit", "--nodes=2", "--comment", "a b; $(c)"]
@@ -280,7 +283,7 @@ def test_an_element_of_the_array_gets_its_options(
     assert parse(words).run_dir == f"{tmp_path}/my runs/rte/kd/seed-2" and parse(words).data_dir == "a b"
 
 
-def test_without_sbatch_it_says_so(
+def test_a_missing_sbatch_is_refused(
     grid_file: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, sbatch: Path
 ) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
@@ -295,8 +298,8 @@ def test_without_sbatch_it_says_so(
         )
 
 
-def test_an_element_is_named_to_slurm_by_its_index(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The job number of an array's last element stands for the whole array too."""
+def test_the_job_name_of_an_element_has_its_index(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The job number of an array's last element is also the number of the array."""
     for name in ("SLURM_JOB_ID", "SLURM_ARRAY_JOB_ID", "SLURM_ARRAY_TASK_ID"):
         monkeypatch.delenv(name, raising=False)
     assert job_name() is None
@@ -308,7 +311,7 @@ def test_an_element_is_named_to_slurm_by_its_index(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_array_has_the_options_of_a_single_job() -> None:
-    """sbatch reads them from the script that is submitted alone; only the output's name differs."""
+    """sbatch reads options only from the submitted script; the two scripts differ only in the name of the output."""
     headers = []
     for name in ("sweep.sh", "distill.sh"):
         lines = (ROOT / "slurm" / name).read_text().splitlines()
@@ -341,7 +344,7 @@ def test_a_run_with_other_settings_does_not_count_as_finished(
 def test_two_elements_one_of_which_fails_first(
     grid_file: Callable[[str], str], tmp_path: Path, tiny_teacher: Callable[[str], Path], env: dict[str, str]
 ) -> None:
-    """rte's data come late: sst2 runs all the same, the summary names rte, and the second start runs only that."""
+    """The data of rte are missing at first: sst2 runs all the same, and the second start runs only rte."""
     data, runs = tmp_path / "data", tmp_path / "runs"
     for task in ("sst2", "rte"):
         tiny_teacher(task)
@@ -389,11 +392,11 @@ def test_two_elements_one_of_which_fails_first(
 def test_a_stopped_sweep_leaves_no_process(
     grid_file: Callable[[str], str], tmp_path: Path, env: dict[str, str]
 ) -> None:
-    """The launcher's place is taken by a shell with a child, as the launcher has ranks."""
+    """A shell with a child stands in for the launcher with its ranks."""
     file, pids = grid_file(GRID.replace("runs/x", str(tmp_path / "runs"))), tmp_path / "pids"
     shell = f"sleep 600 & echo $! $$ > {shlex.quote(str(pids))}.new; mv {shlex.quote(str(pids))}.new {pids}; wait"
     program = (
-        "from peakd_ds import sweep\n"
+        "from peakd_ds.programs import scripts, sweep\n"
         f"sweep._command = lambda *_: ['sh', '-c', {shell!r}]\n"
         f"sweep.main(scripts.sweep_options(['--grid', {file!r}]))\n"
     )

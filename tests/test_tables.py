@@ -1,4 +1,4 @@
-"""peakd-report: what is averaged with what, what is listed instead, and the three files."""
+"""peakd-report: which runs are averaged, which are listed instead, and the three files that it writes."""
 
 import csv
 import json
@@ -24,7 +24,7 @@ MakeRun = Callable[..., Path]
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> MakeRun:
-    """`make_run("rte/kd/seed-1", lr=1e-4)` leaves what a finished run leaves; `data` is the digest of its rows."""
+    """`make_run("rte/kd/seed-1", lr=1e-4)` writes the files of a finished run; `data` is the digest of its rows."""
 
     def make(name: str, data: str = "aa", metrics: dict[str, float] | None = None, **settings: Any) -> Path:
         task, _, seed = name.split("/")
@@ -63,13 +63,13 @@ def edit(folder: Path, change: Callable[[dict[str, Any]], Any]) -> None:
     (folder / "results.json").write_text(json.dumps(results))
 
 
-def ask_for(runs: Path, names: list[str], grid: str = "grid") -> None:
+def plan_runs(runs: Path, names: list[str], grid: str = "grid") -> None:
     (runs / "grids").mkdir(parents=True, exist_ok=True)
     (runs / "grids" / f"{grid}.json").write_text(json.dumps(names))
 
 
 def written(runs: Path, *words: str) -> tuple[str, list[dict[str, str]]]:
-    """The Markdown, and the lines of the CSV."""
+    """The Markdown and the lines of the CSV that peakd-report writes."""
     tables.main(scripts.report_options([str(runs), *words]))
     return (runs / "report.md").read_text(), list(csv.DictReader((runs / "report.csv").open()))
 
@@ -107,7 +107,7 @@ def test_every_metric_of_every_task(make_run: MakeRun, runs: Path) -> None:
     assert header[4:7] == ["matthews_correlation", "accuracy", "accuracy_mismatched"]
 
 
-def test_other_settings_stand_in_rows_of_their_own(make_run: MakeRun, runs: Path) -> None:
+def test_other_settings_get_rows_of_their_own(make_run: MakeRun, runs: Path) -> None:
     for seed in (1, 2):
         make_run(f"rte/a/seed-{seed}")
         make_run(f"rte/b/seed-{seed}", lr=5e-5, dropout=0.0)
@@ -119,7 +119,7 @@ def test_other_settings_stand_in_rows_of_their_own(make_run: MakeRun, runs: Path
     assert "| lr=5e-05, dropout=0.0" in text
 
 
-def test_other_data_stand_in_rows_of_their_own(make_run: MakeRun, runs: Path) -> None:
+def test_other_data_gets_rows_of_its_own(make_run: MakeRun, runs: Path) -> None:
     make_run("rte/a/seed-1")
     make_run("rte/a/seed-2", data="bb")
     assert {line["settings"] for line in written(runs)[1]} == {
@@ -137,7 +137,7 @@ def test_settings_that_do_not_change_the_result_do_not_matter(make_run: MakeRun,
 
 
 def test_the_teacher_of_one_seed_serves_all(make_run: MakeRun, runs: Path) -> None:
-    """Also the run whose own seed it is."""
+    """The run with the teacher's own seed is in the same row as the others."""
     for seed in (1, 2, 3):
         make_run(f"rte/a/seed-{seed}", teacher="runs/rte/teacher/seed-2/teacher")
         make_run(f"rte/b/seed-{seed}", teacher=f"runs/rte/teacher/seed-{seed}/teacher", lr=1e-4)
@@ -156,7 +156,7 @@ def test_a_teacher_for_each_seed_is_one_setting(make_run: MakeRun, runs: Path) -
     ]
 
 
-def test_the_same_run_twice_is_refused_and_the_same_folder_is_not(make_run: MakeRun, runs: Path) -> None:
+def test_two_equal_runs_are_refused_but_a_folder_may_be_given_twice(make_run: MakeRun, runs: Path) -> None:
     make_run("rte/a/seed-1")
     tables.main(scripts.report_options([str(runs), str(runs / "rte"), str(runs / "rte" / "a" / "seed-1")]))
     make_run("rte/b/seed-1")
@@ -177,7 +177,7 @@ def test_runs_of_the_teacher_stage_alone(make_run: MakeRun, runs: Path) -> None:
         ("kd", "0.61", "1"),
         ("teacher", "0.7", "1"),
     ]
-    assert "- " + tables._shown(runs / "rte/teacher/seed-2") + ": unfinished (stages teacher ran" in text
+    assert "- " + tables._relative(runs / "rte/teacher/seed-2") + ": unfinished (stages teacher ran" in text
 
 
 # -- What is not in the table ------------------------------------------------------------------------------------------
@@ -185,7 +185,7 @@ def test_runs_of_the_teacher_stage_alone(make_run: MakeRun, runs: Path) -> None:
 
 def test_missing_unfinished_failed_and_damaged_runs_are_listed(make_run: MakeRun, runs: Path) -> None:
     names = [f"rte/kd/seed-{seed}" for seed in (1, 2, 3)]
-    ask_for(runs, [*names, *(f"rte/kd/seed-{seed}" for seed in (4, 5, 6))])
+    plan_runs(runs, [*names, *(f"rte/kd/seed-{seed}" for seed in (4, 5, 6))])
     for name in names:
         make_run(name)
     (runs / "rte/kd/seed-2/results.json").unlink()
@@ -207,7 +207,7 @@ def test_missing_unfinished_failed_and_damaged_runs_are_listed(make_run: MakeRun
 
 
 def test_results_of_a_run_whose_last_start_failed_do_not_count(make_run: MakeRun, runs: Path) -> None:
-    """They may be of other settings than the grid has now."""
+    """Its settings may not be those that the grid has now."""
     make_run("rte/kd/seed-1")
     make_run("rte/kd/seed-2")
     (runs / "rte/kd/seed-2.failed").write_text("exit code 2: --run_dir holds a run with other settings\n")
@@ -215,9 +215,9 @@ def test_results_of_a_run_whose_last_start_failed_do_not_count(make_run: MakeRun
     assert line["seeds"] == "1" and "seed-2: failed: exit code 2: --run_dir holds" in text
 
 
-def test_how_a_run_ended_on_a_cluster_is_told(make_run: MakeRun, runs: Path) -> None:
-    """The folders that slurm/distill.sh leaves for each start of a run."""
-    ask_for(runs, [f"rte/kd/seed-{seed}" for seed in (1, 2, 3, 4)])
+def test_a_failure_on_a_cluster_is_listed(make_run: MakeRun, runs: Path) -> None:
+    """Starts of a run as slurm/distill.sh records them."""
+    plan_runs(runs, [f"rte/kd/seed-{seed}" for seed in (1, 2, 3, 4)])
     for seed, how in ((1, "finished"), (2, "refused"), (3, "stopped")):
         start = (make_run(f"rte/kd/seed-{seed}") if seed < 3 else runs / f"rte/kd/seed-{seed}") / "logs" / "7_0-0"
         start.mkdir(parents=True)
@@ -234,8 +234,8 @@ def test_how_a_run_ended_on_a_cluster_is_told(make_run: MakeRun, runs: Path) -> 
     ]
 
 
-def test_a_failed_start_before_the_results_is_history(make_run: MakeRun, runs: Path) -> None:
-    """A second start of a running job is refused, and the first one finishes; whatever the files' own times say."""
+def test_a_failed_start_before_the_results_does_not_count(make_run: MakeRun, runs: Path) -> None:
+    """A second start of a running job is refused and the first one finishes. The times in the files decide, not theirs."""
     for seed, began, counts in ((1, 90.0, True), (2, 110.0, False)):
         folder = make_run(f"rte/kd/seed-{seed}")
         edit(folder, lambda results: results.update(at=100.0))
@@ -248,16 +248,16 @@ def test_a_failed_start_before_the_results_is_history(make_run: MakeRun, runs: P
         assert any(f"seed-{seed}: failed: in use" in line for line in listed) != counts
 
 
-def test_seeds_that_a_grid_no_longer_asks_for(make_run: MakeRun, runs: Path) -> None:
+def test_seeds_that_a_grid_no_longer_has(make_run: MakeRun, runs: Path) -> None:
     for seed in (1, 2, 3):
         make_run(f"rte/kd/seed-{seed}")
-    ask_for(runs, ["rte/kd/seed-3", "rte/kd/seed-4"])
+    plan_runs(runs, ["rte/kd/seed-3", "rte/kd/seed-4"])
     (line,) = written(runs)[1]
     assert (line["n"], line["asked"]) == ("3", "4")
 
 
 def test_a_part_of_a_sweep_knows_its_grid(make_run: MakeRun, runs: Path) -> None:
-    ask_for(runs, ["rte/kd/seed-1", "rte/kd/seed-2", "sst2/kd/seed-1"])
+    plan_runs(runs, ["rte/kd/seed-1", "rte/kd/seed-2", "sst2/kd/seed-1"])
     make_run("rte/kd/seed-1")
     tables.main(scripts.report_options([str(runs / "rte")]))
     text = (runs / "rte" / "report.md").read_text()
@@ -266,13 +266,13 @@ def test_a_part_of_a_sweep_knows_its_grid(make_run: MakeRun, runs: Path) -> None
 
 def test_rows_follow_the_grid(make_run: MakeRun, runs: Path) -> None:
     names = [f"{task}/{method}/seed-1" for task in ("sst2", "rte") for method in ("pkd", "kd")]
-    ask_for(runs, names)
+    plan_runs(runs, names)
     for name in names:
         make_run(name, beta=float(name.split("/")[1] == "pkd"))
     assert [f"{line['task']}/{line['method']}/seed-1" for line in written(runs)[1]] == names
 
 
-def test_optimistic_figures_are_named(make_run: MakeRun, runs: Path) -> None:
+def test_optimistic_scores_are_marked(make_run: MakeRun, runs: Path) -> None:
     make_run("rte/kd/seed-1", select_on="dev")
     assert "optimistic" in written(runs)[0]
 
@@ -281,7 +281,7 @@ def test_optimistic_figures_are_named(make_run: MakeRun, runs: Path) -> None:
 
 
 def test_what_holds_no_run_is_refused(make_run: MakeRun, runs: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="none is no folder"):
+    with pytest.raises(UserError, match="none is not a folder"):
         tables.main(scripts.report_options([str(tmp_path / "none")]))
     (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match=r"no run in .*empty; give a run folder"):
@@ -289,7 +289,7 @@ def test_what_holds_no_run_is_refused(make_run: MakeRun, runs: Path, tmp_path: P
     (make_run("rte/kd/seed-1") / "results.json").unlink()
     with pytest.raises(UserError, match=r"none of the 1 runs in .* is finished; start them again.*\(.*unfinished"):
         tables.main(scripts.report_options([str(runs)]))
-    ask_for(runs, [])
+    plan_runs(runs, [])
     (runs / "grids" / "grid.json").write_text("[")
     with pytest.raises(UserError, match=r"grid\.json is damaged .*delete it"):
         tables.main(scripts.report_options([str(runs)]))
@@ -300,13 +300,13 @@ def test_the_program_ends_with_code_2_and_one_line(tmp_path: Path, env: dict[str
     command = [str(Path(sys.executable).with_name("peakd-report")), str(tmp_path / "none")]
     done = subprocess.run(command, env=env, capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
-    assert re.fullmatch(r"peakd-report: error: \S+none is no folder; give .*\n", done.stderr)
+    assert re.fullmatch(r"peakd-report: error: \S+none is not a folder; give .*\n", done.stderr)
 
 
-# -- The picture -------------------------------------------------------------------------------------------------------
+# -- The figure -------------------------------------------------------------------------------------------------------
 
 
-def test_the_picture_shows_what_the_table_says(make_run: MakeRun, runs: Path, tmp_path: Path) -> None:
+def test_the_figure_shows_the_same_scores_as_the_table(make_run: MakeRun, runs: Path, tmp_path: Path) -> None:
     for seed in SCORES:
         make_run(f"rte/kd/seed-{seed}")
     make_run("sst2/kd/seed-1")

@@ -1,30 +1,31 @@
 """A grid: many runs from one YAML file, the product of the lists under `grid:`.
 
-    teacher: bert-base-uncased          # settings of every run, by the names of config.py
+    teacher: bert-base-uncased          # settings of every run, by their names in config/
     grid:
       task: [rte, mrpc]
       method: [pea-kd, kd]              # named as in results.json
       seed: [1, 2, 3]                   # 2 x 2 x 3 = 12 elements, the last list varying fastest
 
-An element's run folder is RUNS/TASK/METHOD/[NAME-VALUE/]seed-N. In any setting {task}, {seed} and the like stand for
-the element's own value, and {run_dir} for RUNS: `teacher: "{run_dir}/{task}/teacher/seed-42/teacher"`.
+An element's run folder is RUNS/TASK/METHOD/[NAME-VALUE/]seed-N. A setting may contain the name of another in braces,
+such as {task} or {seed}, which is replaced by the element's value, and {run_dir}, which is replaced by RUNS:
+`teacher: "{run_dir}/{task}/teacher/seed-42/teacher"`.
 """
 
 import itertools
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import yaml
 
 from peakd_ds.command_line import parse, read_yaml, suggest, to_word, to_words, to_yaml
-from peakd_ds.config import RESULT_NEUTRAL, RunConfig
+from peakd_ds.config import RESULT_NEUTRAL, SPECS, RunConfig
 from peakd_ds.data.tasks import get_task
 from peakd_ds.errors import UserError
 
 TEACHER_ONLY = "teacher"
-"""Takes a method's place where only the teacher stage runs: in folders and in tables."""
+"""The method, in folder names and tables, of a run of the teacher stage alone."""
 
 
 @dataclass(frozen=True)
@@ -40,12 +41,12 @@ class Element:
 
 @dataclass(frozen=True)
 class Grid:
-    """What a grid file asks for."""
+    """The runs that a grid file describes."""
 
     axes: dict[str, int]
     """Length of each list."""
     folder: str
-    """RUNS, which holds the elements' run folders."""
+    """RUNS, the parent of the elements' run folders."""
     elements: list[Element]
 
     def __str__(self) -> str:
@@ -54,13 +55,13 @@ class Grid:
 
 
 def methods() -> dict[str, dict[str, Any]]:
-    """The switches of every method, by the name that `RunConfig.method` gives it.
+    """The switches of every method, by its name in `RunConfig.method`.
 
     A name is "pea-kd" or [SHARING+][ptp+]OBJECTIVE: "pkd", "kd", "finetune", "sps+pkd" (SPS alone), "ptp+pkd" (PTP
     alone), "cycle+ptp+kd", "sps-shuffle_qk+pkd" (SPS without the exchange).
     """
     objectives: list[dict[str, Any]] = [{}, {"beta": 0}, {"alpha": 0, "beta": 0}]  # pkd, kd, finetune
-    sharings = next(spec.metadata["choices"] for spec in fields(RunConfig) if spec.name == "sharing")
+    sharings = SPECS["sharing"].metadata["choices"]
     named: dict[str, dict[str, Any]] = {}
     for ptp, weights, sharing, shuffle_qk in itertools.product(
         (True, False), objectives, sharings, (None, True, False)
@@ -72,21 +73,21 @@ def methods() -> dict[str, dict[str, Any]]:
 
 
 def read_grid(file: str, overrides: Sequence[str] = ()) -> Grid:
-    """The elements of a grid file, each checked as train.py checks its command line.
+    """Read a grid file and check each element as train.py checks its command line.
 
     Args:
-        overrides: options of train.py that hold for every element and win over the file.
+        overrides: Options of train.py for every element; they win over the file.
 
     Raises:
-        UserError: what cannot be read, an unknown name, a value out of range, or two elements that are the same run.
+        UserError: a file that cannot be read, an unknown name, a value out of range, or an element that is there twice.
     """
     source = f"--grid {file}"
     settings = read_yaml(source, file)
-    axes = _axes(source, settings.pop("grid", None))
+    axes = _checked_axes(source, settings.pop("grid", None))
     for name in axes:
         if name in settings:
-            raise UserError(f"{source}: {name} stands under grid and beside it; drop one")
-        if _sets(overrides, name):
+            raise UserError(f"{source}: {name} is both under grid and beside it; drop one")
+        if _is_set(overrides, name):
             raise UserError(f"--{name} is a list of {source}, so it cannot be set for all elements; change it there")
     shared_method = settings.pop("method", None)
     elements: list[Element] = []
@@ -94,7 +95,7 @@ def read_grid(file: str, overrides: Sequence[str] = ()) -> Grid:
         chosen = dict(zip(axes, values, strict=True))
         where = f"{source}: " + ", ".join(f"{name} {to_word(value)}" for name, value in chosen.items())
         method = chosen.pop("method", shared_method)
-        switches = _switches(source, method, settings, overrides)
+        switches = _method_switches(source, method, settings, overrides)
         words = [*to_words(source, {**settings, **chosen}), *overrides, *to_words(source, switches)]
         elements.append(_element(where, words, method, chosen))
     _check_distinct(source, elements)
@@ -102,10 +103,11 @@ def read_grid(file: str, overrides: Sequence[str] = ()) -> Grid:
     return Grid({name: len(values) for name, values in axes.items()}, folders.pop(), elements)
 
 
-def _axes(source: str, axes: Any) -> dict[str, list[Any]]:
+def _checked_axes(source: str, axes: object) -> dict[str, list[Any]]:
+    """The lists under `grid:`. Raises UserError for an unknown name, or a list that is empty or repeats a value."""
     if not isinstance(axes, dict) or not axes:
         raise UserError(f"{source} has no lists to multiply; add them below a line 'grid:', such as 'seed: [1, 2, 3]'")
-    names = ["method", *(spec.name for spec in fields(RunConfig) if spec.name not in RESULT_NEUTRAL)]
+    names = ["method", *(name for name in SPECS if name not in RESULT_NEUTRAL)]
     for name, values in axes.items():
         if name in RESULT_NEUTRAL:
             raise UserError(
@@ -122,26 +124,37 @@ def _axes(source: str, axes: Any) -> dict[str, list[Any]]:
     return axes
 
 
-def _switches(source: str, method: Any, settings: Mapping[Any, Any], overrides: Sequence[str]) -> dict[str, Any]:
-    """The method's switches, of which the exclusive ones may not be set for all elements too."""
+def _method_switches(
+    source: str, method: object, settings: Mapping[Any, Any], overrides: Sequence[str]
+) -> dict[str, Any]:
+    """The method's switches. Raises UserError for an unknown method, or for a switch that is also set on its own."""
     if method is None:
         return {}
     known = methods()
     if method not in known:
         raise UserError(f"{source}: unknown method {method!r}{suggest(str(method), list(known))}")
     for name in ("sharing", "shuffle_qk", "ptp"):
-        if name in settings or _sets(overrides, name):
+        if name in settings or _is_set(overrides, name):
             raise UserError(f"{source}: {name} follows from method, so it cannot be set beside it; drop one")
     return known[method]
 
 
-def _sets(words: Sequence[str], name: str) -> bool:
-    """Whether a command line sets that setting."""
+def _is_set(words: Sequence[str], name: str) -> bool:
+    """Whether the command-line words set the setting `name`."""
     return any(re.fullmatch(rf"--(no_)?{name}(=.*)?", word, re.DOTALL) for word in words)
 
 
 def _element(where: str, words: list[str], method: str | None, chosen: Mapping[str, Any]) -> Element:
-    """The element of these words, in a folder named after the settings that they give."""
+    """The element with these command-line words, in a run folder named after its settings.
+
+    Args:
+        where: Begins every message: the grid file and the element's values.
+        method: Its name in the grid file; None if the file has none.
+        chosen: The element's values of the other lists.
+
+    Raises:
+        UserError: words that train.py would refuse, or that contradict the method.
+    """
     try:
         config = parse(words)
         if config.dry_run:
@@ -158,7 +171,7 @@ def _element(where: str, words: list[str], method: str | None, chosen: Mapping[s
         others = [f"{name}-{to_word(value)}" for name, value in chosen.items() if name not in ("task", "seed")]
         parts = [get_task(config.task).name, method or config.method, *others, f"seed-{config.seed}"]
         name = "/".join(re.sub(r"[^\w.,:+-]+", "_", part, flags=re.ASCII) for part in parts)
-        values = {spec.name: getattr(config, spec.name) for spec in fields(config)} | {"method": method}
+        values = {name: getattr(config, name) for name in SPECS} | {"method": method}
         given = yaml.safe_load(to_yaml(config)) | {"run_dir": f"{config.run_dir.rstrip('/')}/{name}"}
         defaults = yaml.safe_load(to_yaml(RunConfig()))
         words = to_words(where, {name: value for name, value in given.items() if value != defaults.get(name)})
@@ -169,22 +182,22 @@ def _element(where: str, words: list[str], method: str | None, chosen: Mapping[s
 
 
 def _fill_in(word: str, values: Mapping[str, Any]) -> str:
-    """The word with every {name} replaced by the element's value."""
+    """The word with every {name} replaced by the element's value. Raises UserError if `name` is not a setting."""
 
-    def value_of(match: re.Match) -> str:
+    def value_of(match: re.Match[str]) -> str:
         if match[1] not in values:
-            raise UserError(f"{match[0]} in {word} is no setting{suggest(match[1], list(values))}")
+            raise UserError(f"{match[0]} in {word} is not a setting{suggest(match[1], list(values))}")
         return to_word(values[match[1]])
 
     return re.sub(r"\{(\w+)\}", value_of, word)
 
 
 def _check_distinct(source: str, elements: Sequence[Element]) -> None:
-    """No two elements are the same run or share a folder; PTP does nothing for a task with scores."""
+    """Raise UserError if two elements are the same run or have the same folder."""
     seen: dict[str, Element] = {}
     for element in elements:
         config = element.config
-        acts = replace(config, ptp=config.ptp and not get_task(config.task).is_regression, run_dir="")
-        for key in (element.name, to_yaml(acts)):
+        effective = replace(config, ptp=config.runs_ptp(get_task(config.task).is_regression), run_dir="")
+        for key in (element.name, to_yaml(effective)):
             if seen.setdefault(key, element) is not element:
                 raise UserError(f"{source}: {seen[key].name} and {element.name} would be the same run; drop one")

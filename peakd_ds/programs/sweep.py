@@ -1,10 +1,10 @@
-"""A sweep: the elements of a grid one after another on this machine, or as an array job of Slurm.
+"""peakd-sweep: run the elements of a grid one after another on this machine, or submit them as an array job of Slurm.
 
     peakd-sweep --grid GRID.yaml [options of train.py for every element]
     peakd-sweep --grid GRID.yaml --submit --nodes=2
 
-Started again, a sweep runs what is not finished yet. An element that fails does not stop the others; which ones failed,
-and why, comes last. `tables.py` (peakd-report) makes a table of their results.
+Started again, a sweep runs the elements that are not finished. An element that fails does not stop the others; the
+summary at the end names it and the reason. peakd-report makes a table of the results.
 """
 
 import argparse
@@ -35,16 +35,17 @@ from peakd_ds.programs.grid import Element, Grid, read_grid
 
 TRAIN = Path(peakd_ds.__file__).with_name("train.py")
 ARRAY_SCRIPT = Path("slurm/sweep.sh")
-KILL_AFTER = 60  # seconds that a run which was told to stop has to save and end
+KILL_AFTER_S = 60
+"""Time for a run to save and end after SIGTERM, before it is killed."""
 
 
 def main(args: argparse.Namespace) -> int:
-    """Do what the options say and return the exit code: 1 if an element has failed."""
+    """List, run or submit the elements. Returns the exit code: 1 if an element failed, with --submit sbatch's own."""
     overrides = args.overrides
     grid = read_grid(args.grid, overrides)
     if args.options is not None:
         element = _element_at(grid, args.options)
-        record(args.grid, grid)
+        record_grid(args.grid, grid)
         print(*element.words, sep="\0", end="\0")
         return 0
     print(f"{args.grid}: {grid}", flush=True)
@@ -52,21 +53,21 @@ def main(args: argparse.Namespace) -> int:
         print("\n".join(f"{n}\t{element.name}\t{state(element)}" for n, element in enumerate(grid.elements)))
         return 0
     chosen = list(range(len(grid.elements))) if args.index is None else [args.index]
-    waiting = [number for number in chosen if state(_element_at(grid, number)) != "finished"]
-    if len(waiting) < len(chosen):
-        print(f"finished already: {len(chosen) - len(waiting)}", flush=True)
-    if not waiting:
+    unfinished = [number for number in chosen if state(_element_at(grid, number)) != "finished"]
+    if len(unfinished) < len(chosen):
+        print(f"finished already: {len(chosen) - len(unfinished)}", flush=True)
+    if not unfinished:
         return 0
     if args.submit is not None:
-        return submit(args.grid, grid, waiting, args.at_once, args.submit, overrides)
-    record(args.grid, grid)
-    return run_all([grid.elements[number] for number in waiting], args.ranks)
+        return submit(args.grid, grid, unfinished, args.at_once, args.submit, overrides)
+    record_grid(args.grid, grid)
+    return run_all([grid.elements[number] for number in unfinished], args.ranks)
 
 
 def run_all(elements: Sequence[Element], num_ranks: int | None) -> int:
-    """Run them one after another, print a summary, return the exit code."""
+    """Run the elements one after another and print a summary. Returns the exit code: 1 if one failed."""
     failed: list[str] = []
-    with _stopped_by_sigterm():
+    with _exit_on_sigterm():
         for number, element in enumerate(elements, start=1):
             print(f"[{number}/{len(elements)}] {element.name}: output in {_beside(element, 'log')}", flush=True)
             start = time.monotonic()
@@ -82,14 +83,14 @@ def run_all(elements: Sequence[Element], num_ranks: int | None) -> int:
 
 
 def run(element: Element, num_ranks: int | None) -> str | None:
-    """Run one element through the deepspeed launcher; why it failed, or None.
+    """Run one element with the deepspeed launcher. Returns why it failed, or None.
 
-    What it prints goes to RUN.log; after a failure RUN.failed holds the reason. Whether it has finished is told by its
-    results: the launcher's exit code is 0 even when a signal has killed it.
+    Its output goes to RUN.log, the reason of a failure to RUN.failed. A run counts as finished by its results, not by
+    its exit code: the launcher's is 0 even after a signal has killed it.
     """
-    log, mark = _beside(element, "log"), _beside(element, "failed")
+    log, failed = _beside(element, "log"), _beside(element, "failed")
     log.parent.mkdir(parents=True, exist_ok=True)
-    mark.unlink(missing_ok=True)
+    failed.unlink(missing_ok=True)
     with log.open("ab") as output:
         start = output.tell()
         process = subprocess.Popen(
@@ -103,16 +104,16 @@ def run(element: Element, num_ranks: int | None) -> str | None:
     if state(element) == "finished":
         return None
     printed = log.read_bytes()[start:].decode(errors="replace")
-    reason = f"exit code {code}: {_cause(printed)}"
-    mark.write_text(reason + "\n")
+    reason = f"exit code {code}: {_cause_in(printed)}"
+    failed.write_text(reason + "\n")
     return reason
 
 
 def state(element: Element) -> str:
-    """One of: finished, unfinished, not started.
+    """`finished`, `unfinished` or `not started`.
 
-    A run with other settings in the element's folder is unfinished: started there, train.py refuses, and says what
-    differs.
+    A run with other settings in the element's folder counts as unfinished: train.py then refuses to start there and
+    names the difference.
     """
     folder, config = Path(element.config.run_dir), element.config
     if not (folder / "config.yaml").exists():
@@ -120,19 +121,19 @@ def state(element: Element) -> str:
     try:
         saved = (folder / "config.yaml").read_text()
         results = json.loads((folder / "results.json").read_text())
-        stages_over = results["student"] is not None or {*config.stages} <= {*results["settings"]["stages"]}
-        if config.dtype == "auto":  # config.yaml has what it was resolved to
+        is_complete = results["student"] is not None or {*config.stages} <= {*results["settings"]["stages"]}
+        if config.dtype == "auto":  # config.yaml has the dtype that auto stood for
             config = replace(config, dtype=yaml.safe_load(saved)["dtype"])
-        return "finished" if stages_over and not differences(config, saved) else "unfinished"
+        return "finished" if is_complete and not differences(config, saved) else "unfinished"
     except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
         return "unfinished"
 
 
-def record(grid_file: str, grid: Grid) -> None:
-    """Leave the names of the elements in RUNS/grids/, so that peakd-report can tell which are missing."""
+def record_grid(grid_file: str, grid: Grid) -> None:
+    """Write the names of the elements to RUNS/grids/, so that peakd-report can list those that are missing."""
     target = Path(grid.folder) / "grids" / f"{Path(grid_file).stem}.json"
     if Path(grid_file).resolve().parent == target.parent.resolve():
-        return  # a copy that `submit` made, and by then the grid was recorded
+        return  # the copy that `submit` made after it recorded the grid
     names = [element.name for element in grid.elements]
     write_atomically(target, json.dumps(names, indent=0) + "\n")
 
@@ -145,18 +146,26 @@ def submit(
     options: Sequence[str],
     words: Sequence[str],
 ) -> int:
-    """Submit these elements as one array job; sbatch's exit code.
+    """Submit elements as one array job. Returns sbatch's exit code.
 
-    The array reads a copy of the grid file, so that elements which still wait keep their numbers when it is edited.
+    The jobs read a copy of the grid file, so editing it does not change the numbers of elements that still wait.
+
+    Args:
+        numbers: The elements to submit.
+        at_once: Most elements that run at a time; None for no limit.
+        options: Options of sbatch.
+        words: Options of train.py for every element.
 
     Raises:
-        UserError: no sbatch, not in the repository's root, or an --array of the user's.
+        UserError: no sbatch on PATH, not in the repository's root, or `options` have an --array.
     """
     if any(re.match(r"(-a|--array)", option) for option in options):
-        raise UserError("--array follows from the grid; leave it out, and limit what runs at a time with --at_once")
+        raise UserError(
+            "--array follows from the grid; leave it out, and limit how many elements run at a time with --at_once"
+        )
     if not ARRAY_SCRIPT.exists():
         raise UserError(f"there is no {ARRAY_SCRIPT} here; go to the repository's root, where the jobs run")
-    record(grid_file, grid)
+    record_grid(grid_file, grid)
     content = Path(grid_file).read_bytes()
     stem = f"{Path(grid_file).stem}-{hashlib.sha256(content).hexdigest()[:8]}"
     copy = Path(grid.folder) / "grids" / f"{stem}.yaml"
@@ -178,7 +187,7 @@ def _element_at(grid: Grid, number: int) -> Element:
 
 
 def _command(element: Element, num_ranks: int | None) -> list[str]:
-    with socket.socket() as probe:  # ranks of two programs on one port would join each other's process group
+    with socket.socket() as probe:  # a free port: ranks of two programs on one port would join one process group
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--master_port", str(port)]
@@ -186,36 +195,36 @@ def _command(element: Element, num_ranks: int | None) -> list[str]:
     return [*launcher, *ranks, str(TRAIN), *element.words]
 
 
-def _stop(process: subprocess.Popen) -> None:
-    """End launcher and ranks, which are a process group of their own, and wait until they are gone."""
+def _stop(process: subprocess.Popen[bytes]) -> None:
+    """End the launcher and its ranks, which share a process group, and wait until they are gone."""
     for number in (signal.SIGTERM, signal.SIGKILL):
-        deadline = time.monotonic() + KILL_AFTER
+        deadline = time.monotonic() + KILL_AFTER_S
         try:
             os.killpg(process.pid, number)
             while time.monotonic() < deadline:
                 process.poll()
-                os.killpg(process.pid, 0)  # asks whether one of them is left
+                os.killpg(process.pid, 0)  # raises ProcessLookupError once all are gone
                 time.sleep(0.1)
         except ProcessLookupError:
             return
 
 
 @contextmanager
-def _stopped_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends the run that is under way, as Ctrl-C does."""
+def _exit_on_sigterm() -> Iterator[None]:
+    """SIGTERM raises SystemExit, so that it ends the current run as Ctrl-C does."""
 
-    def leave(number: int, frame: object) -> NoReturn:
+    def exit_program(number: int, frame: object) -> NoReturn:
         raise SystemExit(128 + number)
 
-    before = signal.signal(signal.SIGTERM, leave)
+    before = signal.signal(signal.SIGTERM, exit_program)
     try:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
 
 
-def _cause(printed: str) -> str:
-    """The line that says why: train.py's own, else the first exception's, else the last one."""
+def _cause_in(printed: str) -> str:
+    """The output's line that says why a run failed: train.py's error, else the first exception, else the last line."""
     lines = [line.strip() for line in printed.splitlines() if line.strip()]
     for pattern in (r"train\.py: error: ", r"(\[rank\d+\]: )?([\w.]+\.)?\w*(Error|Exception)\b.*: "):
         for line in lines:
@@ -225,12 +234,12 @@ def _cause(printed: str) -> str:
 
 
 def _beside(element: Element, suffix: str) -> Path:
-    """RUN.suffix: beside the run folder, which train.py makes only when all is right."""
+    """RUN.suffix: a file beside the run folder, which train.py creates only after its checks."""
     return Path(f"{element.config.run_dir}.{suffix}")
 
 
 def _ranges(numbers: Sequence[int]) -> str:
-    """[0, 1, 2, 5] as 0-2,5: what --array takes."""
+    """Numbers as sbatch's --array takes them: [0, 1, 2, 5] as 0-2,5."""
     groups: list[list[int]] = []
     for number in numbers:
         if groups and number == groups[-1][-1] + 1:

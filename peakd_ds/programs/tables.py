@@ -1,10 +1,10 @@
-"""A table of many runs: peakd-report gathers their results.json into means and standard deviations over seeds.
+"""peakd-report: means and standard deviations over seeds, from the results.json of many runs.
 
     peakd-report runs/paper [--out FOLDER]
 
-A row is a task, a method and one set of settings; only the seed differs within it. Runs with other settings, or on
-other rows of data, stand in rows of their own, which say what differs. Runs that are missing, unfinished or failed are
-listed below the table, and a row tells how many of the seeds that its grid asked for it has.
+A row of the table is a task, a method and one set of settings; its runs differ only in the seed. Runs with other
+settings, or on other rows of data, get rows of their own, and a column shows what differs. Runs that are missing,
+unfinished or failed are listed below the table, and a row shows how many of the seeds in its grid it has.
 """
 
 import argparse
@@ -25,23 +25,23 @@ from peakd_ds.errors import UserError
 from peakd_ds.files import write_atomically
 from peakd_ds.programs import scripts
 from peakd_ds.programs.grid import TEACHER_ONLY
-from peakd_ds.results import figures
+from peakd_ds.results import figures, markdown
 
 DEFAULTS = json.loads(json.dumps(asdict(RunConfig())))
-"""Stand for settings that results of an earlier version lack."""
+"""Values of settings that the results of an earlier version do not have."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a finished run says."""
+    """The result of a finished run."""
 
     folder: Path
     task: str
     method: str
-    """As the run says; "teacher" where only the teacher stage ran."""
+    """As in results.json; "teacher" where only the teacher stage ran."""
     seed: int
     settings: dict[str, Any]
-    """All that change the result, except the seed."""
+    """All settings that change the result, except the seed."""
     metrics: dict[str, float]
     teacher: float | None
     """The teacher's primary metric."""
@@ -52,15 +52,15 @@ class Result:
 
 @dataclass
 class Row:
-    """Runs that differ in their seed alone."""
+    """Runs that differ only in their seed."""
 
     task: str
     method: str
     settings: list[str]
-    """NAME=VALUE of what sets this row apart from others of the task and method."""
+    """NAME=VALUE of each setting in which the rows of this task and method differ."""
     results: list[Result]
-    num_asked: int
-    """Seeds that a grid asked for; 0 where no grid is known."""
+    num_planned: int
+    """Seeds in the grid; 0 if no grid is known."""
 
     def values(self, metric: str) -> list[float]:
         return [result.metrics[metric] for result in self.results]
@@ -69,51 +69,51 @@ class Row:
         return statistics.mean(self.values(metric))
 
     def deviation(self, metric: str) -> float | None:
-        """Of the sample (n - 1); None for one seed."""
+        """Standard deviation of the sample (n - 1); None for one seed."""
         return statistics.stdev(self.values(metric)) if len(self.results) > 1 else None
 
     @property
     def teacher(self) -> float | None:
-        """Mean of the runs' teachers, each counted as often as it was used."""
+        """Mean score of the runs' teachers, each counted as often as it was used; None if a run has no score."""
         scores = [result.teacher for result in self.results if result.teacher is not None]
         return statistics.mean(scores) if len(scores) == len(self.results) else None
 
     @property
     def seeds(self) -> str:
-        """How many runs, and of how many."""
-        is_whole = self.num_asked in (0, len(self.results))
-        return f"{len(self.results)}" + ("" if is_whole else f" of {self.num_asked}")
+        """The number of runs, and the number that the grid has if some are missing: "5", "3 of 5"."""
+        is_complete = self.num_planned in (0, len(self.results))
+        return f"{len(self.results)}" + ("" if is_complete else f" of {self.num_planned}")
 
 
 def gather(folders: Sequence[Path]) -> tuple[list[Row], list[str]]:
-    """Rows of all runs at or below the folders, and a line for each run that is in no row.
+    """Rows of the finished runs at or below the folders, and a line about each other run.
 
     Raises:
-        UserError: a folder that is not there, no run in any, or two runs that differ in nothing, not even the seed.
+        UserError: a folder does not exist, there is no run in any of them, or two runs do not differ even in the seed.
     """
-    asked = {path: None for folder in folders for path in _asked_for(folder)}
+    planned = {path: None for folder in folders for path in _planned_runs(folder)}
     found = {path: None for folder in folders for path in _run_folders(folder)}
     results, left_out = [], []
-    for path in {**asked, **found}:
+    for path in {**planned, **found}:
         try:
             results.append(read_result(path))
         except ValueError as error:
-            left_out.append(f"{_shown(path)}: {error}")
+            left_out.append(f"{_relative(path)}: {error}")
     if not results and not left_out:
         raise UserError(f"no run in {', '.join(map(str, folders))}; give a run folder, or a folder of run folders")
-    return _rows(results, set(asked)), left_out
+    return _rows(results, set(planned)), left_out
 
 
 def read_result(folder: Path) -> Result:
     """The result of a finished run.
 
     Raises:
-        ValueError: with what is the matter, for a run that is not finished or whose files are damaged.
+        ValueError: the run is missing, unfinished or failed, or its files are damaged; the message says which.
     """
     file = folder / "results.json"
-    reason = _why_failed(folder, file)
-    if reason is not None:
-        raise ValueError(f"failed: {' '.join(reason.split())}")
+    failure = _failure(folder, file)
+    if failure is not None:
+        raise ValueError(f"failed: {' '.join(failure.split())}")
     if not file.exists():
         raise ValueError("unfinished (no results.json)" if folder.exists() else "missing")
     try:
@@ -143,16 +143,15 @@ def read_result(folder: Path) -> Result:
         raise ValueError(f"damaged results.json ({type(error).__name__}: {error})") from error
 
 
-def markdown(rows: Sequence[Row], left_out: Sequence[str]) -> str:
-    """The table, and the runs that are not in it."""
+def to_markdown(rows: Sequence[Row], left_out: Sequence[str]) -> str:
+    """The table, an explanation of its columns, and the runs that are not in it."""
     metrics = _metrics_of(rows)
     has_settings = any(row.settings for row in rows)
     header = ["task", "method", *(["settings"] if has_settings else []), "seeds", *metrics, "teacher", "params"]
-    lines = [[*header, "layers (stored)"]]
-    lines.append(["---"] * len(lines[0]))
+    cells = []
     for row in rows:
         first = row.results[0]
-        lines.append(
+        cells.append(
             [
                 row.task,
                 row.method,
@@ -164,40 +163,36 @@ def markdown(rows: Sequence[Row], left_out: Sequence[str]) -> str:
                 f"{first.effective_layers} ({first.stored_layers})",
             ]
         )
-    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
-    text = ["| " + " | ".join(map(str.ljust, line, widths)) + " |" for line in lines]
-    text += ["", "Metrics are of the whole dev set: mean ± sample standard deviation (n - 1) over the seeds, - for one"]
-    text += ["seed. `teacher` is the mean of the main metric of the runs' teachers."]
+    lines = [markdown.table([*header, "layers (stored)"], cells, is_padded=True), ""]
+    lines += ["Metrics on all rows of the dev set: mean ± sample standard deviation (n - 1) over the seeds, or - for a"]
+    lines += ["single seed. `teacher` is the mean of the teachers' main metric."]
     if any(result.settings["select_on"] == "dev" for row in rows for result in row.results):
-        text += ["Runs with select_on dev picked their epochs on the dev set itself: their figures are optimistic."]
+        lines += ["Runs with select_on dev chose their best epoch on the dev set, so their scores are optimistic."]
     if left_out:
-        text += ["", f"Not in the table: {len(left_out)}", "", *(f"- {line}" for line in left_out)]
-    return "\n".join(text) + "\n"
+        lines += ["", f"Not in the table: {len(left_out)}", "", *(f"- {line}" for line in left_out)]
+    return "\n".join(lines) + "\n"
 
 
-def comma_separated(rows: Sequence[Row]) -> str:
-    """The table with a line for each metric, in full precision; std is empty for one seed."""
+def to_csv(rows: Sequence[Row]) -> str:
+    """A line for each row and metric, in full precision; std is empty for one seed."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow("task method settings metric mean std n asked seeds teacher params stored_layers layers".split())
     for row in rows:
         first, seeds = row.results[0], " ".join(str(result.seed) for result in row.results)
         for metric in first.metrics:
-            figures_of = [
-                metric,
-                row.mean(metric),
-                row.deviation(metric),
-                len(row.results),
-                row.num_asked or None,
-                seeds,
-            ]
+            scores = [metric, row.mean(metric), row.deviation(metric), len(row.results), row.num_planned or None, seeds]
             sizes = [first.params, first.stored_layers, first.effective_layers]
-            writer.writerow([row.task, row.method, ", ".join(row.settings), *figures_of, row.teacher, *sizes])
+            writer.writerow([row.task, row.method, ", ".join(row.settings), *scores, row.teacher, *sizes])
     return text.getvalue()
 
 
 def main(args: argparse.Namespace) -> None:
-    """Write report.md, report.csv and report.png, and print the first."""
+    """Write report.md, report.csv and report.png, and print the Markdown.
+
+    Raises:
+        UserError: as `gather`, or no run is finished.
+    """
     rows, left_out = gather(args.runs)
     if not rows:
         raise UserError(
@@ -205,19 +200,19 @@ def main(args: argparse.Namespace) -> None:
             f"start them again, or give other folders ({left_out[0]})"
         )
     out = args.out or args.runs[0]
-    table = markdown(rows, left_out)
-    write_atomically(out / "report.md", table)
-    write_atomically(out / "report.csv", comma_separated(rows))
+    text = to_markdown(rows, left_out)
+    write_atomically(out / "report.md", text)
+    write_atomically(out / "report.csv", to_csv(rows))
     figures.score_panels(_panels(rows), out / "report.png")
-    print(table)
+    print(text)
     print(f"report.md, report.csv and report.png are in {out}/")
 
 
 # -- Finding runs ------------------------------------------------------------------------------------------------------
 
 
-def _asked_for(folder: Path) -> Iterator[Path]:
-    """Run folders at or below `folder` that a sweep was asked for, in the grid's order."""
+def _planned_runs(folder: Path) -> Iterator[Path]:
+    """Run folders at or below `folder` that are in the grid of a sweep, in the grid's order."""
     root = folder.resolve()
     for runs in (root, *root.parents):
         for file in sorted((runs / "grids").glob("*.json")):
@@ -229,9 +224,9 @@ def _asked_for(folder: Path) -> Iterator[Path]:
 
 
 def _run_folders(folder: Path) -> Iterator[Path]:
-    """Folders at or below `folder` with a run in them."""
+    """Folders at or below `folder` that hold a run."""
     if not folder.is_dir():
-        raise UserError(f"{folder} is no folder; give a run folder, or a folder of run folders")
+        raise UserError(f"{folder} is not a folder; give a run folder, or a folder of run folders")
     for path, folders, files in os.walk(folder.resolve()):
         if {"config.yaml", "results.json"} & {*files}:
             yield Path(path)
@@ -239,33 +234,38 @@ def _run_folders(folder: Path) -> Iterator[Path]:
         folders[:] = sorted(name for name in folders if not name.startswith("."))
 
 
-def _why_failed(folder: Path, results: Path) -> str | None:
-    """Why the run's last start failed: as peakd-sweep (RUN.failed) or slurm/distill.sh (RUN/logs/START/) left it.
+def _failure(folder: Path, results: Path) -> str | None:
+    """Why the last start of a run failed, as peakd-sweep (RUN.failed) or slurm/distill.sh (RUN/logs/START/) noted it.
 
-    It stands even beside earlier results: these may then be of other settings than the run was last started with.
+    None if it did not fail. A failure counts even if there are earlier results: these may have other settings than the
+    last start.
     """
-    mark = Path(f"{folder}.failed")
-    if mark.exists():
-        return mark.read_text()
+    note = Path(f"{folder}.failed")
+    if note.exists():
+        return note.read_text()
     starts = {file.parent: _time_in(file) for file in (folder / "logs").glob("*/start.json")}
     start = max(starts, key=starts.__getitem__, default=None)
     if start is None or not (start / "end.json").exists() or starts[start] < _time_in(results):
         return None
-    notes = [json.loads(file.read_text()) for file in start.glob("rank-*.json")]
-    if not {"refused", "failed", "lost"} & {told["how"] for told in notes}:
+    outcomes = {json.loads(file.read_text())["how"] for file in start.glob("rank-*.json")}
+    if not outcomes & {"refused", "failed", "lost"}:
         return None
     return json.loads((start / "end.json").read_text())["cause"]
 
 
 def _time_in(file: Path) -> float:
-    """When a start or its results were written, as the file says; 0 if it does not. (A copied file's own time lies.)"""
+    """When a start began or its results were written, from the file's "at" [s]; 0 without one.
+
+    The file system's own time would be wrong for a copied file.
+    """
     try:
         return float(json.loads(file.read_text())["at"])
     except (OSError, ValueError, LookupError, TypeError):
         return 0.0
 
 
-def _shown(path: Path) -> str:
+def _relative(path: Path) -> str:
+    """The path relative to the working directory if it is below it."""
     here = Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
@@ -273,38 +273,50 @@ def _shown(path: Path) -> str:
 # -- Grouping ----------------------------------------------------------------------------------------------------------
 
 
-def _rows(results: Sequence[Result], asked: set[Path]) -> list[Row]:
-    """One row for each task, method and set of settings, in the order of their first appearance."""
+def _rows(results: Sequence[Result], planned: set[Path]) -> list[Row]:
+    """One row for each task, method and set of settings: tasks, then methods, in the order of their first results."""
+    groups = _groups(results)
+    tasks, methods = ([*dict.fromkeys(key[position] for key in groups)] for position in (0, 1))
+    rows = []
+    for key in sorted(groups, key=lambda key: (tasks.index(key[0]), methods.index(key[1]))):
+        settings = [_common_settings(group) for group in groups[key]]
+        for group, its_settings in zip(groups[key], settings, strict=True):
+            parents = {result.folder.parent for result in group if result.folder in planned}
+            in_grid = {path for path in planned if path.parent in parents}
+            num_planned = len(in_grid | {result.folder for result in group}) if in_grid else 0
+            by_seed = sorted(group, key=lambda result: result.seed)
+            rows.append(Row(*key, _differences(its_settings, settings), by_seed, num_planned))
+    return rows
+
+
+def _groups(results: Sequence[Result]) -> dict[tuple[str, str], list[list[Result]]]:
+    """Results by task and method, in groups that differ only in the seed.
+
+    Raises:
+        UserError: two results of a group have the same seed.
+    """
     groups: dict[tuple[str, str], list[list[Result]]] = {}
     for result in results:
         rivals = groups.setdefault((result.task, result.method), [])
-        group = next((group for group in rivals if all(_differ_in_seed(result, other) for other in group)), None)
+        group = next((group for group in rivals if all(_differ_only_in_seed(result, other) for other in group)), None)
         if group is None:
             rivals.append([result])
             continue
         twin = next((other for other in group if other.seed == result.seed), None)
         if twin is not None:
             raise UserError(
-                f"{_shown(twin.folder)} and {_shown(result.folder)} are the same run ({result.task}, {result.method}, "
-                f"seed {result.seed}, same settings) and would count as two seeds; give one of them"
+                f"{_relative(twin.folder)} and {_relative(result.folder)} are the same run ({result.task}, "
+                f"{result.method}, seed {result.seed}, same settings) and would count as two seeds; give one of them"
             )
         group.append(result)
-    tasks, methods = ([*dict.fromkeys(key[position] for key in groups)] for position in (0, 1))
-    rows = []
-    for key in sorted(groups, key=lambda key: (tasks.index(key[0]), methods.index(key[1]))):
-        settings = [_common_settings(group) for group in groups[key]]
-        for group, its_settings in zip(groups[key], settings, strict=True):
-            parents = {result.folder.parent for result in group if result.folder in asked}
-            of_grid = {path for path in asked if path.parent in parents}
-            num_asked = len(of_grid | {result.folder for result in group}) if of_grid else 0
-            by_seed = sorted(group, key=lambda result: result.seed)
-            rows.append(Row(*key, _what_differs(its_settings, settings), by_seed, num_asked))
-    return rows
+    return groups
 
 
-def _differ_in_seed(one: Result, other: Result) -> bool:
-    """Whether two runs of a task and method have the same settings; a path may hold each one's own seed, as sweeps
-    write it (seed-7/)."""
+def _differ_only_in_seed(one: Result, other: Result) -> bool:
+    """Whether two runs of a task and method have the same settings.
+
+    Paths that differ only in the run's own seed count as the same: sweeps write such paths (seed-7/).
+    """
     return one.settings.keys() == other.settings.keys() and all(
         value == other.settings[name]
         or _without_seed(value, one.seed) == _without_seed(other.settings[name], other.seed)
@@ -313,7 +325,7 @@ def _differ_in_seed(one: Result, other: Result) -> bool:
 
 
 def _common_settings(group: Sequence[Result]) -> dict[str, Any]:
-    """What the runs have in common: paths that differ in their seeds have seed-N for it."""
+    """Settings of all runs of a group, with seed-N in paths that differ in the seed."""
     first = group[0]
     return {
         name: value if all(other.settings[name] == value for other in group) else _without_seed(value, first.seed)
@@ -321,17 +333,17 @@ def _common_settings(group: Sequence[Result]) -> dict[str, Any]:
     }
 
 
-def _what_differs(settings: dict[str, Any], rivals: Sequence[dict[str, Any]]) -> list[str]:
-    """The settings that are not the same in all rivals, as name=value."""
+def _differences(settings: dict[str, Any], rivals: Sequence[dict[str, Any]]) -> list[str]:
+    """The settings that are not the same in all rivals, as NAME=VALUE."""
     names = [name for name in settings if any(rival.get(name) != settings[name] for rival in rivals)]
     names += sorted({name for rival in rivals for name in rival} - settings.keys())
     if len(names) > 1 and "layer_pairs" in names:
-        names.remove("layer_pairs")  # they follow from the others
+        names.remove("layer_pairs")  # it follows from the other settings
     return [f"{name}={_short(settings.get(name))}" for name in names]
 
 
 def _short(value: Any) -> str:
-    if isinstance(value, dict):  # fingerprints of the rows
+    if isinstance(value, dict):  # digests of the rows, by split
         return "+".join(f"{split} {str(digest)[:6]}" for split, digest in value.items())
     return ":".join(map(_short, value)) if isinstance(value, list) else str(value)
 
@@ -348,7 +360,7 @@ def _metrics_of(rows: Sequence[Row]) -> list[str]:
 
 
 def _clipped(text: str, length: int = 36) -> str:
-    """At most so long: a path keeps its end."""
+    """The text with its middle cut out if it is longer than `length`; a path keeps its end."""
     return text if len(text) <= length else f"{text[: length // 3]}...{text[3 - length * 2 // 3 :]}"
 
 
@@ -358,7 +370,7 @@ def _with_deviation(row: Row, metric: str) -> str:
 
 
 def _panels(rows: Sequence[Row]) -> list[figures.ScorePanel]:
-    """A panel for each task, of its main metric."""
+    """A panel for each task, with its main metric."""
     panels = []
     for task in dict.fromkeys(row.task for row in rows):
         metric = get_task(task).primary_metric
