@@ -31,7 +31,7 @@ def write(run: Run, log: RunLog) -> None:
         "method": run.method,
         "seed": run.config.seed,
         "world_size": dist.world_size(),
-        "selected_on": run.selection[0],
+        "selected_on": run.selection.name,
         "settings": {**asdict(run.config), "layer_pairs": run.pairs},
         "teacher": teacher,
         "student": student,
@@ -40,9 +40,9 @@ def write(run: Run, log: RunLog) -> None:
 
 
 def _judge_teacher(run: Run) -> tuple[dict[str, Any] | None, dict[str, torch.Tensor]]:
-    if not run.has_teacher():
+    if not run.teacher.is_trained():
         return None, {}
-    engine = run.teacher()
+    engine = run.teacher.engine()
     metrics, logits, speed = evaluation.evaluate(
         lambda inputs: engine(**inputs)[0], run.task, run.dev, run.eval_batch_size
     )

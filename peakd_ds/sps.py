@@ -145,7 +145,7 @@ class SPSBertSelfAttention(BertSelfAttention):
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         past_key_values: None = None,
-        asking: torch.Tensor | None = None,
+        query_states: torch.Tensor | None = None,
         swap_qk: bool = False,
         packing: Packing | None = None,
         **kwargs: Any,
@@ -156,19 +156,19 @@ class SPSBertSelfAttention(BertSelfAttention):
             hidden_states: [batch, tokens, hidden]; [1, T, hidden] of packed rows.
             attention_mask: The padding mask in the form of the attention implementation, or None.
             past_key_values: Always None; the caller passes it.
-            asking: The states that attend, all of ``hidden_states`` if None; [1, B, hidden], the first token of each
-                packed row, where nothing reads the others.
+            query_states: The states that attend; None for all of ``hidden_states``. [1, B, hidden], the first token of
+                each packed row, if nothing reads the other tokens.
             swap_qk: Use ``key`` for the queries and ``query`` for the keys, weights and biases.
             packing: Where packed rows lie.
 
         Returns:
-            Attention output in the shape of ``asking``, and the weights [batch, heads, tokens, tokens] where the
+            Attention output in the shape of ``query_states``, and the weights [batch, heads, tokens, tokens] where the
             implementation gives them (eager does, for rows that are not packed).
         """
-        asking = hidden_states if asking is None else asking
+        query_states = hidden_states if query_states is None else query_states
         # Both runs call the same modules in the same order and only use the results differently: no module is
         # written to (threads, recomputed activations), and the hooks that gather ZeRO-3 parameters fire.
-        inputs = (hidden_states, asking) if swap_qk else (asking, hidden_states)
+        inputs = (hidden_states, query_states) if swap_qk else (query_states, hidden_states)
         query, key, value = self.query(inputs[0]), self.key(inputs[1]), self.value(hidden_states)
         if swap_qk:
             query, key = key, query
@@ -188,7 +188,7 @@ class SPSBertSelfAttention(BertSelfAttention):
             scaling=self.scaling,
             **kwargs,
         )
-        return output.reshape(*asking.shape[:-1], -1).contiguous(), weights
+        return output.reshape(*query_states.shape[:-1], -1).contiguous(), weights
 
 
 class SPSBertAttention(BertAttention):
@@ -198,24 +198,24 @@ class SPSBertAttention(BertAttention):
         self, hidden_states: torch.Tensor, attention_mask: torch.Tensor | None = None, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         attended, weights = self.self(hidden_states, attention_mask, **kwargs)
-        asking = kwargs.get("asking")
-        return self.output(attended, hidden_states if asking is None else asking), weights
+        query_states = kwargs.get("query_states")
+        return self.output(attended, hidden_states if query_states is None else query_states), weights
 
 
 @dataclass
 class Take:
-    """What a packed forward pass leaves besides its output: states of some layers, of first tokens or of all."""
+    """The hidden states that a packed forward pass keeps: of some layers, of first tokens or of all tokens."""
 
     layers: tuple[int, ...] = ()
     """Effective layers, from 1."""
     all_tokens: bool = False
     logits: bool = True
-    """Whether the output is read too; else the pass ends after the last of `layers`, and its logits mean nothing."""
+    """Whether the output is read; if not, the pass ends after the last of `layers`, and its logits mean nothing."""
     states: dict[int, torch.Tensor] = field(default_factory=dict)
-    """What was taken: [B, hidden], or [1, T, hidden] with `all_tokens`."""
+    """The states by layer: [B, hidden], or [1, T, hidden] with `all_tokens`."""
 
     def from_layer(self, number: int, hidden_states: torch.Tensor, packing: Packing | None) -> torch.Tensor:
-        """Keep what is wanted of a layer's [1, T, hidden], or (without `packing`) [1, B, hidden] of first tokens.
+        """Keep states of a layer's output: [1, T, hidden], or without `packing` [1, B, hidden] of first tokens.
 
         Returns:
             The states for the next layer.
@@ -230,11 +230,11 @@ class Take:
 
 
 class _TakeFirst(torch.autograd.Function):
-    """States [1, T, hidden] as they are, and a copy of their first tokens, at starts [B].
+    """The states [1, T, hidden] unchanged, and a copy [B, hidden] of their first tokens, at starts [B].
 
-    Indexing would give back a gradient of the whole shape, zero but for these tokens, that autograd fills and then adds
-    to the states' own. Here the tokens' gradient is added in place, which is safe because the states' gradient is a sum
-    that autograd has made for this node: every layer reads its input more than once (attention, residual).
+    The gradient of indexing would be a tensor of the full shape, zero except for these tokens, which autograd fills and
+    adds to the states' gradient. Here the tokens' gradient is added in place. That is safe because autograd has summed
+    the states' gradient for this node: every layer reads its input more than once (attention, residual).
     """
 
     @staticmethod
@@ -247,13 +247,13 @@ class _TakeFirst(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(
-        ctx: Any, of_states: torch.Tensor | None, of_first: torch.Tensor | None
+        ctx: Any, grad_states: torch.Tensor | None, grad_first: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, None]:
-        if of_first is not None:
-            if of_states is None:  # nothing above reads the states
-                of_states = of_first.new_zeros(ctx.shape)
-            of_states[0].index_add_(0, ctx.saved_tensors[0], of_first)
-        return of_states, None
+        if grad_first is not None:
+            if grad_states is None:  # no layer above reads the states
+                grad_states = grad_first.new_zeros(ctx.shape)
+            grad_states[0].index_add_(0, ctx.saved_tensors[0], grad_first)
+        return grad_states, None
 
 
 class SPSBertEncoder(BertEncoder):
@@ -277,8 +277,8 @@ class SPSBertEncoder(BertEncoder):
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """Run [batch, tokens, hidden] through every effective layer; ``use_cache`` has no effect.
 
-        Of packed rows, [1, T, hidden], the first tokens come back, [B, 1, hidden], all that a classifier reads; and
-        unless ``take`` wants every token of the last layer, it computes no others.
+        For packed rows, [1, T, hidden], it returns the first tokens, [B, 1, hidden], which is all that a classifier
+        reads. The last layer computes only those, unless ``take`` keeps all of its tokens.
         """
         depth = len(self.order) if take is None or take.logits else max(take.layers, default=0)
         for number, (index, swapped) in enumerate(self.order[:depth], start=1):
@@ -287,10 +287,10 @@ class SPSBertEncoder(BertEncoder):
             if packing is not None:
                 more["packing"] = packing
                 if number == depth and not (take is not None and take.all_tokens and number in take.layers):
-                    more["asking"] = hidden_states.index_select(1, packing.starts)
+                    more["query_states"] = hidden_states.index_select(1, packing.starts)
             hidden_states = self.layer[index](hidden_states, attention_mask, **more, **kwargs)
             if take is not None and number in take.layers:
-                hidden_states = take.from_layer(number, hidden_states, None if "asking" in more else packing)
+                hidden_states = take.from_layer(number, hidden_states, None if "query_states" in more else packing)
         if packing is not None:
             is_short = hidden_states.shape[1] == packing.num_rows
             first = hidden_states if is_short else hidden_states.index_select(1, packing.starts)

@@ -1,17 +1,19 @@
-"""The three stages of a run: which model is trained, on which loss, and what picks its best epoch.
+"""The three stages of a run: which model each trains, on which loss, and what picks its best epoch.
 
-`train.py` drives them all with one loop; here stands only what differs between them.
+train.py drives all of them with one loop; here is what differs between them. B rows, N rows of a split, C classes.
 """
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from deepspeed import DeepSpeedEngine
 from safetensors import safe_open
 from safetensors.torch import save_file
-from torch import nn
+from torch import Tensor, nn
 
 from peakd_ds import ptp
 from peakd_ds.cluster import run_lock
@@ -20,18 +22,22 @@ from peakd_ds.data.batches import GlobalBatch
 from peakd_ds.data.tasks import compute_metrics
 from peakd_ds.data.tokens import MicroBatch, Split
 from peakd_ds.engine import checkpoint, engines
-from peakd_ds.engine.ds_config import zero_stage
 from peakd_ds.files import whole_file
 from peakd_ds.kernels import DistillationLoss, distillation_loss
+from peakd_ds.model import vocabulary
 from peakd_ds.model.build import MatchedStudent, build_student, build_teacher, load_student_body, ptp_head, task_head
 from peakd_ds.ranks import dist
-from peakd_ds.ranks.device import on_gpu, to_device
+from peakd_ds.ranks.device import device, to_device
 from peakd_ds.results import evaluation, figures
 from peakd_ds.results.export import export_model, unroll
 from peakd_ds.results.log import RunLog
 from peakd_ds.run import Run
-from peakd_ds.teacher import cache as teacher_cache
-from peakd_ds.teacher import online
+from peakd_ds.sps import SPSBertForSequenceClassification
+from peakd_ds.teacher.cache import CachedOutputs
+from peakd_ds.teacher.online import with_teacher_outputs
+
+StageLoss = tuple[DistillationLoss, Tensor | None]
+"""A micro-batch's share of the global batch's mean loss, and of each layer pair's distance [K]."""
 
 
 @dataclass
@@ -40,245 +46,239 @@ class Stage:
 
     name: str
     build: Callable[[], nn.Module]
-    """A new module with the stage's first weights, in fp32; the same on every rank."""
-    loss: Callable[[Any, MicroBatch, GlobalBatch, bool], tuple[DistillationLoss, torch.Tensor | None]]
-    """(engine, micro-batch, its global batch, whether to look closely) -> this micro-batch's share of the global
-    batch's mean loss, and the share of each layer pair's distance [K] if looked at closely."""
+    """Makes the module with its first weights, in fp32; the same on every rank."""
+    loss: Callable[[DeepSpeedEngine, MicroBatch, GlobalBatch, bool], StageLoss]
+    """(engine, micro-batch, its global batch, whether to compute distances) -> the micro-batch's share of the loss."""
     evaluate: Callable[[nn.Module], dict[str, float]]
     """Metrics on the selection rows (collective)."""
     score: str
-    """Metric that picks the best epoch."""
+    """The metric that picks the best epoch."""
     higher_is_better: bool
     finish: Callable[[Any], None]
-    """Takes the module with the best weights and writes what later stages and the user read (collective)."""
-    answered: Callable[[Iterator[GlobalBatch]], Iterator[GlobalBatch]] = lambda batches: batches
-    """The batches of an epoch, with the teacher's answers where the loss needs them."""
+    """Takes the module with the best weights; writes what later stages and the user read (collective)."""
+    with_teacher_outputs: Callable[[Iterator[GlobalBatch]], Iterator[GlobalBatch]] = lambda batches: batches
+    """Adds the teacher's outputs to the batches of an epoch if the loss reads them."""
 
 
-def skipped_because(name: str, run: Run) -> str | None:
-    """Why a stage has nothing to do in this run (collective); None if it has."""
-    if dist.on_main(lambda: checkpoint.finished(run.folder / "checkpoints" / name)) is not None:
+def names_to_run(run: Run, say: Callable[[str], None]) -> Iterator[str]:
+    """The stages that are chosen and have something to do (collective); says why others are skipped."""
+    for name in STAGES:
+        if name in run.config.stages:
+            reason = _why_skipped(name, run)
+            if reason is None:
+                yield name
+            else:
+                say(f"stage {name} is skipped: {reason}")
+
+
+def _why_skipped(name: str, run: Run) -> str | None:
+    if dist.on_main(lambda: checkpoint.finished(run.checkpoint_folder(name))) is not None:
         return "it is finished"
-    if name == "teacher" and run.teacher_source.is_classifier:
-        return f"{run.teacher_source.path} already is a classifier for {run.task.name}"
+    if name == "teacher" and run.teacher.source.is_classifier:
+        return f"{run.teacher.source.path} is a classifier for {run.task.name} already"
     if name == "ptp" and not run.config.ptp:
         return "--no_ptp"
-    if name == "ptp" and run.task.is_regression:
-        return f"PTP asks whether the teacher's class is right, and {run.task.name} has scores, not classes"
+    if name == "ptp" and not run.runs_ptp:
+        return f"PTP needs right and wrong classes, and {run.task.name} has scores"
     return None
+
+
+# -- Modules -----------------------------------------------------------------------------------------------------------
+
+
+def trainable_module(stage: Stage, run: Run) -> tuple[nn.Module, str]:
+    """The stage's module with embeddings for the tokens in use only, and the digest of these tokens (collective)."""
+    module = build_module(stage, run)
+    vocabulary.trim(module, run.used_tokens)
+    return module, vocabulary.digest(run.used_tokens)
+
+
+def load_best(stage: Stage, run: Run, epoch: int) -> nn.Module:
+    """The stage's module with the weights of that epoch and its whole embedding table, in eval mode (collective)."""
+    folder = checkpoint.best_folder(run.checkpoint_folder(stage.name), epoch)
+    module = build_module(stage, run)
+    whole_table = vocabulary.trim(module, run.used_tokens)
+    checkpoint.load_weights(module, folder)
+    decay = dist.on_main(lambda: checkpoint.state_of(folder).decay)
+    vocabulary.restore(module, whole_table, run.used_tokens, decay)
+    dist.on_main(run_lock.check)
+    return module.to(device()).eval()
+
+
+def build_module(stage: Stage, run: Run) -> nn.Module:
+    """The stage's module (collective); new weights (heads, projections) come from the seed, the same on every rank."""
+    dist.seed_everything(run.config.seed, stage.name, "weights")
+    return dist.agree(stage.build)
 
 
 # -- The stages --------------------------------------------------------------------------------------------------------
 
 
 def build_stage(name: str, run: Run, log: RunLog) -> Stage:
-    """The stage of that name (collective: ptp and distill ask the teacher first)."""
-    assert name in STAGES
+    """The stage of that name (collective: ptp and distill compute the teacher's predictions first)."""
     return {"teacher": _teacher_stage, "ptp": _ptp_stage, "distill": _distill_stage}[name](run, log)
 
 
 def _teacher_stage(run: Run, log: RunLog) -> Stage:
     """Fine-tune the encoder with a new head on the task's labels."""
 
-    def loss(engine: Any, micro: MicroBatch, batch: GlobalBatch, closely: bool) -> tuple[DistillationLoss, None]:
-        logits = engine(**micro.inputs).logits[: micro.num_real]
-        return _hard_loss(run, engine, logits, micro.labels[: micro.num_real], batch), None
+    def loss(engine: DeepSpeedEngine, micro: MicroBatch, batch: GlobalBatch, with_distances: bool) -> StageLoss:
+        logits_BC = engine(**micro.inputs).logits[: micro.num_real]
+        return _hard_loss(run, engine, logits_BC, micro.labels[: micro.num_real], batch), None
 
     def evaluate(module: nn.Module) -> dict[str, float]:
         return _task_metrics(run, _predict_selection(run, lambda inputs: module(**inputs).logits, run.task.num_labels))
 
-    def finish(module: Any) -> None:
-        dist.on_main(lambda: export_model(unroll(module), run.tokenizer, run.folder / "teacher", ""))
+    def finish(module: SPSBertForSequenceClassification) -> None:
+        dist.on_main(lambda: export_model(unroll(module), run.tokenizer, run.teacher.folder, ""))
 
     return Stage(
-        "teacher",
-        lambda: build_teacher(run.config, run.task, run.teacher_source),
-        loss,
-        evaluate,
-        run.task.primary_metric,
-        True,
-        finish,
+        name="teacher",
+        build=lambda: build_teacher(run.config, run.task, run.teacher.source),
+        loss=loss,
+        evaluate=evaluate,
+        score=run.task.primary_metric,
+        higher_is_better=True,
+        finish=finish,
     )
 
 
 def _ptp_stage(run: Run, log: RunLog) -> Stage:
-    """Train the student with a 4-class head to tell whether the teacher was right and whether it was sure."""
-    ptp_labels = _ptp_labels_of(run, log)
-    selection_name = run.selection[0]
+    """Train the student with a 4-class head on whether the teacher was right and confident."""
+    train_labels_N, selection_labels_N = _ptp_labels(run, log)
 
-    def loss(engine: Any, micro: MicroBatch, batch: GlobalBatch, closely: bool) -> tuple[DistillationLoss, None]:
-        logits = engine(**micro.inputs).logits[: micro.num_real]
-        labels = to_device(ptp_labels["train"][micro.rows[: micro.num_real]])
-        return _hard_loss(run, engine, logits, labels, batch), None
+    def loss(engine: DeepSpeedEngine, micro: MicroBatch, batch: GlobalBatch, with_distances: bool) -> StageLoss:
+        logits_BC = engine(**micro.inputs).logits[: micro.num_real]
+        labels_B = to_device(train_labels_N[micro.rows[: micro.num_real]])
+        return _hard_loss(run, engine, logits_BC, labels_B, batch), None
+
+    def predict(module: nn.Module) -> Tensor:
+        return _predict_selection(run, lambda inputs: module(**inputs).logits, ptp.NUM_PTP_LABELS)
 
     def evaluate(module: nn.Module) -> dict[str, float]:
-        logits = _predict_selection(run, lambda inputs: module(**inputs).logits, ptp.NUM_PTP_LABELS)
-        labels = ptp_labels[selection_name]
+        logits_NC = predict(module)
         return {
-            "loss": nn.functional.cross_entropy(logits, labels).item(),
-            "accuracy": (logits.argmax(-1) == labels).float().mean().item(),
+            "loss": nn.functional.cross_entropy(logits_NC, selection_labels_N).item(),
+            "accuracy": (logits_NC.argmax(-1) == selection_labels_N).float().mean().item(),
         }
 
-    def finish(module: Any) -> None:
-        logits = _predict_selection(run, lambda inputs: module(**inputs).logits, ptp.NUM_PTP_LABELS)
-        counts = ptp.summarize(ptp_labels["train"][ptp_labels["train"] >= 0])
+    def finish(module: SPSBertForSequenceClassification) -> None:
+        predictions_N = predict(module).argmax(-1)
+        counts = ptp.summarize(train_labels_N[train_labels_N >= 0])
         log.figure("ptp/label_histogram", figures.label_histogram(ptp.PTP_LABEL_NAMES, list(counts.values())))
-        log.figure(
-            "ptp/confusion_matrix",
-            figures.confusion_matrix(ptp.PTP_LABEL_NAMES, ptp_labels[selection_name], logits.argmax(-1)),
-        )
-        dist.on_main(lambda: export_model(module, run.tokenizer, run.folder / "checkpoints" / "ptp" / "student", ""))
+        matrix = figures.confusion_matrix(ptp.PTP_LABEL_NAMES, selection_labels_N, predictions_N)
+        log.figure("ptp/confusion_matrix", matrix)
+        dist.on_main(lambda: export_model(module, run.tokenizer, _ptp_student_folder(run), ""))
 
     return Stage(
-        "ptp",
-        lambda: build_student(run.config, run.student_init, ptp_head()),
-        loss,
-        evaluate,
-        "loss",
-        False,
-        finish,
+        name="ptp",
+        build=lambda: build_student(run.config, run.student_init, ptp_head()),
+        loss=loss,
+        evaluate=evaluate,
+        score="loss",
+        higher_is_better=False,
+        finish=finish,
     )
 
 
 def _distill_stage(run: Run, log: RunLog) -> Stage:
-    """Train the student, its PTP head dropped for a new one, on labels, teacher logits and teacher hidden states."""
+    """Train the student, with a new head in place of PTP's, on labels, teacher logits and teacher hidden states."""
     config = run.config
-    answers = teacher_cache.answers_of(run, log.say)
-    teacher = run.teacher() if run.loss_reads_teacher and answers is None else None
-    teacher_logits = _teacher_logits(run, answers, *run.selection) if run.has_teacher() else None
-    if teacher is None:
-        run.drop_teacher()  # it was asked about the rows that pick epochs, and no more
+    cached = run.teacher_cache.outputs(log.say)
+    teacher_logits_NC = _teacher_logits(run, cached, *run.selection) if run.teacher.is_trained() else None
+    if cached is not None or not run.loss_reads_teacher:
+        run.teacher.stop()  # it was needed for the selection rows only
     if config.beta > 0 and not run.pairs:
         log.say(f"--layer_map {config.layer_map} matches no layer pair at these depths: the hidden-state loss is 0")
 
     def build() -> nn.Module:
         student = build_student(config, run.student_init, task_head(run.task))
-        if config.ptp and not run.task.is_regression:
-            load_student_body(student, run.folder / "checkpoints" / "ptp" / "student")
-        return MatchedStudent(student, run.pairs, run.teacher_source.config.hidden_size, config.hidden_loss)
-
-    def ask(micro: MicroBatch) -> online.Answer:
-        n, layers, needs_logits = micro.num_real, [j for _, j in run.pairs], config.alpha > 0
-        if answers is not None:
-            logits, states = answers["train"].of(micro.rows[:n])
-        else:
-            assert teacher is not None
-            logits, states = teacher(layers, config.hidden_loss, needs_logits, **micro.inputs)
-        return logits[:n] if needs_logits else None, [tensor[:n] for tensor in states]
-
-    def answered(batches: Iterator[GlobalBatch]) -> Iterator[GlobalBatch]:
-        if not run.loss_reads_teacher:
-            return batches
-        is_ahead = teacher is not None and on_gpu() and zero_stage(run.teacher_ds_config) == 0
-        return online.answered(batches, ask, run.teacher_clock, is_ahead)
-
-    def loss(
-        engine: Any, micro: MicroBatch, batch: GlobalBatch, closely: bool
-    ) -> tuple[DistillationLoss, torch.Tensor | None]:
-        n = micro.num_real
-        teacher_scores, teacher_hidden = micro.answer or (None, [])
-        logits, hidden = engine(**micro.inputs)
-        hidden = [states[:n] for states in hidden]
-
-        def compare(student_hidden: list[torch.Tensor], teacher_hidden: list[torch.Tensor]) -> DistillationLoss:
-            return distillation_loss(
-                logits[:n],
-                teacher_scores,
-                micro.labels[:n],
-                student_hidden,
-                teacher_hidden,
-                temperature=config.temperature,
-                alpha=config.alpha,
-                beta=config.beta,
-                normalize=config.hidden_loss == "cls",
-                num_items=batch.num_items,
-                num_tokens=batch.num_tokens,
-                grad_scale=engines.expected_upstream(engine),
-                backend=config.loss_backend,
-            )
-
-        distances = None
-        if closely and run.pairs:
-            with torch.no_grad():
-                distances = torch.stack([compare([s], [t]).hidden for s, t in zip(hidden, teacher_hidden, strict=True)])
-        return compare(hidden, teacher_hidden), distances
+        if run.runs_ptp:
+            load_student_body(student, _ptp_student_folder(run))
+        return MatchedStudent(student, run.pairs, run.teacher.hidden_size, config.hidden_loss)
 
     def evaluate(module: nn.Module) -> dict[str, float]:
-        logits = _predict_selection(run, lambda inputs: module(**inputs)[0], run.task.num_labels)
-        metrics = _task_metrics(run, logits)
-        if teacher_logits is not None:
-            metrics["agreement"] = evaluation.agreement(run.task, logits, teacher_logits)
+        logits_NC = _predict_selection(run, lambda inputs: module(**inputs)[0], run.task.num_labels)
+        metrics = _task_metrics(run, logits_NC)
+        if teacher_logits_NC is not None:
+            metrics["agreement"] = evaluation.agreement(run.task, logits_NC, teacher_logits_NC)
         return metrics
 
-    def finish(module: Any) -> None:
+    def finish(module: MatchedStudent) -> None:
         dist.on_main(lambda: export_model(module.student, run.tokenizer, run.folder / "student", ""))
 
-    return Stage("distill", build, loss, evaluate, run.task.primary_metric, True, finish, answered)
-
-
-def _ptp_labels_of(run: Run, log: RunLog) -> dict[str, torch.Tensor]:
-    """PTP labels of the rows trained on (-1 for others), and of the selection rows under its name (collective).
-
-    The medians are those of the rows trained on.
-
-    They are made once and kept, so that a resumed stage trains on the same ones: another number of ranks pads
-    otherwise, and a confidence within rounding of its threshold could change sides.
-    """
-    file = run.folder / "checkpoints" / "ptp" / "labels.safetensors"
-    selection_name, split, rows = run.selection
-    if not dist.on_main(file.exists):
-        answers = teacher_cache.answers_of(run, log.say)
-        logits = _teacher_logits(run, answers, "train", run.train, run.train_rows)
-        labels = run.train.labels[run.train_rows]
-        published = run.task.ptp_thresholds or ("median", "median")
-        wanted = [
-            published[i] if given is None else given
-            for i, given in enumerate((run.config.t_correct, run.config.t_wrong))
-        ]
-        t_correct, t_wrong = ptp.resolve_thresholds(logits, labels, *wanted)
-        of_train = torch.full((len(run.train),), -1, dtype=torch.int64)
-        of_train[torch.from_numpy(run.train_rows)] = ptp.ptp_labels(logits, labels, t_correct, t_wrong)
-        of_selection = ptp.ptp_labels(
-            _teacher_logits(run, answers, selection_name, split, rows), split.labels[rows], t_correct, t_wrong
-        )
-        thresholds = {"t_correct": str(t_correct), "t_wrong": str(t_wrong)}
-
-        def write() -> None:
-            run_lock.check()
-            with whole_file(file) as temporary:
-                save_file({"train": of_train, "selection": of_selection}, temporary, metadata=thresholds)
-
-        dist.on_main(write)
-
-    def read() -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-        with safe_open(file, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()  # noqa: SIM118
-
-    stored, thresholds = dist.on_main(read)
-    counts = ptp.summarize(stored["train"][stored["train"] >= 0])
-    log.say(
-        f"ptp labels with t_correct {float(thresholds['t_correct']):.4f}, t_wrong "
-        f"{float(thresholds['t_wrong']):.4f}: " + ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    return Stage(
+        name="distill",
+        build=build,
+        loss=lambda *arguments: _distill_loss(run, *arguments),
+        evaluate=evaluate,
+        score=run.task.primary_metric,
+        higher_is_better=True,
+        finish=finish,
+        with_teacher_outputs=lambda batches: _with_teacher_outputs(run, cached, batches),
     )
-    return {"train": stored["train"], selection_name: stored["selection"]}
 
 
-def _teacher_logits(
-    run: Run, answers: dict[str, teacher_cache.Answers] | None, name: str, split: Split, rows: np.ndarray
-) -> torch.Tensor:
-    """float32 [N, C] over rows of the split of that name, on the CPU: from the cache or (collective) the teacher."""
-    if answers is None:
-        return run.teacher_logits(split, rows)
-    return answers[name].logits(torch.from_numpy(rows))
+def _distill_loss(
+    run: Run, engine: DeepSpeedEngine, micro: MicroBatch, batch: GlobalBatch, with_distances: bool
+) -> StageLoss:
+    config, n = run.config, micro.num_real
+    teacher_logits_BC, teacher_hidden = micro.teacher_outputs or (None, [])
+    logits_BC, student_hidden = engine(**micro.inputs)
+    student_hidden = [states[:n] for states in student_hidden]
+
+    def compare(student_hidden: list[Tensor], teacher_hidden: list[Tensor]) -> DistillationLoss:
+        return distillation_loss(
+            logits_BC[:n],
+            teacher_logits_BC,
+            micro.labels[:n],
+            student_hidden,
+            teacher_hidden,
+            temperature=config.temperature,
+            alpha=config.alpha,
+            beta=config.beta,
+            normalize=config.hidden_loss == "cls",
+            num_items=batch.num_items,
+            num_tokens=batch.num_tokens,
+            grad_scale=engines.expected_upstream(engine),
+            backend=config.loss_backend,
+        )
+
+    distances_K = None
+    if with_distances and run.pairs:
+        pairs = zip(student_hidden, teacher_hidden, strict=True)
+        with torch.no_grad():
+            distances_K = torch.stack([compare([student], [teacher]).hidden for student, teacher in pairs])
+    return compare(student_hidden, teacher_hidden), distances_K
+
+
+def _with_teacher_outputs(
+    run: Run, cached: dict[str, CachedOutputs] | None, batches: Iterator[GlobalBatch]
+) -> Iterator[GlobalBatch]:
+    """The batches with the teacher's outputs, from the cache or its forward pass, if the loss reads them."""
+    if not run.loss_reads_teacher:
+        return batches
+    layers, with_logits = [teacher_layer for _, teacher_layer in run.pairs], run.config.alpha > 0
+    if cached is not None:
+        train = cached["train"]
+        return with_teacher_outputs(
+            batches, lambda micro: train.of(micro.rows[: micro.num_real], with_logits), run.teacher.clock, False
+        )
+    return with_teacher_outputs(
+        batches,
+        lambda micro: run.teacher.forward(micro, layers, with_logits),
+        run.teacher.clock,
+        run.teacher.runs_ahead(),
+    )
 
 
 def _hard_loss(
-    run: Run, engine: Any, logits: torch.Tensor, labels: torch.Tensor, batch: GlobalBatch
+    run: Run, engine: DeepSpeedEngine, logits_BC: Tensor, labels_B: Tensor, batch: GlobalBatch
 ) -> DistillationLoss:
     return distillation_loss(
-        logits,
+        logits_BC,
         None,
-        labels,
+        labels_B,
         [],
         [],
         temperature=1.0,
@@ -290,11 +290,80 @@ def _hard_loss(
     )
 
 
-def _predict_selection(run: Run, forward: evaluation.Forward, num_columns: int) -> torch.Tensor:
+def _predict_selection(run: Run, forward: evaluation.Forward, num_columns: int) -> Tensor:
     _, split, rows = run.selection
     return evaluation.predict(forward, split, rows, run.eval_batch_size, num_columns)[0]
 
 
-def _task_metrics(run: Run, logits: torch.Tensor) -> dict[str, float]:
+def _task_metrics(run: Run, logits_NC: Tensor) -> dict[str, float]:
     _, split, rows = run.selection
-    return compute_metrics(run.task, logits, split.labels[rows])
+    return compute_metrics(run.task, logits_NC, split.labels[rows])
+
+
+# -- PTP labels --------------------------------------------------------------------------------------------------------
+
+
+def _ptp_labels(run: Run, log: RunLog) -> tuple[Tensor, Tensor]:
+    """PTP labels (collective): int64 [N] of train, -1 for rows not trained on, and those of the selection rows.
+
+    They are computed once and kept, so that a resumed stage trains on the same labels: another number of ranks pads
+    differently, and a confidence within rounding of its threshold could change its class.
+    """
+    file = run.checkpoint_folder("ptp") / "labels.safetensors"
+    if not dist.on_main(file.exists):
+        _write_ptp_labels(run, log, file)
+
+    def read() -> tuple[dict[str, Tensor], dict[str, str]]:
+        with safe_open(file, framework="pt") as opened:
+            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()  # noqa: SIM118
+
+    labels, thresholds = dist.on_main(read)
+    counts = ptp.summarize(labels["train"][labels["train"] >= 0])
+    log.say(
+        f"ptp labels with t_correct {float(thresholds['t_correct']):.4f}, t_wrong "
+        f"{float(thresholds['t_wrong']):.4f}: " + ", ".join(f"{name} {count:,}" for name, count in counts.items())
+    )
+    return labels["train"], labels["selection"]
+
+
+def _write_ptp_labels(run: Run, log: RunLog, file: Path) -> None:
+    """Compute the labels from the teacher's predictions (collective); medians are over the rows trained on."""
+    name, split, rows = run.selection
+    cached = run.teacher_cache.outputs(log.say)
+    logits_NC = _teacher_logits(run, cached, "train", run.train, run.train_rows)
+    labels_N = run.train.labels[run.train_rows]
+    published = run.task.ptp_thresholds or ("median", "median")
+    t_correct, t_wrong = ptp.resolve_thresholds(
+        logits_NC,
+        labels_N,
+        published[0] if run.config.t_correct is None else run.config.t_correct,
+        published[1] if run.config.t_wrong is None else run.config.t_wrong,
+    )
+    train_labels_N = torch.full((len(run.train),), -1, dtype=torch.int64)
+    train_labels_N[torch.from_numpy(run.train_rows)] = ptp.ptp_labels(logits_NC, labels_N, t_correct, t_wrong)
+    selection_logits_NC = _teacher_logits(run, cached, name, split, rows)
+    selection_labels_N = ptp.ptp_labels(selection_logits_NC, split.labels[rows], t_correct, t_wrong)
+
+    def write() -> None:
+        run_lock.check()
+        with whole_file(file) as temporary:
+            save_file(
+                {"train": train_labels_N, "selection": selection_labels_N},
+                temporary,
+                metadata={"t_correct": str(t_correct), "t_wrong": str(t_wrong)},
+            )
+
+    dist.on_main(write)
+
+
+def _ptp_student_folder(run: Run) -> Path:
+    return run.checkpoint_folder("ptp") / "student"
+
+
+def _teacher_logits(
+    run: Run, cached: dict[str, CachedOutputs] | None, name: str, split: Split, rows: np.ndarray
+) -> Tensor:
+    """float32 [N, C] over rows of the split of that name, on the CPU: from the cache or the teacher (collective)."""
+    if cached is None:
+        return run.teacher.logits(split, rows)
+    return cached[name].logits(torch.from_numpy(rows))

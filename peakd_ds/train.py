@@ -2,9 +2,9 @@
 
     deepspeed peakd_ds/train.py --task rte --teacher bert-base-uncased --run_dir runs/rte
 
-A run has three stages (stages.py says what each trains, on what loss): the teacher is fine-tuned, the student is
-pretrained with the teacher's predictions, the student is distilled. All go through the one loop below. The same command
-started again goes on where it stopped; a stage that is over is not run again.
+A run has three stages: the teacher is fine-tuned, the student is pretrained with the teacher's predictions, the student
+is distilled. stages.py says what each trains, on which loss; all three go through the loop below. Started again, the
+same command continues from the newest checkpoint and skips finished stages.
 """
 
 if __name__ == "__main__":  # run as a file: options are checked before the imports below, which take seconds
@@ -16,24 +16,20 @@ if __name__ == "__main__":  # run as a file: options are checked before the impo
     signals.listen()
     command_line.start("peakd_ds.train:run_rank", "train.py", on_refusal=partial(notes.note, "refused"))
 
-import math
 from pathlib import Path
 
 from deepspeed import DeepSpeedEngine
-from torch import nn
 
 from peakd_ds import report, stages
 from peakd_ds.cluster import run_lock
 from peakd_ds.command_line import to_yaml
 from peakd_ds.config import RunConfig
-from peakd_ds.config.outputs import STAGES
-from peakd_ds.data.batches import epoch_slots, global_batches
+from peakd_ds.data.batches import GlobalBatch, epoch_slots, global_batches
 from peakd_ds.engine import checkpoint, engines
 from peakd_ds.engine.checkpoint import TrainState
+from peakd_ds.engine.schedule import Schedule
 from peakd_ds.errors import UserError
-from peakd_ds.model import vocabulary
-from peakd_ds.ranks import dist, preempt, signals
-from peakd_ds.ranks.device import device
+from peakd_ds.ranks import dist, preempt
 from peakd_ds.ranks.outcome import noted
 from peakd_ds.results.log import RunLog
 from peakd_ds.results.meter import StepMeter
@@ -48,7 +44,7 @@ def run_rank(config: RunConfig) -> None:
 
 
 def main(config: RunConfig) -> None:
-    """Run the chosen stages and report."""
+    """Open the run, train its stages and report."""
     dist.init(config.rank_timeout)
     run = open_run(config)
     log = RunLog(run.folder)
@@ -56,133 +52,79 @@ def main(config: RunConfig) -> None:
     if config.dry_run:
         return
     with run_lock.owned(run.folder):
-        dist.on_main(lambda: check_run_folder(run.config))  # another start may have begun it in the meantime
-        for name in STAGES:
-            if name not in config.stages:
-                continue
-            reason = stages.skipped_because(name, run)
-            if reason is not None:
-                log.say(f"stage {name} is skipped: {reason}")
-                continue
+        dist.on_main(lambda: check_run_folder(run.config))  # another start may have written there meanwhile
+        for name in stages.names_to_run(run, log.say):
             train(stages.build_stage(name, run, log), run, log)
         report.write(run, log)
 
 
 def train(stage: Stage, run: Run, log: RunLog) -> None:
-    """Train one stage from its newest checkpoint, or its start, to the export of its best epoch."""
-    config, folder = run.config, run.folder / "checkpoints" / stage.name
-    epochs = config.epochs_of(stage.name)
-    _, num_accum_steps = run.micro_and_accum
-    num_steps = epochs * len(epoch_slots(len(run.train_rows), config.global_batch_size, config.seed, 0))
-
-    module = build(stage, config)
-    vocabulary.trim(module, run.used_tokens)
-    resumed_from, skipped = checkpoint.newest(folder)
-    for warning in skipped:
-        log.say(f"warning: {warning}")
-    fresh = TrainState(tokens=vocabulary.digest(run.used_tokens))
-    if resumed_from is not None:
-        checkpoint.load_weights(module, resumed_from, fresh.tokens)
-    engine = engines.training_engine(module, config, run.student_ds_config, num_steps, stage.name)
-    state = fresh if resumed_from is None else checkpoint.restore(engine, resumed_from)
-    share_to_loss = engines.undo_averaging(engine)
-    log.start_stage(stage.name, num_steps, state.step, to_yaml(config))
-    log.say(
-        f"stage {stage.name}: {epochs} epochs, {num_steps} steps" + (f", from step {state.step}" if state.step else "")
+    """Train one stage, from its newest checkpoint or its start to the export of its best epoch."""
+    config, folder = run.config, run.checkpoint_folder(stage.name)
+    schedule = Schedule.of(config, stage.name, len(run.train_rows))
+    module, tokens = stages.trainable_module(stage, run)
+    engine, state = checkpoint.resume(
+        folder, module, tokens, config, run.student_ds_config, schedule.num_steps, log.say
     )
+    log.start_stage(stage.name, schedule.num_epochs, schedule.num_steps, state.step, to_yaml(config))
+    meter = StepMeter(stage.name, run.teacher.clock)
 
-    meter = StepMeter(stage.name, run.teacher_clock)
-    while state.epoch < epochs and not is_patience_over(config, state):
+    while not schedule.is_over(state):
         slots = epoch_slots(len(run.train_rows), config.global_batch_size, config.seed, state.epoch)
-        batches = global_batches(run.train, run.train_rows, slots, num_accum_steps, first=state.batch)
-        for batch in stage.answered(batches):
+        batches = global_batches(run.train, run.train_rows, slots, run.num_accum_steps, first=state.batch)
+        for batch in stage.with_teacher_outputs(batches):
             dist.seed_everything(config.seed, stage.name, state.step, dist.rank())  # dropout masks
-            is_logged = (state.step + 1) % config.log_steps == 0 or state.step == 0
-            lr = engine.get_lr()[0]
-            engine.train()
-            meter.start_step()
-            for micro in batch.micro_batches:
-                loss, pair_distances = stage.loss(engine, micro, batch, is_logged)
-                engine.backward(loss.total * share_to_loss)
-                engine.step()  # updates weights after the last micro-batch of the global batch
-                meter.add(loss, pair_distances, micro.inputs["input_ids"].numel())
-            state.step += 1
-            state.batch += 1
-            state.decay *= 1 - lr * config.weight_decay if engine.was_step_applied() else 1
+            lr, is_logged = engine.get_lr()[0], schedule.is_logged(state.step + 1)
+            train_step(stage, engine, batch, meter, with_distances=is_logged)
+            state.add_step(engine.was_step_applied(), lr * config.weight_decay)
             meter.end_step(state.step, batch.num_items, batch.num_tokens)
             log.advance()
 
-            stop = preempt.stop_agreed()  # a signal asks for it; at an epoch's end, that is saved first
-            is_saved = config.save_steps > 0 and state.step % config.save_steps == 0
-            is_saved = (is_saved or stop is not None) and state.batch < len(slots)
-            is_evaluated = config.eval_steps > 0 and state.step % config.eval_steps == 0 and state.batch < len(slots)
-            if is_logged or is_saved or is_evaluated:
-                meter.stop_if_not_finite(folder)
-                engines.stop_if_skipped(engine, stage.name, state.step)
-                log.stop_if_failed()
-            if is_logged:
-                metrics, watched = meter.reduce()
-                values = {**metrics, "lr": lr, "grad_norm": grad_norm(engine)}
-                log.step(state.step, num_steps, state.epoch, values, watched)
-                log.monitor(engine, values)
-            if is_evaluated:
+            stop = preempt.stop_agreed()  # a signal on any rank; at the end of an epoch, the epoch is saved first
+            due = schedule.due(state, is_stopping=stop is not None)
+            if due.anything:
+                stop_if_broken(meter, engine, log, folder, state)
+            if due.log:
+                log.step(state.step, schedule.num_steps, state.epoch, meter.reduce(), lr, engine)
+            if due.evaluate:
                 evaluate(stage, engine, run, state, log)
-            if is_saved:
+            if due.save:
                 checkpoint.save(folder, engine, state)
                 preempt.leave_if(stop)
-            if is_logged or is_evaluated or is_saved:
+            if due.anything:
                 meter.restart_clock()
-
-        meter.stop_if_not_finite(folder)
-        engines.stop_if_skipped(engine, stage.name, state.step)
-        state.epoch, state.batch = state.epoch + 1, 0
-        score = evaluate(stage, engine, run, state, log)[stage.score]
-        if state.best_score is None or (
-            score > state.best_score if stage.higher_is_better else score < state.best_score
-        ):
-            state.best_score, state.best_epoch, state.epochs_without_better = score, state.epoch, 0
-            checkpoint.save_best(folder, engine, state)
-        else:
-            state.epochs_without_better += 1
-        checkpoint.save(folder, engine, state)
-        preempt.leave_if(preempt.stop_agreed())
+        stop_if_broken(meter, engine, log, folder, state)
+        end_epoch(stage, engine, run, state, log)
         meter.restart_clock()
 
     engine.destroy()
-    best = load_best(stage, run, checkpoint.best_folder(folder, state.best_epoch))
-    dist.on_main(run_lock.check)
-    stage.finish(best.to(device()).eval())
-    log.say(
-        f"stage {stage.name} is over: {stage.score} {state.best_score:.4f} on {run.selection[0]} picks epoch "
-        f"{state.best_epoch} of {state.epoch}"
-    )
-    log.end_stage()
-    checkpoint.finish(
-        folder,
-        {
-            "steps": state.step,
-            "epochs": state.epoch,
-            "best_epoch": state.best_epoch,
-            "selected_on": run.selection[0],
-            stage.score: state.best_score,
-        },
-    )
+    stage.finish(stages.load_best(stage, run, state.best_epoch))
+    log.end_stage(stage.score, state, run.selection.name)
+    checkpoint.finish(folder, state, stage.score, run.selection.name)
 
 
-def build(stage: Stage, config: RunConfig) -> nn.Module:
-    """The stage's module (collective); new weights (heads, projections) come from the seed, the same on every rank."""
-    dist.seed_everything(config.seed, stage.name, "weights")
-    return dist.agree(stage.build)
+def train_step(
+    stage: Stage, engine: DeepSpeedEngine, batch: GlobalBatch, meter: StepMeter, with_distances: bool
+) -> None:
+    """One optimizer step: forward pass, loss, backward pass and step, for each micro-batch of a global batch."""
+    engine.train()
+    meter.start_step()
+    for micro in batch.micro_batches:
+        loss, distances = stage.loss(engine, micro, batch, with_distances)
+        engine.backward(loss.total * engines.undo_averaging(engine))
+        engine.step()  # updates weights after the last micro-batch of the global batch
+        meter.add(loss, distances, micro.num_positions)
 
 
-def load_best(stage: Stage, run: Run, folder: Path) -> nn.Module:
-    """The stage's module with the weights of its best epoch, its embedding table whole again (collective)."""
-    module = build(stage, run.config)
-    whole_table = vocabulary.trim(module, run.used_tokens)
-    checkpoint.load_weights(module, folder)
-    decay = dist.on_main(lambda: checkpoint.state_of(folder).decay)
-    vocabulary.restore(module, whole_table, run.used_tokens, decay)
-    return module
+def end_epoch(stage: Stage, engine: DeepSpeedEngine, run: Run, state: TrainState, log: RunLog) -> None:
+    """Score the epoch, keep its weights if they are the best so far, and save a checkpoint (collective)."""
+    folder = run.checkpoint_folder(stage.name)
+    state.epoch, state.batch = state.epoch + 1, 0
+    score = evaluate(stage, engine, run, state, log)[stage.score]
+    if state.is_best(score, stage.higher_is_better):
+        checkpoint.save_best(folder, engine, state)
+    checkpoint.save(folder, engine, state)
+    preempt.leave_if(preempt.stop_agreed())
 
 
 def evaluate(stage: Stage, engine: DeepSpeedEngine, run: Run, state: TrainState, log: RunLog) -> dict[str, float]:
@@ -190,18 +132,14 @@ def evaluate(stage: Stage, engine: DeepSpeedEngine, run: Run, state: TrainState,
     engine.eval()
     try:
         metrics = stage.evaluate(engine)
-    except ValueError as error:  # predictions that are NaN, on all ranks: a finite loss can have such a gradient
+    except ValueError as error:  # NaN predictions, on all ranks: a finite loss can have a gradient that is not
         raise UserError(f"{stage.name} step {state.step}: {error}") from error
-    log.evaluation(state.step, state.epoch, run.selection[0], metrics)
+    log.evaluation(state.step, state.epoch, run.selection.name, metrics)
     return dist.broadcast(metrics)  # processors of different kinds may round the last bit differently
 
 
-def is_patience_over(config: RunConfig, state: TrainState) -> bool:
-    """Whether early stopping ends the stage; the same on every rank, since scores are."""
-    return 0 < config.early_stopping_patience <= state.epochs_without_better
-
-
-def grad_norm(engine: DeepSpeedEngine) -> float | None:
-    """Global gradient norm before clipping; None where fp16 has skipped the step, and in fp32 at stage 0."""
-    norm = engine.get_global_grad_norm()
-    return None if norm is None or not math.isfinite(norm) else float(norm)
+def stop_if_broken(meter: StepMeter, engine: DeepSpeedEngine, log: RunLog, folder: Path, state: TrainState) -> None:
+    """Raise UserError on every rank if a loss or gradient was not finite, or the log cannot be written (collective)."""
+    meter.stop_if_not_finite(folder)
+    engines.stop_if_skipped(engine, meter.stage, state.step)
+    log.stop_if_failed()

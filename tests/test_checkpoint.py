@@ -427,12 +427,13 @@ def test_a_failing_write_leaves_the_earlier_ones(
 def test_a_marker_that_cannot_be_written(tmp_path: Path, single_rank: None) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot be written \(.*free some space or mend the folder"):
-        checkpoint.finish(tmp_path / "file", {})
+        checkpoint.finish(tmp_path / "file", TrainState(), "accuracy", "dev")
 
 
 def test_a_stage_that_is_over(tmp_path: Path, single_rank: None) -> None:
-    summary = {"steps": 7, "best_epoch": 2, "accuracy": 0.5}
-    checkpoint.finish(tmp_path / "teacher", summary)
+    state = TrainState(step=7, epoch=3, best_epoch=2, best_score=0.5)
+    checkpoint.finish(tmp_path / "teacher", state, "accuracy", "holdout")
+    summary = {"steps": 7, "epochs": 3, "best_epoch": 2, "selected_on": "holdout", "accuracy": 0.5}
     assert checkpoint.finished(tmp_path / "teacher") == summary
 
 

@@ -27,12 +27,12 @@ def losses(argv: list[str]) -> list[float]:
     run = open_run(config)
     stage = stages.build_stage("distill", run, RunLog(run.folder))
     engine = engines.training_engine(
-        train.build(stage, config), config, run.student_ds_config, num_steps=10, name="distill"
+        stages.build_module(stage, run), config, run.student_ds_config, num_steps=10, name="distill"
     )
     slots = epoch_slots(len(run.train_rows), config.global_batch_size, config.seed, epoch=0)[:NUM_STEPS]
     shares = np.zeros(NUM_STEPS)
-    batches = global_batches(run.train, run.train_rows, slots, run.micro_and_accum[1])
-    for step, batch in enumerate(stage.answered(batches)):
+    batches = global_batches(run.train, run.train_rows, slots, run.num_accum_steps)
+    for step, batch in enumerate(stage.with_teacher_outputs(batches)):
         for micro in batch.micro_batches:
             loss, _ = stage.loss(engine, micro, batch, False)
             engine.backward(loss.total * engines.undo_averaging(engine))
@@ -70,7 +70,7 @@ def test_all_student_stages_beside(two_ranks, argv: list[str], tmp_path: Path, t
 def losses_by_adding(argv: list[str]) -> list[float]:
     """The same with DeepSpeed's own way of summing bf16 gradients."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engines, "_copy_first_gradients", lambda optimizer: None)
+        patch.setattr(engines, "copy_first_gradients", lambda optimizer: None)
         return losses(argv)
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from deepspeed.utils import safe_get_full_grad
 from transformers import BertForSequenceClassification
 
-from peakd_ds import stages, train
+from peakd_ds import stages
 from peakd_ds.command_line import parse
 from peakd_ds.data.batches import epoch_slots, global_batches
 from peakd_ds.engine import engines
@@ -30,12 +30,12 @@ def distributed_gradients(argv: list[str]) -> tuple[dict[str, np.ndarray], np.nd
     run = open_run(config)
     stage = stages.build_stage("distill", run, RunLog(run.folder))
     engine = engines.training_engine(
-        train.build(stage, config), config, run.student_ds_config, num_steps=10, name="distill"
+        stages.build_module(stage, run), config, run.student_ds_config, num_steps=10, name="distill"
     )
     slots = epoch_slots(len(run.train_rows), config.global_batch_size, config.seed, epoch=0)
     number = next(i for i, batch in enumerate(slots) if (batch < 0).any())  # a last, smaller batch: uneven ranks
-    batches = global_batches(run.train, run.train_rows, slots, run.micro_and_accum[1], first=number)
-    batch = next(stage.answered(batches))
+    batches = global_batches(run.train, run.train_rows, slots, run.num_accum_steps, first=number)
+    batch = next(stage.with_teacher_outputs(batches))
     total = torch.zeros(())
     micro_batches = list(batch.micro_batches)
     for i, micro in enumerate(micro_batches):
@@ -56,7 +56,7 @@ def plain_gradients(argv: list[str], rows: np.ndarray) -> tuple[dict[str, torch.
     config = parse(argv)
     run = open_run(config)
     stage = stages.build_stage("distill", run, RunLog(run.folder))
-    module = train.build(stage, config).eval()
+    module = stages.build_module(stage, run).eval()
     batch = run.train.micro_batch(rows)
     inputs = padded(batch.inputs)
     teacher = BertForSequenceClassification.from_pretrained(config.teacher).eval()

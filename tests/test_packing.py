@@ -9,12 +9,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from peakd_ds.model.build import ask
-from peakd_ds.packed import cpu
-from peakd_ds.packed import packing as packing_module
+from peakd_ds.model.build import forward_with_states
+from peakd_ds.packed import attention, cpu
 from peakd_ds.packed.attention import Dropout, attend
-from peakd_ds.packed.cpu import _draw
-from peakd_ds.packed.packing import PART_COST, WIDTH_MULTIPLE, pack, padded, parts_of
+from peakd_ds.packed.cpu import PART_COST, _draw, cheapest_parts, parts_of
+from peakd_ds.packed.packing import WIDTH_MULTIPLE, pack, padded
 from peakd_ds.results.export import unroll
 from peakd_ds.sps import SPSBertConfig, SPSBertForSequenceClassification
 
@@ -79,7 +78,7 @@ def check_against_padded(model: SPSBertForSequenceClassification, lengths: Seque
     model = model.double()
     inputs = pack(*make_rows(lengths))
     packing, layers = inputs["packing"], range(1, model.config.num_effective_layers + 1)
-    logits, hidden = ask(model, inputs, layers, hidden_loss)
+    logits, hidden = forward_with_states(model, inputs, layers, hidden_loss)
     ours = [logits, *(states.flatten(0, -2) for states in hidden)]
     our_gradients = gradients_of(model, ours)
 
@@ -120,7 +119,7 @@ def test_packed_equals_a_plain_bert_in_fp32() -> None:
 
 def test_the_path_of_other_devices_gives_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     """Attention by PyTorch, as on a GPU, run here."""
-    monkeypatch.setattr(cpu, "_uses_cpu_path", lambda tensor: False)
+    monkeypatch.setattr(attention, "uses_cpu_path", lambda tensor: False)
     check_against_padded(make_model(), LENGTHS, "cls")
     check_against_padded(make_model("cycle_rev"), LENGTHS, "tokens")
 
@@ -131,9 +130,9 @@ def test_the_last_layer_computes_first_tokens_alone() -> None:
         layer.intermediate.register_forward_hook(lambda module, inputs, output: widths.append(output.shape[1]))
     inputs = pack(*make_rows(LENGTHS))
     model(**inputs)
-    ask(model, inputs, [2], "cls")
-    ask(model, inputs, [1], "tokens")
-    ask(model, inputs, [2], "tokens")
+    forward_with_states(model, inputs, [2], "cls")
+    forward_with_states(model, inputs, [1], "tokens")
+    forward_with_states(model, inputs, [2], "tokens")
     total = sum(LENGTHS)
     assert widths == [total, len(LENGTHS)] * 3 + [total, total]
 
@@ -143,8 +142,8 @@ def test_without_logits_the_pass_ends_after_the_last_layer_that_is_read() -> Non
     for number, layer in enumerate(model.bert.encoder.layer):
         layer.register_forward_hook(lambda module, inputs, output, number=number: runs.append(number))
     inputs = pack(*make_rows(LENGTHS))
-    _, whole = ask(model, inputs, [1, 3], "cls")
-    _, short = ask(model, inputs, [1, 3], "cls", logits=False)
+    _, whole = forward_with_states(model, inputs, [1, 3], "cls")
+    _, short = forward_with_states(model, inputs, [1, 3], "cls", logits=False)
     assert runs == [0, 1, 0, 1] + [0, 1, 0]
     assert_same(short, whole, 1e-6)
 
@@ -157,7 +156,7 @@ def test_states_alone_have_a_gradient() -> None:
     for is_packed in (True, False):
         model.zero_grad()
         if is_packed:
-            states = ask(model, inputs, [1], "cls")[1][0]
+            states = forward_with_states(model, inputs, [1], "cls")[1][0]
         else:
             states = model(**padded(inputs), output_hidden_states=True).hidden_states[1][:, 0]
         states.sin().sum().backward()
@@ -218,10 +217,10 @@ def test_attention_with_dropout_has_the_gradient_of_its_formula(
     is_first_only: bool, lengths: tuple[int, ...], num_parts: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Softmax(Q K^T / sqrt(D)), dropped with the mask that was drawn, times V; all in double precision."""
-    monkeypatch.setattr(packing_module, "PART_COST", 1)
-    monkeypatch.setattr(packing_module, "PART_ROWS", 1)
+    monkeypatch.setattr(cpu, "PART_COST", 1)
+    monkeypatch.setattr(cpu, "PART_ROWS", 1)
     packing, heads = pack(*make_rows(lengths))["packing"], 2
-    assert len(packing.parts) == num_parts
+    assert len(parts_of(packing)) == max(num_parts, 1)
     num_tokens = sum(lengths)
     torch.manual_seed(0)
     query, key, value = (torch.randn(num_tokens, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
@@ -238,7 +237,7 @@ def test_attention_with_dropout_has_the_gradient_of_its_formula(
     ours = attend(asking, key, value, packing, heads, 0.5, 0.3)
     our_gradients = torch.autograd.grad(ours.sin().sum(), (query, key, value))
 
-    expected, parts = [], packing.parts or (packing,)
+    expected, parts = [], parts_of(packing)
     by_part = [mask.unflatten(0, (-1, heads)) for mask in masks]
     assert [mask.shape[::3] for mask in by_part] == [(part.num_rows, part.width) for part in parts]
     mask_of_row = [mask for masks_of_part in by_part for mask in masks_of_part]
@@ -256,7 +255,7 @@ def test_attention_with_dropout_has_the_gradient_of_its_formula(
 
 def test_parts_cost_least(monkeypatch: pytest.MonkeyPatch) -> None:
     """Against all ways to cut the rows, in twos."""
-    monkeypatch.setattr(packing_module, "PART_ROWS", 2)
+    monkeypatch.setattr(cpu, "PART_ROWS", 2)
     random = np.random.default_rng(0)
     for _ in range(50):
         lengths = np.sort(random.integers(1, 129, random.integers(1, 20)))[::-1]
@@ -273,7 +272,7 @@ def test_parts_cost_least(monkeypatch: pytest.MonkeyPatch) -> None:
                 for start, stop, width in zip(edges, edges[1:], widths, strict=False)
             )
 
-        parts = parts_of(lengths)
+        parts = cheapest_parts(lengths)
         assert [stop for _, stop in parts[:-1]] == [start for start, _ in parts[1:]]
         assert cost([0, *(stop for _, stop in parts)]) == min(map(cost, cuts)) and parts[-1][1] == len(lengths)
 

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
 
+from peakd_ds.engine.checkpoint import TrainState
 from peakd_ds.errors import UserError
 from peakd_ds.kernels import DistillationLoss
 from peakd_ds.ranks import dist
@@ -19,19 +19,34 @@ from peakd_ds.results import figures
 from peakd_ds.results.log import RunLog
 from peakd_ds.results.meter import TERMS, StepMeter, TeacherClock
 
-VALUES = dict.fromkeys((*TERMS, "samples_per_s", "tokens_per_s", "padding_share", "lr", "grad_norm"), 1.0)
+METRICS = dict.fromkeys((*TERMS, "samples_per_s", "tokens_per_s", "padding_share"), 1.0)
 pytestmark = pytest.mark.usefixtures("single_rank")
+
+
+class Engine:
+    """What the log reads of an engine."""
+
+    global_samples = 96
+
+    def __init__(self, grad_norm: float | None, has_monitor: bool = False) -> None:
+        self.grad_norm, self.monitor, self.enabled, self.events = grad_norm, self, has_monitor, []
+
+    def get_global_grad_norm(self) -> float | None:
+        return self.grad_norm
+
+    def write_events(self, events: list[Any]) -> None:
+        self.events.extend(events)
 
 
 def write_steps(log: RunLog, steps: range, loss: float = 1.0) -> None:
     for step in steps:
-        watched = {"memory_mib": 5.0, "hidden_distance/pair_1": 0.5}
-        log.step(step, 10, 0, {**VALUES, "loss": loss + step, "grad_norm": None if step == 1 else 2.0}, watched)
+        metrics, extras = {**METRICS, "loss": loss + step}, {"memory_mib": 5.0, "hidden_distance/pair_1": 0.5}
+        log.step(step, 10, 0, (metrics, extras), 1.0, Engine(None if step == 1 else 2.0))
 
 
 def start(folder: Path, step: int = 0, stage: str = "teacher") -> RunLog:
     log = RunLog(folder)
-    log.start_stage(stage, 10, step, "task: rte\nlr: 2.0e-05\n")
+    log.start_stage(stage, 2, 10, step, "task: rte\nlr: 2.0e-05\n")
     return log
 
 
@@ -64,11 +79,11 @@ def test_a_resumed_stage_drops_later_points(tmp_path: Path, resumed_at: int, is_
         assert log.writer is not None
         log.writer.flush()  # what a killed process has on disk; nothing is closed
     else:
-        log.end_stage()
+        log.end_stage("accuracy", TrainState(best_score=0.5), "dev")
     log = start(tmp_path, step=resumed_at)
     write_steps(log, range(resumed_at + 1, 10), loss=100.0)
     log.evaluation(9, 3, "holdout", {"accuracy": 0.75})
-    log.end_stage()
+    log.end_stage("accuracy", TrainState(best_score=0.5), "dev")
 
     expected = [(step, (1.0 if step <= resumed_at else 100.0) + step) for step in range(1, 10)]
     assert scalars(tmp_path, "train/loss") == expected
@@ -83,12 +98,12 @@ def test_a_resumed_stage_drops_later_points(tmp_path: Path, resumed_at: int, is_
 def test_a_cut_off_last_line_is_dropped(tmp_path: Path) -> None:
     log = start(tmp_path)
     write_steps(log, range(1, 4))
-    log.end_stage()
+    log.end_stage("accuracy", TrainState(best_score=0.5), "dev")
     file = tmp_path / "metrics.jsonl"
     file.write_text(file.read_text()[:-20])
     log = start(tmp_path, step=3)
     write_steps(log, range(4, 6))
-    log.end_stage()
+    log.end_stage("accuracy", TrainState(best_score=0.5), "dev")
     assert [record["step"] for record in records(tmp_path)] == [1, 2, 4, 5]
     assert [path.name for path in tmp_path.iterdir() if path.is_file()] == ["metrics.jsonl"]
 
@@ -97,9 +112,9 @@ def test_other_stages_keep_their_points(tmp_path: Path) -> None:
     for stage in ("teacher", "ptp"):
         log = start(tmp_path, stage=stage)
         write_steps(log, range(1, 5))
-        log.end_stage()
+        log.end_stage("accuracy", TrainState(best_score=0.5), "dev")
     log = start(tmp_path, step=2, stage="ptp")
-    log.end_stage()
+    log.end_stage("accuracy", TrainState(best_score=0.5), "dev")
     assert [(record["stage"], record["step"]) for record in records(tmp_path)] == [
         *(("teacher", step) for step in range(1, 5)),
         *(("ptp", step) for step in range(1, 3)),
@@ -111,7 +126,7 @@ def test_settings_stand_once(tmp_path: Path) -> None:
     for step in (0, 4, 4):
         log = start(tmp_path, step=step)
         write_steps(log, range(step + 1, step + 3))
-        log.end_stage()
+        log.end_stage("accuracy", TrainState(best_score=0.5), "dev")
     accumulator = EventAccumulator(str(tmp_path / "tb" / "teacher")).Reload()
     (event,) = accumulator.Tensors("settings/text_summary")
     text = event.tensor_proto.string_val[0].decode()
@@ -125,7 +140,7 @@ def test_records_hold_the_promised_names(tmp_path: Path) -> None:
     log = start(tmp_path)
     write_steps(log, range(1, 2))
     log.evaluation(1, 0, "dev", {"accuracy": 0.5, "f1": 0.25})
-    log.end_stage()
+    log.end_stage("accuracy", TrainState(best_score=0.5), "dev")
     step, evaluation = records(tmp_path)
     promised = (
         "stage step epoch loss hard_loss soft_loss hidden_loss lr grad_norm samples_per_s tokens_per_s padding_share"
@@ -137,7 +152,7 @@ def test_records_hold_the_promised_names(tmp_path: Path) -> None:
 
 
 def test_custom_scalars_layout(tmp_path: Path) -> None:
-    start(tmp_path).end_stage()
+    start(tmp_path).end_stage("accuracy", TrainState(best_score=0.5), "dev")
     accumulator = EventAccumulator(str(tmp_path / "tb" / "teacher")).Reload()
     (event,) = accumulator.Tensors("custom_scalars__config__")
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
@@ -168,7 +183,7 @@ def test_figures(tmp_path: Path) -> None:
         "ptp/confusion_matrix", figures.confusion_matrix(names, torch.tensor([0, 1, 1]), torch.tensor([0, 1, 0]))
     )
     log.figure("ptp/labels", figures.label_histogram(names, [3, 4]))
-    log.end_stage()
+    log.end_stage("accuracy", TrainState(best_score=0.5), "dev")
     assert set(tags(tmp_path, "ptp")["images"]) == {"ptp/confusion_matrix", "ptp/labels"}
     log.figure("after/the/end", None)  # nothing is open: nothing happens
 
@@ -178,7 +193,7 @@ def test_loss_curves_are_drawn_from_the_records(tmp_path: Path) -> None:
         log = start(tmp_path, stage=stage)
         write_steps(log, range(1, 4), loss=0.001 if stage == "teacher" else 1000.0)
         log.evaluation(3, 1, "dev", {"accuracy": 0.5})
-        log.end_stage()
+        log.end_stage("accuracy", TrainState(best_score=0.5), "dev")
     figures.loss_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
@@ -194,7 +209,7 @@ def test_only_rank_0_writes(
     log.final({}, {})
     log.advance()
     log.say("hello")
-    log.end_stage()
+    log.end_stage("accuracy", TrainState(best_score=0.5), "dev")
     assert not list(tmp_path.iterdir())
     assert capsys.readouterr() == ("", "")
 
@@ -209,7 +224,7 @@ def test_a_log_that_cannot_be_written_stops_the_run_later(tmp_path: Path) -> Non
         UserError, match=r"the log in .* cannot be written \(.*\); free some space, then start the same"
     ):
         log.stop_if_failed()
-    log.end_stage()
+    log.end_stage("accuracy", TrainState(best_score=0.5), "dev")
 
 
 def test_a_full_disk_that_tensorboard_meets_stops_the_run_later(
@@ -225,14 +240,14 @@ def test_a_full_disk_that_tensorboard_meets_stops_the_run_later(
     log.evaluation(1, 0, "dev", {"accuracy": 0.5})
     with pytest.raises(UserError, match="No space left on device"):
         log.stop_if_failed()
-    log.end_stage()
+    log.end_stage("accuracy", TrainState(best_score=0.5), "dev")
 
 
 def test_plain_lines_where_there_is_no_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     log = start(tmp_path)
     write_steps(log, range(1, 2))
     log.advance()
-    log.end_stage()
+    log.end_stage("accuracy", TrainState(best_score=0.5), "dev")
     assert "teacher step 1/10  loss 2.0000 (hard 1.0000 soft 1.0000 hidden 1.000000)" in capsys.readouterr().err
 
 
@@ -350,15 +365,8 @@ def test_teacher_clock_counts_what_it_is_around(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_monitors_of_the_deepspeed_config_get_the_same(tmp_path: Path) -> None:
-    class Engine:
-        global_samples = 96
-
-        class monitor:
-            enabled = True
-            events: list[Any] = []  # noqa: RUF012
-            write_events: Callable[[list[Any]], None] = events.extend
-
-    log = start(tmp_path)
-    log.monitor(Engine, {"loss": 1.5, "grad_norm": None})
-    log.end_stage()
-    assert Engine.monitor.events == [("teacher/loss", 1.5, 96)]
+    log, engine = start(tmp_path), Engine(None, has_monitor=True)
+    log.step(1, 10, 0, (METRICS, {"memory_mib": 5.0}), 0.5, engine)
+    log.end_stage("accuracy", TrainState(best_score=0.5), "dev")
+    names = [name for name in (*METRICS, "lr")]
+    assert engine.events == [(f"teacher/{name}", 0.5 if name == "lr" else 1.0, 96) for name in names]

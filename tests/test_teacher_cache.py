@@ -1,4 +1,4 @@
-"""The teacher's answers in files: equal to asking it, whole or refused, and built by one start at a time."""
+"""The teacher's outputs in files: equal to asking it, whole or refused, and built by one start at a time."""
 
 import errno
 import hashlib
@@ -51,11 +51,11 @@ def opened(argv: list[str], run_dir: Path, *more: str) -> Run:
     return open_run(parse([*argv, "--run_dir", str(run_dir), "--teacher_mode", "cached", *more]))
 
 
-def answers_of(run: Run) -> teacher_cache.Answers:
+def outputs_of(run: Run) -> teacher_cache.CachedOutputs:
     said: list[str] = []
-    answers = teacher_cache.answers_of(run, said.append)
-    assert answers is not None
-    return answers["train"]
+    outputs = run.teacher_cache.outputs(said.append)
+    assert outputs is not None
+    return outputs["train"]
 
 
 def no_engine() -> None:
@@ -74,16 +74,16 @@ def losses(folder: Path) -> list[tuple]:
 # Rows stand beside others in the cache's build than in training, so sums run over blocks of other sizes: the last bits
 # of fp32 differ, and of bf16 one rounding step (2^-8 of a value) per layer.
 @pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-6), ("bf16", 2**-5)])
-def test_answers_are_the_teacher_s(
+def test_outputs_are_the_teacher_s(
     argv: list[str], tmp_path: Path, single_rank: None, dtype: str, tolerance: float
 ) -> None:
     run = opened(argv, tmp_path / "run", "--dtype", dtype)
     micro = run.train.micro_batch(torch.randperm(90, generator=torch.Generator().manual_seed(1))[:16].numpy())
-    answers = answers_of(run)
-    logits, hidden = answers.of(micro.rows)
-    assert torch.equal(answers.logits(micro.rows), logits)
+    outputs = outputs_of(run)
+    logits, hidden = outputs.of(micro.rows)
+    assert torch.equal(outputs.logits(micro.rows), logits)
     with torch.no_grad():
-        online_logits, online_hidden = run.teacher()((1, 2, 3), **micro.inputs)
+        online_logits, online_hidden = run.teacher.engine()((1, 2, 3), **micro.inputs)
     assert logits.dtype == torch.float32 and {h.dtype for h in hidden} == {online_logits.dtype}
     torch.testing.assert_close(logits, online_logits.float(), rtol=tolerance, atol=tolerance)
     for states, theirs in zip(hidden, online_hidden, strict=True):
@@ -113,25 +113,25 @@ def test_later_runs_never_start_the_teacher(
     argv: list[str], tmp_path: Path, single_rank: None, monkeypatch: pytest.MonkeyPatch, select_on: str
 ) -> None:
     """Neither for PTP labels nor for a distilled batch, with other seeds, fewer layers and another micro-batch."""
-    answers_of(opened(argv, tmp_path / "first", "--select_on", select_on))
+    outputs_of(opened(argv, tmp_path / "first", "--select_on", select_on))
     words = ["--select_on", select_on, "--seed", "7", "--layer_map", "1:3", "--micro_batch_size", "4"]
     run = opened(argv, tmp_path / "second", *words)
-    monkeypatch.setattr(run, "teacher", no_engine)
+    monkeypatch.setattr(run.teacher, "engine", no_engine)
     from peakd_ds.results.log import RunLog
 
-    labels = stages._ptp_labels_of(run, RunLog(run.folder))
-    assert (labels["train"] >= 0).sum() == len(run.train_rows)
-    _, hidden = answers_of(run).of(torch.tensor([5]))
-    stored = teacher_cache.answers_of(opened(argv, tmp_path / "third", "--select_on", select_on), print)
+    labels, _ = stages._ptp_labels(run, RunLog(run.folder))
+    assert (labels >= 0).sum() == len(run.train_rows)
+    _, hidden = outputs_of(run).of(torch.tensor([5]))
+    stored = opened(argv, tmp_path / "third", "--select_on", select_on).teacher_cache.outputs(print)
     assert len(hidden) == 1 and torch.equal(hidden[0], stored["train"].of(torch.tensor([5]))[1][2])
 
 
 def build_and_read(argv: list[str], run_dir: str) -> list[float]:
     with pytest.MonkeyPatch.context() as patch:  # for a rank in a process of its own
         patch.setattr(teacher_cache, "PART_ROWS", 1)
-        answers = answers_of(opened(argv, Path(run_dir)))
-    assert len(answers.parts) == 64
-    return answers.of(torch.arange(90))[0].flatten().tolist()
+        outputs = outputs_of(opened(argv, Path(run_dir)))
+    assert len(outputs.parts) == 64
+    return outputs.of(torch.arange(90))[0].flatten().tolist()
 
 
 def test_ranks_build_it_together(argv: list[str], two_ranks, tmp_path: Path, single_rank: None) -> None:
@@ -152,8 +152,8 @@ def test_few_rows_are_few_parts(monkeypatch: pytest.MonkeyPatch, num_rows: int, 
 
 
 def test_parts_are_mapped_not_read(argv: list[str], tmp_path: Path, single_rank: None) -> None:
-    answers = answers_of(opened(argv, tmp_path / "run"))
-    assert answers.parts
+    outputs = outputs_of(opened(argv, tmp_path / "run"))
+    assert outputs.parts
     assert f"{tmp_path / 'cache' / 'train' / 'part-00.safetensors'}" in Path("/proc/self/maps").read_text()
 
 
@@ -171,11 +171,11 @@ def test_a_build_that_is_cut_off_goes_on(
 
     monkeypatch.setattr(Path, "write_bytes", full_disk)
     with pytest.raises(UserError, match=r"No space left on device.*free space or set --teacher_cache"):
-        answers_of(opened(argv, tmp_path / "run"))
+        outputs_of(opened(argv, tmp_path / "run"))
     monkeypatch.setattr(Path, "write_bytes", write)
     kept = {file.name: file.stat().st_mtime_ns for file in folder.glob("part-*.safetensors")}
     assert len(kept) == 5 and not list(folder.glob(".*")) and not (folder / "lock.json").exists()
-    answers_of(opened(argv, tmp_path / "run"))
+    outputs_of(opened(argv, tmp_path / "run"))
     assert kept.items() <= {file.name: file.stat().st_mtime_ns for file in folder.glob("part-*.safetensors")}.items()
     assert len(list(folder.glob("part-*.safetensors"))) == 64
 
@@ -186,7 +186,7 @@ def test_no_build_on_a_disk_that_is_too_small(
     monkeypatch.setattr(teacher_cache, "_free_bytes", lambda folder: 2**20)
     run, said = opened(argv, tmp_path / "run"), []
     with pytest.raises(UserError, match=r"needs 0\.\d MiB.* has 1\.0 MiB free; free some"):
-        teacher_cache.answers_of(run, said.append)
+        run.teacher_cache.outputs(said.append)
     assert any("90 rows" in line for line in said), "its size is said before"
     assert not list((tmp_path / "cache").rglob("part-*"))
 
@@ -225,14 +225,14 @@ def test_a_damaged_part_is_refused_and_built_again(
     file = tmp_path / "cache" / "train" / "part-03.safetensors"
     damage(file)
     with pytest.raises(UserError, match=f"{file.name} .*{message}.*; delete .*builds this part again"):
-        answers_of(opened(argv, tmp_path / "run"))
+        outputs_of(opened(argv, tmp_path / "run"))
     file.unlink()
     assert build_and_read(argv, str(tmp_path / "run")) == whole
 
 
 def test_a_row_that_is_not_there(argv: list[str], tmp_path: Path, single_rank: None) -> None:
     with pytest.raises(UserError, match="has rows 0 to 89, not 90 to 90; take another --teacher_cache"):
-        answers_of(opened(argv, tmp_path / "run")).of(torch.tensor([90]))
+        outputs_of(opened(argv, tmp_path / "run")).of(torch.tensor([90]))
 
 
 @pytest.mark.parametrize(
@@ -249,7 +249,7 @@ def test_a_row_that_is_not_there(argv: list[str], tmp_path: Path, single_rank: N
 def test_another_cache_is_refused(
     argv: list[str], tiny_teacher, tmp_path: Path, single_rank: None, change: str, difference: str
 ) -> None:
-    answers_of(opened(argv, tmp_path / "run"))
+    outputs_of(opened(argv, tmp_path / "run"))
     manifest = tmp_path / "cache" / "train" / "manifest.json"
     more = change.split() if change.startswith("--") else []
     if change == "teacher":
@@ -261,7 +261,7 @@ def test_another_cache_is_refused(
         manifest.write_text(manifest.read_text().replace('"format": 3', '"format": 0'))
     before = {file: file.read_bytes() for file in manifest.parent.iterdir()}
     with pytest.raises(UserError, match=f"{difference}.*nothing was changed there: take another --teacher_cache"):
-        answers_of(opened(argv, tmp_path / "other_run", *more))
+        outputs_of(opened(argv, tmp_path / "other_run", *more))
     assert before == {file: file.read_bytes() for file in manifest.parent.iterdir()}
 
 
@@ -270,7 +270,7 @@ def test_all_tokens_cannot_be_cached(argv: list[str], tmp_path: Path, single_ran
     with pytest.raises(UserError, match="--hidden_loss tokens compares every token; set --teacher_mode online"):
         parse([*words, "cached"])
     said: list[str] = []
-    assert teacher_cache.answers_of(open_run(parse([*words, "auto"])), said.append) is None
+    assert open_run(parse([*words, "auto"])).teacher_cache.outputs(said.append) is None
     assert "auto: online, since --hidden_loss tokens" in said[0]
 
 
@@ -281,8 +281,8 @@ def test_auto_says_why(
     monkeypatch.setattr(teacher_cache, "_free_bytes", lambda folder: free)
     said: list[str] = []
     run = open_run(parse([*argv, "--run_dir", str(tmp_path / "run"), "--teacher_mode", "auto"]))
-    answers = teacher_cache.answers_of(run, said.append)
-    assert (answers is not None) == choice.startswith("cached")
+    outputs = run.teacher_cache.outputs(said.append)
+    assert (outputs is not None) == choice.startswith("cached")
     assert re.search(choice, said[0])
 
 
@@ -301,7 +301,7 @@ def test_a_dead_builder_s_lock_is_taken(argv: list[str], tmp_path: Path, single_
     dead.wait()
     lock = lock_of(tmp_path / "cache" / "train", dead.pid)
     monkeypatch.setattr(run_lock, "POLL_S", 0.0)
-    answers_of(opened(argv, tmp_path / "run"))
+    outputs_of(opened(argv, tmp_path / "run"))
     assert not lock.exists() and not list(lock.parent.glob(".*"))
 
 
@@ -323,7 +323,7 @@ def test_the_lock_of_this_job_s_earlier_start_is_taken(
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     lock = lock_of(tmp_path / "cache" / "train", 1, host="elsewhere")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    answers_of(opened(argv, tmp_path / "run"))
+    outputs_of(opened(argv, tmp_path / "run"))
     assert not lock.exists() and not list(lock.parent.glob(".*"))
 
 
@@ -333,7 +333,7 @@ def test_another_host_s_silent_lock_is_told(argv: list[str], tmp_path: Path, sin
     with pytest.raises(
         UserError, match=r"process 1 on elsewhere, .* nothing was built for .* minutes; delete the file"
     ):
-        answers_of(opened(argv, tmp_path / "run"))
+        outputs_of(opened(argv, tmp_path / "run"))
     assert lock.exists() and dist.is_main()
 
 

@@ -19,7 +19,7 @@ from conftest import ENVIRONMENT, ROOT, VOCABULARY, made_up_rows, save_encoder, 
 from safetensors.torch import load_file, save_file
 from transformers import DistilBertConfig, DistilBertModel, RobertaConfig, RobertaForSequenceClassification
 
-from peakd_ds import stages, train
+from peakd_ds import __main__, stages, train
 from peakd_ds.command_line import parse
 from peakd_ds.engine import checkpoint
 from peakd_ds.errors import UserError
@@ -592,7 +592,7 @@ def test_the_program_says_one_line(
     before = snapshot(program.run_dir)
     capsys.readouterr()
     with pytest.raises(SystemExit) as ended:
-        train.cli()
+        __main__.main()
     assert ended.value.code == 2
     assert_one_line(name, capsys.readouterr().err)
     assert snapshot(program.run_dir) == before

@@ -70,3 +70,7 @@ class ObjectiveSettings:
         "compare L2-normalised [CLS] vectors, or all non-padded tokens as they are",
         choices=("cls", "tokens"),
     )
+
+    def runs_ptp(self, is_regression: bool) -> bool:
+        """Whether the student is pretrained with the teacher's predictions: scores have no right and wrong class."""
+        return self.ptp and not is_regression

@@ -1,10 +1,10 @@
-"""Rows of a task: read, tokenised once per node, and dealt into global batches that do not depend on the ranks.
+"""Global batches that do not depend on the number of ranks, and each rank's share of them.
 
-The rule for batches (world-size invariance): the training rows form 64 canonical shards, contiguous blocks of the row
-order. Each epoch each shard is shuffled from (seed, epoch, shard). A global batch takes the same number of rows from
-equally spaced shards. So which rows form global batch k depends on the seed and k alone, and a node's rows come from
-its own block of shards wherever the number of nodes divides 64. Which of the ranks that hold a row computes it depends
-on its length: they get like numbers of rows and of tokens.
+The training rows form 64 canonical shards, contiguous blocks of the row order. In each epoch each shard is shuffled
+from (seed, epoch, shard), and a global batch takes the same number of rows from equally spaced shards. So the seed
+and k alone say which rows form global batch k, and a node's rows come from its own block of shards if the number of
+nodes divides 64. Among the ranks that hold a row, its length decides which one computes it,
+so that each rank gets about the same number of rows and of tokens.
 """
 
 from collections.abc import Iterator
@@ -19,12 +19,13 @@ from peakd_ds.errors import UserError
 from peakd_ds.ranks import dist, launch
 
 NUM_SHARDS = 64
-HOLDOUT_SHARE = 10  # one row in so many picks the epoch and trains nothing
+HOLDOUT_SHARE = 10
+"""One row in ten picks the epoch and is not trained on."""
 
 
 @dataclass(frozen=True)
 class GlobalBatch:
-    """One rank's part of a global batch, with the counts of the whole."""
+    """One rank's part of a global batch, with the counts of the whole batch."""
 
     micro_batches: Iterator[MicroBatch]
     num_items: int
@@ -34,14 +35,14 @@ class GlobalBatch:
 
 
 def split_holdout(num_rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Rows to train on and the fixed tenth that only picks epochs; both sorted, the same for every seed."""
+    """Rows to train on, and the fixed tenth that only picks epochs; both sorted, the same for every seed."""
     shuffled = np.random.default_rng(0).permutation(num_rows)
     num_holdout = num_rows // HOLDOUT_SHARE
     return np.sort(shuffled[num_holdout:]), np.sort(shuffled[:num_holdout])
 
 
 def check_holdout(task: Task, num_rows: int) -> None:
-    """Raise UserError where a tenth of so many training rows is none."""
+    """Raise UserError if a tenth of the training rows is no row."""
     if num_rows < HOLDOUT_SHARE:
         raise UserError(
             f"task {task.name} has {num_rows} training rows, too few to hold out a tenth; set --select_on dev"
@@ -49,15 +50,14 @@ def check_holdout(task: Task, num_rows: int) -> None:
 
 
 def shard_bounds(num_rows: int) -> np.ndarray:
-    """Where each canonical shard of so many training rows starts, and the last one ends: int64 [NUM_SHARDS + 1]."""
+    """First row of each canonical shard, and the number of rows at the end: int64 [NUM_SHARDS + 1]."""
     return np.arange(NUM_SHARDS + 1) * num_rows // NUM_SHARDS
 
 
 def epoch_slots(num_rows: int, global_batch_size: int, seed: int, epoch: int) -> np.ndarray:
-    """Which training row fills which slot of which global batch: int64 [steps, global_batch_size], -1 for none.
+    """The training row in each slot of each global batch of an epoch: int64 [steps, global_batch_size], -1 for none.
 
-    Slots of a batch are ordered by shard. The last batches of an epoch have empty slots; no row is left out, none is
-    used twice.
+    The slots of a batch are ordered by shard. The last batches of an epoch have empty slots; every row is used once.
     """
     bounds = shard_bounds(num_rows)
     shards = [
@@ -73,6 +73,11 @@ def epoch_slots(num_rows: int, global_batch_size: int, seed: int, epoch: int) ->
     # [taken, stride, rounds, per_shard] -> one batch for each (round, offset), its slots by shard
     slots = table.reshape(num_taken, stride, rounds, per_shard).transpose(2, 1, 0, 3).reshape(-1, global_batch_size)
     return slots[(slots >= 0).any(axis=1)]
+
+
+def steps_per_epoch(num_rows: int, global_batch_size: int) -> int:
+    """Global batches in an epoch; the same in every epoch."""
+    return len(epoch_slots(num_rows, global_batch_size, seed=0, epoch=0))
 
 
 def global_batches(

@@ -1,4 +1,4 @@
-"""TODO data.tokens."""
+"""Tokenised rows: a split, the packed micro-batches made of it, and its Arrow files, one set for each node."""
 
 import contextlib
 import hashlib
@@ -24,36 +24,46 @@ from peakd_ds.ranks import dist, launch
 from peakd_ds.ranks.device import device, to_device
 
 ON_ALL_NODES = -1
+"""In `Split.node_of`: every node holds the row's tokens."""
+
+TeacherOutputs = tuple[Tensor | None, list[Tensor]]
+"""The teacher's logits [B, C], None where the loss does not read them, and hidden states of the matched layers, [B, H]
+for each pair (`--hidden_loss cls`) or [1, T, H] (`tokens`), without filler rows."""
 
 
 @dataclass(frozen=True)
 class MicroBatch:
     """What one rank feeds to one forward pass.
 
-    A rank that has no row left still gets one, `num_real` = 0, because engines talk to each other in every pass.
+    A rank without rows gets one row as filler, `num_real` = 0, because engines communicate in every forward pass.
     """
 
     inputs: dict[str, Any]
-    """Packed rows: input_ids, token_type_ids, position_ids, int64 [1, T], and where rows lie (packing.py)."""
+    """Packed rows: input_ids, token_type_ids, position_ids, int64 [1, T], and their `Packing` (packed/packing.py)."""
     labels: torch.Tensor
     """int64 [B], or float32 [B] for regression."""
     rows: torch.Tensor
     """int64 [B], positions in the split."""
     num_real: int
-    """The first so many rows count; the others must not touch loss or metrics."""
-    answer: Any = None
-    """The teacher's logits and matched states of the rows that count, once it was asked (teacher_ahead.py)."""
+    """Rows that are not filler. They come first; filler must not touch loss or metrics."""
+    teacher_outputs: TeacherOutputs | None = None
+    """Added by `teacher.online.with_teacher_outputs`."""
+
+    @property
+    def num_positions(self) -> int:
+        """Token positions that the forward pass computes."""
+        return self.inputs["input_ids"].numel()
 
 
 class TokenRows:
-    """Token ids by row number, in arrays of many rows each. Mapped from files, the ranks of a node share one copy."""
+    """Token ids by row number, held in arrays of many rows. Arrays mapped from files are shared by a node's ranks."""
 
     COLUMNS = ("input_ids", "token_type_ids")
 
     def __init__(self, parts: Iterable[tuple[np.ndarray, dict[str, np.ndarray]]], lengths: np.ndarray):
         """
         Args:
-            parts: Numbers of some rows, and the tokens of these rows one after another, in each of the COLUMNS.
+            parts: Pairs of row numbers and, for each of the COLUMNS, the concatenated tokens of these rows.
             lengths: Token counts of all rows, int64 [N].
         """
         self._lengths = lengths
@@ -66,7 +76,7 @@ class TokenRows:
             self._parts.append(columns)
 
     def __getitem__(self, rows: np.ndarray, /) -> dict[str, list[np.ndarray]]:
-        """The COLUMNS of the given rows: for each row an array of its tokens."""
+        """For each of the COLUMNS, an array of tokens for each given row."""
         assert (self._part_of[rows] >= 0).all(), "these rows are on another node"
         found: dict[str, list[np.ndarray]] = {name: [] for name in self.COLUMNS}
         for row in rows:
@@ -76,13 +86,13 @@ class TokenRows:
         return found
 
     def all_ids(self) -> Iterator[np.ndarray]:
-        """Ids of all tokens of the rows that are here, array by array."""
+        """Token ids of all rows that this node holds, array by array."""
         return (columns["input_ids"] for columns in self._parts)
 
 
 @dataclass
 class Split:
-    """A tokenised split. Lengths and labels of all N rows are known on every node; a sharded split's tokens are not."""
+    """A tokenised split. Every node has the lengths and labels of all N rows; a sharded split's tokens are spread."""
 
     rows: TokenRows
     lengths: np.ndarray
@@ -90,13 +100,13 @@ class Split:
     labels: torch.Tensor
     """int64 [N], or float32 [N] for regression."""
     node_of: np.ndarray
-    """The node that holds a row's tokens, int64 [N]; ON_ALL_NODES where each does."""
+    """The node that holds each row's tokens, int64 [N], or ON_ALL_NODES."""
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def micro_batch(self, rows: np.ndarray) -> MicroBatch:
-        """The given rows, packed and on this rank's device; for no rows, the first row here with num_real = 0."""
+        """The given rows, packed and on this rank's device. For no rows: this node's first row as filler."""
         num_real = len(rows)
         if not num_real:
             rows = np.flatnonzero(np.isin(self.node_of, (ON_ALL_NODES, dist.node_rank())))[:1]
@@ -116,9 +126,10 @@ def tokenize(
     max_seq_length: int,
     cache: Path | None = None,
 ) -> Split:
-    """Tokenise once per node (collective), into an Arrow folder of this node's that later starts read again.
+    """Tokenise a split (collective), once per node, into an Arrow folder of the node that later starts read.
 
-    Without a `cache` folder each rank tokenises for itself, in memory.
+    Args:
+        cache: Holds a folder for each node. None: each rank tokenises in memory.
     """
 
     def encode_all() -> datasets.Dataset:
@@ -157,7 +168,7 @@ def tokenize(
 def encoder_of(
     task: Task, tokenizer: PreTrainedTokenizerBase, max_seq_length: int
 ) -> Callable[[dict[str, list]], dict[str, list]]:
-    """The function from text columns of some rows to their columns input_ids, token_type_ids and length."""
+    """A function that maps a batch of text columns to input_ids, token_type_ids and length."""
 
     def encode(batch: dict[str, list]) -> dict[str, list]:
         encoded = tokenizer(
@@ -176,13 +187,13 @@ def encoder_of(
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A short hash of the vocabulary and of whether it is for lower-cased text."""
+    """A short hash of the vocabulary and of whether the tokenizer lower-cases."""
     state = json.dumps([tokenizer.get_vocab(), tokenizer.init_kwargs.get("do_lower_case")], sort_keys=True)
     return hashlib.sha256(state.encode()).hexdigest()[:16]
 
 
 def label_dtype(task: Task) -> type[np.generic]:
-    """What labels are stored as: scores or class numbers."""
+    """Storage type of labels: float32 scores or int64 class ids."""
     return np.float32 if task.is_regression else np.int64
 
 
@@ -205,7 +216,7 @@ def _whole_split(task: Task, rows: datasets.Dataset) -> Split:
 
 @contextlib.contextmanager
 def _quiet_progress_bars() -> Iterator[None]:
-    """Hides datasets' own progress bars, one for each rank."""
+    """Hide the progress bars of `datasets`, of which each rank would print one."""
     were_on = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:

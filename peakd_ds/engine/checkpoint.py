@@ -16,17 +16,21 @@ import hashlib
 import json
 import shutil
 import warnings
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed import DeepSpeedEngine
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from peakd_ds.cluster import run_lock
+from peakd_ds.config import RunConfig
+from peakd_ds.engine import engines
 from peakd_ds.engine.state import (
     MOMENTS,
     adam_step,
@@ -60,13 +64,30 @@ class TrainState:
     tokens: str = ""
     """Which tokens the word embeddings are of (vocabulary.digest)."""
     decay: float = 1.0
-    """What weight decay has left of a weight without gradients, such as those that vocabulary.py leaves out."""
+    """What weight decay has left of a weight without gradients, as those of tokens that do not occur."""
+
+    def add_step(self, was_applied: bool, decayed_share: float) -> None:
+        """Count an optimizer step; `decayed_share` is its lr * weight_decay, which fp16 skips with the step."""
+        self.step += 1
+        self.batch += 1
+        self.decay *= 1 - decayed_share if was_applied else 1
+
+    def is_best(self, score: float, higher_is_better: bool) -> bool:
+        """Record the score of the epoch that has just ended; whether it is the best so far."""
+        is_better = self.best_score is None or (
+            score > self.best_score if higher_is_better else score < self.best_score
+        )
+        if is_better:
+            self.best_score, self.best_epoch, self.epochs_without_better = score, self.epoch, 0
+        else:
+            self.epochs_without_better += 1
+        return is_better
 
 
 # -- Saving ------------------------------------------------------------------------------------------------------------
 
 
-def save(folder: Path, engine: Any, state: TrainState) -> None:
+def save(folder: Path, engine: DeepSpeedEngine, state: TrainState) -> None:
     """Write a checkpoint of the stage (collective) and prune old ones.
 
     Raises:
@@ -91,7 +112,7 @@ def save(folder: Path, engine: Any, state: TrainState) -> None:
     _on_main_or_stop(write, folder / name)
 
 
-def save_best(folder: Path, engine: Any, state: TrainState) -> None:
+def save_best(folder: Path, engine: DeepSpeedEngine, state: TrainState) -> None:
     """Write the weights of the best epoch so far (collective). Raises UserError as `save` does.
 
     Each has a folder of its own: the checkpoint written next names it, and until then an older one names the older.
@@ -126,8 +147,20 @@ def _prune(folder: Path, newest_name: str) -> None:
         shutil.rmtree(old, ignore_errors=True)
 
 
-def finish(folder: Path, summary: dict[str, Any]) -> None:
-    """Mark the stage as over (collective)."""
+def finish(folder: Path, state: TrainState, score: str, selected_on: str) -> None:
+    """Mark the stage as over (collective).
+
+    Args:
+        score: Name of the metric that picked the best epoch.
+        selected_on: Name of the rows that picked it.
+    """
+    summary = {
+        "steps": state.step,
+        "epochs": state.epoch,
+        "best_epoch": state.best_epoch,
+        "selected_on": selected_on,
+        score: state.best_score,
+    }
     _on_main_or_stop(lambda: write_atomically(folder / "FINISHED.json", json.dumps(summary, indent=2) + "\n"), folder)
 
 
@@ -140,7 +173,7 @@ def finished(folder: Path) -> dict[str, Any] | None:
         raise UserError(f"{marker} is damaged ({error}); delete it to have the stage finished again") from error
 
 
-def gather(engine: Any, moment: str | None) -> dict[str, torch.Tensor]:
+def gather(engine: DeepSpeedEngine, moment: str | None) -> dict[str, torch.Tensor]:
     """fp32 weights (`moment` None) or an Adam moment of every trained parameter (collective).
 
     Returns:
@@ -156,6 +189,35 @@ def gather(engine: Any, moment: str | None) -> dict[str, torch.Tensor]:
 
 
 # -- Loading -----------------------------------------------------------------------------------------------------------
+
+
+def resume(
+    folder: Path,
+    module: nn.Module,
+    tokens: str,
+    config: RunConfig,
+    ds_config: dict[str, Any],
+    num_steps: int,
+    say: Callable[[str], None],
+) -> tuple[DeepSpeedEngine, TrainState]:
+    """An engine around `module` at the newest whole checkpoint of a stage, or at its start (collective).
+
+    Args:
+        folder: The stage's checkpoints; its name is the stage's.
+        tokens: Digest of the tokens that the module has embeddings of.
+        ds_config: The student's DeepSpeed config.
+        num_steps: Optimizer steps of the whole stage.
+
+    Raises:
+        UserError: the checkpoint does not fit the module, or cannot be read.
+    """
+    resumed_from, skipped = newest(folder)
+    for warning in skipped:
+        say(f"warning: {warning}")
+    if resumed_from is not None:
+        load_weights(module, resumed_from, tokens)
+    engine = engines.training_engine(module, config, ds_config, num_steps, folder.name)
+    return engine, TrainState(tokens=tokens) if resumed_from is None else restore(engine, resumed_from)
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
@@ -211,7 +273,7 @@ def load_weights(module: nn.Module, checkpoint: Path, tokens: str | None = None)
             parameter.copy_(stored[name])
 
 
-def restore(engine: Any, checkpoint: Path) -> TrainState:
+def restore(engine: DeepSpeedEngine, checkpoint: Path) -> TrainState:
     """Put master weights, Adam moments and schedule into an engine whose module has the checkpoint's weights."""
     position = _position(checkpoint)
     create_adam_state(engine, position["adam_step"])

@@ -1,6 +1,6 @@
-"""The models of a run: the teacher as found, the student as made, and the contract between them.
+"""The models of a run: the teacher, the SPS student, and what the distill stage trains.
 
-B batch, S tokens, H hidden (Hs student's, Ht teacher's), C classes.
+B rows, T tokens of packed rows, C classes, Hs and Ht hidden sizes of student and teacher.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from transformers import (
 
 from peakd_ds.config import RunConfig
 from peakd_ds.data.tasks import Task
-from peakd_ds.errors import UserError
+from peakd_ds.errors import UserError, first_line
 from peakd_ds.model import contract
 from peakd_ds.ptp import NUM_PTP_LABELS
 from peakd_ds.sps import SPSBertConfig, SPSBertForSequenceClassification, Take, init_from_encoder
@@ -25,9 +25,9 @@ from peakd_ds.sps import SPSBertConfig, SPSBertForSequenceClassification, Take, 
 
 
 def build_teacher(config: RunConfig, task: Task, encoder: contract.Pretrained) -> SPSBertForSequenceClassification:
-    """The teacher with a head for the task, in fp32; a new head where the checkpoint has none.
+    """The teacher with a head for the task, in fp32; the head is new if the checkpoint has none.
 
-    It shares no layers: it is of the student's class for the sake of packed rows.
+    It shares no layers, but has the student's class, which takes packed rows.
     """
     optional = () if encoder.is_classifier else contract.NEW_WITH_A_TASK
     settings = teacher_config(config, task, encoder.config)
@@ -35,7 +35,7 @@ def build_teacher(config: RunConfig, task: Task, encoder: contract.Pretrained) -
 
 
 def teacher_config(config: RunConfig, task: Task, encoder: BertConfig) -> SPSBertConfig:
-    """The teacher's sizes: all of `encoder`'s layers, none shared, and a head for the task."""
+    """The teacher's configuration: all layers of `encoder`, none shared, and a head for the task."""
     settings = _inherited(encoder) | task_head(task) | _dropout_settings(config.dropout)
     return SPSBertConfig(num_hidden_layers=encoder.num_hidden_layers, sharing="none", **settings)
 
@@ -51,7 +51,7 @@ def build_student(
 
 
 def student_config(config: RunConfig, encoder: BertConfig, head: dict[str, Any]) -> SPSBertConfig:
-    """The student's sizes: those of `encoder`, with n stored layers and the `head` settings."""
+    """The student's configuration: the sizes of `encoder`, n stored layers and the `head` settings."""
     settings = _inherited(encoder) | head | _dropout_settings(config.dropout)
     return SPSBertConfig(
         num_hidden_layers=config.num_hidden_layers, sharing=config.sharing, shuffle_qk=config.swaps_qk, **settings
@@ -61,14 +61,14 @@ def student_config(config: RunConfig, encoder: BertConfig, head: dict[str, Any])
 def load_teacher(
     config: RunConfig, task: Task, source: contract.Pretrained, folder: Path
 ) -> SPSBertForSequenceClassification:
-    """The trained teacher: the classifier that was given, or the one that this run has saved in `folder`."""
+    """The trained teacher: the user's classifier, or the one that this run has saved in `folder`."""
     return build_teacher(
         config, task, source if source.is_classifier else contract.find_encoder(str(folder), "run_dir")
     )
 
 
 def load_student_body(student: SPSBertForSequenceClassification, folder: Path) -> None:
-    """Copy embeddings, layers and pooler from a saved student; its head stays behind (Pea-KD, PTP)."""
+    """Copy embeddings, layers and pooler from a saved student, without its head (Pea-KD, PTP)."""
     pretrained = SPSBertForSequenceClassification.from_pretrained(folder)
     student.bert.load_state_dict(pretrained.bert.state_dict())
 
@@ -90,7 +90,7 @@ def ptp_head() -> dict[str, Any]:
 
 
 def _inherited(config: BertConfig) -> dict[str, Any]:
-    """What a model of our class takes over from a plain BERT's configuration: sizes, vocabulary, activation."""
+    """The entries of a plain BERT's configuration that our class inherits: sizes, vocabulary, activation."""
     own = "model_type architectures num_hidden_layers id2label label2id dtype transformers_version _name_or_path"
     return {name: value for name, value in config.to_dict().items() if name not in (*own.split(), "problem_type")}
 
@@ -106,7 +106,7 @@ def _dropout_settings(dropout: float | None) -> dict[str, Any]:
 
 
 def load_pretrained(model_class: Any, path: str, option: str, optional: tuple[str, ...] = (), **settings: Any) -> Any:
-    """A saved model in fp32. Weights whose names start with one of `optional` may be missing, and are then new.
+    """A saved model in fp32. Weights whose names start with one of `optional` may be missing; they are then new.
 
     Raises:
         UserError: the weights cannot be read, or others are missing.
@@ -122,12 +122,12 @@ def load_pretrained(model_class: Any, path: str, option: str, optional: tuple[st
         )
     except Exception as error:  # safetensors, hub and shape errors have no common base
         raise UserError(
-            f"--{option} {path}: the weights cannot be read ({contract._first_line(error)}); get the model again"
+            f"--{option} {path}: the weights cannot be read ({first_line(error)}); get the model again"
         ) from error
     missing = sorted(name for name in report["missing_keys"] if not name.startswith(optional))
     if missing:
         raise UserError(
-            f"--{option} {path} lacks {len(missing)} weights, {missing[0]} among them; take a whole model of its kind"
+            f"--{option} {path} lacks {len(missing)} weights, {missing[0]} among them; take a complete model"
         )
     return model.float()
 
@@ -138,10 +138,10 @@ def load_pretrained(model_class: Any, path: str, option: str, optional: tuple[st
 def layer_pairs(
     layer_map: str | Sequence[tuple[int, int]], student_depth: int, teacher_depth: int
 ) -> tuple[tuple[int, int], ...]:
-    """(student layer, teacher layer) pairs, 1-based, over effective depths; the last layers are not matched.
+    """(student layer, teacher layer) pairs, 1-based, over effective depths; last layers are not matched.
 
     `skip` pairs (i, i * Lt / Ls) where that is whole and `last` pairs (i, Lt - Ls + i), both for i < Ls (Sun et al.
-    2019, Patient KD); a list is taken as it is.
+    2019, Patient KD); a list is used as it is.
 
     Raises:
         UserError: a layer that is not there, or `last` with a teacher shallower than the student.
@@ -170,9 +170,9 @@ def layer_pairs(
 
 
 class MatchedStudent(nn.Module):
-    """The student with what the hidden-state loss needs beside it; only `student` is exported.
+    """The student and the projections that the hidden-state loss trains with it; only `student` is exported.
 
-    Where hidden sizes differ, each pair has a trained projection Hs -> Ht.
+    Each pair has a projection Hs -> Ht if the hidden sizes differ.
     """
 
     def __init__(
@@ -188,35 +188,39 @@ class MatchedStudent(nn.Module):
         self.projections = nn.ModuleList(nn.Linear(width, teacher_hidden) for _ in pairs if width != teacher_hidden)
 
     def forward(self, **inputs: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Logits [B, C] and, for each pair, hidden states [B, Ht] (cls) or [1, T, Ht] (tokens), of packed inputs."""
-        logits, hidden = ask(self.student, inputs, [i for i, _ in self.pairs], self.hidden_loss)
+        """Logits [B, C] of packed inputs and, for each pair, hidden states [B, Ht] (cls) or [1, T, Ht] (tokens)."""
+        student_layers = [student_layer for student_layer, _ in self.pairs]
+        logits_BC, hidden = forward_with_states(self.student, inputs, student_layers, self.hidden_loss)
         if len(self.projections):
             hidden = [project(states) for project, states in zip(self.projections, hidden, strict=True)]
-        return logits, hidden
+        return logits_BC, hidden
 
 
 class Teacher(nn.Module):
-    """The frozen teacher, asked for no more than is read."""
+    """The frozen teacher; its forward pass computes only what is read."""
 
     def __init__(self, model: SPSBertForSequenceClassification):
         super().__init__()
         self.model = model
 
     def forward(
-        self, layers: Sequence[int] = (), hidden_loss: str = "cls", logits: bool = True, **inputs: Any
+        self, layers: Sequence[int] = (), hidden_loss: str = "cls", with_logits: bool = True, **inputs: Any
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Logits [B, C], meaningless unless asked for, and states of `layers`, [B, H] (cls) or [1, T, H] (tokens)."""
-        return ask(self.model, inputs, layers, hidden_loss, logits)
+        """Logits [B, C] of packed inputs, and states of `layers`: [B, Ht] (cls) or [1, T, Ht] (tokens).
+
+        Without `with_logits` the logits mean nothing.
+        """
+        return forward_with_states(self.model, inputs, layers, hidden_loss, with_logits)
 
 
-def ask(
+def forward_with_states(
     model: SPSBertForSequenceClassification,
     inputs: dict[str, Any],
     layers: Sequence[int],
     hidden_loss: str,
-    logits: bool = True,
+    with_logits: bool = True,
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-    """Logits and states of the given effective layers, from 1, of packed inputs."""
-    take = Take(tuple(layers), hidden_loss == "tokens", logits)
+    """Logits [B, C] and states of the given effective layers (1-based) of packed inputs, as `Teacher.forward`."""
+    take = Take(tuple(layers), all_tokens=hidden_loss == "tokens", logits=with_logits)
     output = model(**inputs, take=take)
     return output.logits, [take.states[layer] for layer in layers]

@@ -16,7 +16,7 @@ from transformers import (
 
 from peakd_ds.config import RunConfig
 from peakd_ds.data.tasks import Task
-from peakd_ds.errors import UserError
+from peakd_ds.errors import UserError, first_line
 
 NEW_WITH_A_TASK = ("classifier.", "bert.pooler.", "pooler.")
 """Weights that a pretrained encoder need not have."""
@@ -50,21 +50,8 @@ def find_encoder(path: str, option: str) -> Pretrained:
             with safe_open(file, framework="pt") as opened:
                 names |= set(opened.keys())
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{file} is not a whole safetensors file ({_first_line(error)}); get it again") from error
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # besides OSError and ValueError, a validation error of its own for each bad field
-        raise UserError(
-            f"--{option} {path} is neither a folder with config.json nor a model that the hub gives "
-            f"({_first_line(error)}); give a folder that save_pretrained wrote, or go online for a hub id"
-        ) from error
-    if config.model_type != "bert":
-        raise UserError(
-            f"--{option} {path} is a {config.model_type} model; it must be a bert, since the student "
-            "takes its layers and vocabulary from it: take a BERT"
-        )
-    if config.is_decoder or config.add_cross_attention:
-        raise UserError(f"--{option} {path} is a decoder by its config.json; take an encoder")
+            raise UserError(f"{file} is not a whole safetensors file ({first_line(error)}); get it again") from error
+    config = read_config(path, option)
     is_classifier = "BertForSequenceClassification" in (config.architectures or [])
     if is_classifier and names and "classifier.weight" not in names:  # transformers would make up a random head
         raise UserError(
@@ -74,6 +61,30 @@ def find_encoder(path: str, option: str) -> Pretrained:
     if names:
         _check_complete(config, names, f"--{option} {path}")
     return Pretrained(path, option, config, is_classifier)
+
+
+def read_config(path: str, option: str) -> BertConfig:
+    """The config.json of a folder or hub id. Raises UserError if there is none, or if it is not a BERT encoder's."""
+    try:
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
+    except Exception as error:  # besides OSError and ValueError, a validation error of its own for each bad field
+        raise UserError(
+            f"--{option} {path} is neither a folder with config.json nor a model that the hub gives "
+            f"({first_line(error)}); give a folder that save_pretrained wrote, or go online for a hub id"
+        ) from error
+    if config.model_type != "bert":
+        raise UserError(
+            f"--{option} {path} is a {config.model_type} model; it must be a bert, since the student "
+            "takes its layers and vocabulary from it: take a BERT"
+        )
+    if config.is_decoder or config.add_cross_attention:
+        raise UserError(f"--{option} {path} is a decoder by its config.json; take an encoder")
+    if config.hidden_size % config.num_attention_heads:
+        raise UserError(
+            f"--{option} {path} has hidden_size {config.hidden_size}, which is not a multiple of its "
+            f"{config.num_attention_heads} attention heads; fix its config.json"
+        )
+    return config
 
 
 def _check_complete(config: BertConfig, names: set[str], source: str) -> None:
@@ -97,7 +108,7 @@ def load_tokenizer(encoder: Pretrained) -> PreTrainedTokenizerBase:
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise UserError(
             f"--{encoder.option} {encoder.path} has no tokenizer that can be read "
-            f"({_first_line(error)}); save it there with save_pretrained"
+            f"({first_line(error)}); save it there with save_pretrained"
         ) from error
 
 
@@ -117,12 +128,7 @@ def check_contract(
                 f"{side.config.vocab_size}; teacher and student must share one vocabulary: take the tokenizer that the "
                 "model was trained with"
             )
-        if config.max_seq_length > side.config.max_position_embeddings:
-            raise UserError(
-                f"--max_seq_length {config.max_seq_length} is longer than the "
-                f"{side.config.max_position_embeddings} positions of {name}; "
-                f"set at most {side.config.max_position_embeddings}"
-            )
+        check_length(config.max_seq_length, side)
         if len(task.text_columns) == 2 and side.config.type_vocab_size < 2:
             raise UserError(
                 f"task {task.name} has sentence pairs, but {name} has {side.config.type_vocab_size} token "
@@ -145,6 +151,16 @@ def check_contract(
         raise UserError(
             f"layer {max(layers)} of --{student_init.option} {student_init.path} was asked for, which has "
             f"{student_init.config.num_hidden_layers}; lower --num_hidden_layers or set --init_layers"
+        )
+
+
+def check_length(max_seq_length: int, encoder: Pretrained) -> None:
+    """Raise UserError if rows of `max_seq_length` tokens are longer than the encoder's position embeddings."""
+    limit = encoder.config.max_position_embeddings
+    if max_seq_length > limit:
+        raise UserError(
+            f"--max_seq_length {max_seq_length} is longer than the {limit} positions of "
+            f"--{encoder.option} {encoder.path}; set at most {limit}"
         )
 
 
@@ -175,8 +191,3 @@ def has_unnamed_labels(teacher: Pretrained) -> bool:
 def _label_names(teacher: Pretrained) -> tuple[str, ...]:
     id2label: dict[int, str] = teacher.config.id2label  # type: ignore[assignment]
     return tuple(id2label[number] for number in sorted(id2label))
-
-
-def _first_line(error: Exception) -> str:
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

@@ -1,16 +1,12 @@
-"""Attention over packed rows, and dropout, each with a CPU path of its own.
+"""Attention over packed rows, and dropout. On a GPU they are PyTorch's; cpu.py has faster ones for CPUs.
 
-Why not PyTorch's: on a CPU its dropout draws one random number after another, for one element each, and takes three
-times as long as the matrix product beside it; its attention, when asked for dropout, computes in float32.
-CHANGELOG.md has the measurements, under Tried. On a GPU PyTorch's are used.
-
-T tokens, B rows, H hidden size = heads * head size D; S the width that attention pads to.
+T tokens, B rows, H hidden size = heads * head size D, S the width that attention pads to.
 """
 
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from peakd_ds.packed.cpu import _CpuAttention, _CpuDropout, _heads, _uses_cpu_path
+from peakd_ds.packed.cpu import cpu_attention, cpu_dropout, uses_cpu_path
 from peakd_ds.packed.packing import Packing
 
 
@@ -25,16 +21,16 @@ def attend(
         dropout_p: Dropout probability of the attention weights; 0 outside training.
 
     Returns:
-        As many rows as `query` has, [T, H] or [B, H].
+        [T, H] or [B, H], as `query`.
     """
     is_first_only = query.shape[0] == packing.num_rows
-    if _uses_cpu_path(query):
-        return _CpuAttention.apply(query, key, value, packing, num_heads, scaling, dropout_p, is_first_only)
-    queries = query[:, None] if is_first_only else packing.pad(query)
+    if uses_cpu_path(query):
+        return cpu_attention(query, key, value, packing, num_heads, scaling, dropout_p, is_first_only)
+    padded_query = query[:, None] if is_first_only else packing.pad(query)
     output = F.scaled_dot_product_attention(
-        _heads(queries, num_heads),
-        _heads(packing.pad(key), num_heads),
-        _heads(packing.pad(value), num_heads),
+        _split_heads(padded_query, num_heads),
+        _split_heads(packing.pad(key), num_heads),
+        _split_heads(packing.pad(value), num_heads),
         packing.mask,
         dropout_p,
         scale=scaling,
@@ -43,10 +39,15 @@ def attend(
     return output[:, 0] if is_first_only else packing.unpad(output)
 
 
+def _split_heads(states: Tensor, num_heads: int) -> Tensor:
+    """[B, S, H] -> [B, heads, S, D]."""
+    return states.unflatten(2, (num_heads, -1)).transpose(1, 2)
+
+
 class Dropout(nn.Dropout):
-    """torch.nn.Dropout; on a CPU four elements share a random number, and p is rounded to a multiple of 2^-16."""
+    """torch.nn.Dropout. On a CPU, p is rounded to a multiple of 2^-16."""
 
     def forward(self, input: Tensor) -> Tensor:
-        if self.training and 0 < self.p < 1 and not self.inplace and _uses_cpu_path(input):
-            return _CpuDropout.apply(input, self.p)
+        if self.training and 0 < self.p < 1 and not self.inplace and uses_cpu_path(input):
+            return cpu_dropout(input, self.p)
         return super().forward(input)

@@ -1,4 +1,4 @@
-"""TODO results.evaluation."""
+"""Evaluation that counts every row exactly once, on any number of ranks. N rows, B of a batch, C classes."""
 
 import time
 from collections.abc import Callable
@@ -23,7 +23,7 @@ def predict(
 ) -> tuple[torch.Tensor, float]:
     """Logits of the given rows (collective), in their order, and the seconds it took.
 
-    Every rank makes the same number of forward passes, as sharded engines need, and gets the whole answer.
+    Every rank makes the same number of forward passes, as sharded engines need, and gets the logits of all rows.
 
     Returns:
         float32 [N, num_columns] on the CPU; wall-clock seconds.
@@ -33,8 +33,8 @@ def predict(
     place[torch.from_numpy(rows)] = torch.arange(len(rows))
     logits = torch.zeros(len(rows), num_columns, device=device())
     for batch in eval_batches(split, rows, micro_batch_size):
-        answer = forward(batch.inputs)[: batch.num_real].float()
-        logits[place[batch.rows[: batch.num_real]].to(logits.device)] = answer
+        logits_BC = forward(batch.inputs)[: batch.num_real].float()
+        logits[place[batch.rows[: batch.num_real]].to(logits.device)] = logits_BC
     logits = dist.all_reduce(logits).cpu()  # each row is zero on all ranks but one
     return logits, time.perf_counter() - start
 
@@ -45,8 +45,8 @@ def evaluate(
     """Official metrics on every eval split of the task (collective).
 
     Returns:
-        Metrics, those of a second split with its suffix (mnli: accuracy and accuracy_mismatched); logits [N, C] by
-        split; samples per second over all ranks.
+        Metrics, with a suffix for a second split (mnli: accuracy and accuracy_mismatched); logits [N, C] by split;
+        samples per second over all ranks.
     """
     metrics: dict[str, float] = {}
     logits: dict[str, torch.Tensor] = {}
@@ -61,7 +61,7 @@ def evaluate(
 
 
 def agreement(task: Task, logits: torch.Tensor, teacher_logits: torch.Tensor) -> float:
-    """Share of samples with the teacher's class; for regression, Pearson correlation with the teacher's scores."""
+    """Share of rows with the teacher's class; for regression, Pearson correlation with the teacher's scores."""
     if task.is_regression:
         if len(logits) < 2:
             return 0.0

@@ -1,7 +1,7 @@
-"""What a run tells: console lines or a progress bar, metrics.jsonl and TensorBoard, from rank 0.
+"""The log of a run: console lines or a progress bar, metrics.jsonl and TensorBoard, written by rank 0.
 
-Each stage has a TensorBoard folder of its own (RUN/tb/STAGE) and step counter. A resumed stage drops what was written
-after its checkpoint from both files, so that no point stands twice.
+Each stage has its own TensorBoard folder (RUN/tb/STAGE) and step counter. A resumed stage drops what was logged after
+its checkpoint, so that no point is logged twice.
 """
 
 import json
@@ -13,10 +13,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from deepspeed import DeepSpeedEngine
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from peakd_ds.cluster import run_lock
+from peakd_ds.engine import engines
+from peakd_ds.engine.checkpoint import TrainState
 from peakd_ds.errors import UserError
 from peakd_ds.files import write_atomically
 from peakd_ds.ranks import dist
@@ -25,7 +28,7 @@ from peakd_ds.results.meter import TERMS
 
 
 class RunLog:
-    """Writes on rank 0, does nothing on others. Use `say` for lines, `start_stage` before a stage's first step."""
+    """Writes on rank 0 and does nothing on other ranks. `start_stage` must come before a stage's first step."""
 
     def __init__(self, folder: Path):
         self.folder, self.writes = folder, dist.is_main()
@@ -36,14 +39,15 @@ class RunLog:
         quiet_libraries()
 
     def say(self, text: str) -> None:
-        """A line for people, beside a progress bar if there is one."""
+        """Print a line, above the progress bar if there is one."""
         if self.writes:
             tqdm.write(text, file=sys.stderr)
             sys.stderr.flush()
 
-    def start_stage(self, stage: str, num_steps: int, step: int, settings_yaml: str) -> None:
-        """Open the stage's files at `step`, dropping what an earlier start wrote beyond it."""
+    def start_stage(self, stage: str, num_epochs: int, num_steps: int, step: int, settings_yaml: str) -> None:
+        """Open the stage's files at `step`, and drop what an earlier start wrote after it."""
         self.stage = stage
+        self.say(f"stage {stage}: {num_epochs} epochs, {num_steps} steps" + (f", from step {step}" if step else ""))
         if not self.writes:
             return
         self._drop_metrics_after(stage, step)
@@ -64,7 +68,7 @@ class RunLog:
         )
 
     def advance(self) -> None:
-        """One optimiser step is done."""
+        """Count an optimizer step in the progress bar."""
         if self.bar is not None:
             self.bar.update()
 
@@ -73,14 +77,22 @@ class RunLog:
         step: int,
         num_steps: int,
         epoch: int,
-        values: Mapping[str, float | None],
-        watched: Mapping[str, float],
+        measured: tuple[Mapping[str, float], Mapping[str, float]],
+        lr: float,
+        engine: DeepSpeedEngine,
     ) -> None:
-        """A logged training step: `values` go to metrics.jsonl, these and `watched` to TensorBoard."""
+        """Log a training step: metrics to metrics.jsonl, TensorBoard and DeepSpeed's monitors, extras to TensorBoard.
+
+        Args:
+            measured: (metrics, extras), as `StepMeter.reduce` returns them.
+        """
+        metrics, extras = measured
+        values = {**metrics, "lr": lr, "grad_norm": engines.grad_norm(engine)}
         if not self.writes:
             return
+        self._monitor(engine, values)
         self._append({"stage": self.stage, "step": step, "epoch": epoch, **values})
-        self._scalars({f"train/{name}": value for name, value in {**values, **watched}.items()}, step)
+        self._scalars({f"train/{name}": value for name, value in {**values, **extras}.items()}, step)
         if self.bar is not None:
             self.bar.set_postfix(loss=f"{values['loss']:.4f}")
             if self.bar.disable:
@@ -90,9 +102,9 @@ class RunLog:
                     f"{values['hidden_loss']:.6f})  lr {values['lr']:.2e}  {values['samples_per_s']:.1f} samples/s"
                 )
 
-    def monitor(self, engine: Any, values: Mapping[str, float | None]) -> None:
-        """The same to DeepSpeed's own monitors (csv, wandb, ...) where the DeepSpeed config turns one on."""
-        if self.writes and engine.monitor.enabled:
+    def _monitor(self, engine: DeepSpeedEngine, values: Mapping[str, float | None]) -> None:
+        """Write to DeepSpeed's own monitors (csv, wandb, ...) if the DeepSpeed config turns one on."""
+        if engine.monitor.enabled:
             engine.monitor.write_events(
                 [
                     (f"{self.stage}/{name}", value, engine.global_samples)
@@ -102,7 +114,7 @@ class RunLog:
             )
 
     def evaluation(self, step: int, epoch: int, split: str, metrics: Mapping[str, float]) -> None:
-        """An evaluation on `split` (holdout or dev)."""
+        """Log an evaluation on `split` (holdout or dev)."""
         if not self.writes:
             return
         self._append(
@@ -122,14 +134,19 @@ class RunLog:
             self.writer.add_figure(tag, figure, step)
 
     def final(self, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """Metrics on dev, as scalars and beside the settings on TensorBoard's HPARAMS page."""
+        """Log metrics on dev, as scalars and with the settings on TensorBoard's HPARAMS page."""
         if self.writes:
             shutil.rmtree(self.folder / "tb" / "final", ignore_errors=True)  # of an earlier start of a run that is over
             simple = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
             with SummaryWriter(str(self.folder / "tb")) as writer:
                 writer.add_hparams(simple, {f"dev/{name}": value for name, value in metrics.items()}, run_name="final")
 
-    def end_stage(self) -> None:
+    def end_stage(self, score: str, state: TrainState, selected_on: str) -> None:
+        """Close the stage's files and say which epoch is the best."""
+        self.say(
+            f"stage {self.stage} is over: {score} {state.best_score:.4f} on {selected_on} picks epoch "
+            f"{state.best_epoch} of {state.epoch}"
+        )
         if self.writer is not None:
             self.writer.close()
             self.writer = None
@@ -138,16 +155,16 @@ class RunLog:
             self.bar = None
 
     def stop_if_failed(self) -> None:
-        """Raise UserError on every rank (collective) if rank 0 could not write its files, on a full disk say."""
+        """Raise UserError on every rank (collective) if rank 0 could not write its files, as on a full disk."""
 
-        def tell() -> None:
+        def check() -> None:
             if self.failure is not None:
                 raise UserError(
                     f"the log in {self.folder} cannot be written ({self.failure}); free some space, then "
                     "start the same command again"
                 )
 
-        dist.on_main(tell)
+        dist.on_main(check)
 
     def _scalars(self, values: Mapping[str, float | None], step: int) -> None:
         assert self.writer is not None
@@ -155,7 +172,7 @@ class RunLog:
             for name, value in values.items():
                 if value is not None:
                     self.writer.add_scalar(name, value, step)
-        except OSError as error:  # TensorBoard's thread met a full disk
+        except OSError as error:  # TensorBoard's thread found the disk full
             self.failure = error
 
     def _append(self, record: Mapping[str, Any]) -> None:
@@ -163,7 +180,7 @@ class RunLog:
             run_lock.check()
             with (self.folder / "metrics.jsonl").open("a") as file:
                 file.write(json.dumps(record) + "\n")
-        except (OSError, UserError) as error:  # the other ranks are on their way to a collective: tell them there
+        except (OSError, UserError) as error:  # other ranks are on their way to a collective: raise it there
             self.failure = error
 
     def _drop_metrics_after(self, stage: str, step: int) -> None:
@@ -183,12 +200,12 @@ def _is_kept(line: str, stage: str, step: int) -> bool:
 
 
 def quiet_libraries() -> None:
-    """DeepSpeed and transformers tell much that a reader of this run has no use for; warnings stay."""
+    """Silence what DeepSpeed, transformers and torch log at warning level and below; errors stay."""
     import transformers
 
     for name in ("DeepSpeed", "deepspeed"):
         logging.getLogger(name).setLevel(logging.ERROR)
-    # DeepSpeed 0.19 calls collectives by names that torch 2.13 has renamed.
+    # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

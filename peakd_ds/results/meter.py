@@ -1,15 +1,15 @@
-"""TODO results.meter."""
+"""What a training step measures: loss terms on the device, speed, memory and the teacher's share of the time."""
 
 import contextlib
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from peakd_ds.errors import UserError
+from peakd_ds.kernels import DistillationLoss
 from peakd_ds.ranks import dist
 from peakd_ds.ranks.device import device, on_gpu
 
@@ -17,7 +17,7 @@ TERMS = ("loss", "hard_loss", "soft_loss", "hidden_loss")
 
 
 class StepMeter:
-    """Collects the loss of each step on the device; other ranks and the host hear of it on log steps only."""
+    """Collects the loss of each step on the device; only log steps reduce it over ranks and copy it to the host."""
 
     def __init__(self, stage: str, teacher_clock: "TeacherClock | None" = None) -> None:
         self.stage, self.teacher_clock = stage, teacher_clock or TeacherClock()
@@ -29,24 +29,25 @@ class StepMeter:
         self.restart_clock()
 
     def restart_clock(self) -> None:
-        """Leave out what is no training (evaluation, saving) from samples per second."""
+        """Start counting samples per second again, so that evaluation and saving do not count."""
         self.start = time.perf_counter()
         self.num_samples = self.num_tokens = self.num_positions = 0
         self.teacher_clock.take()
 
     def start_step(self) -> None:
+        """Clear the loss of the last step."""
         self.terms.zero_()
         self.pair_distances = None
 
-    def add(self, loss: Any, pair_distances: torch.Tensor | None, num_positions: int) -> None:
-        """A micro-batch's loss shares and the number of positions computed."""
+    def add(self, loss: DistillationLoss, pair_distances: torch.Tensor | None, num_positions: int) -> None:
+        """Add a micro-batch's shares of the loss and of each pair's distance [K], and its number of positions."""
         self.terms += torch.stack([term.detach().float() for term in loss])
         self.num_positions += num_positions
         if pair_distances is not None:
             self.pair_distances = pair_distances + (0 if self.pair_distances is None else self.pair_distances)
 
     def end_step(self, step: int, num_samples: int, num_tokens: int) -> None:
-        """Remember, without waiting for the device, the first step whose loss is not finite."""
+        """Count a step, and note the first one whose loss is not finite, without waiting for the device."""
         is_first = ~torch.isfinite(self.terms).all() & (self.first_bad_step > step)
         self.bad_terms = torch.where(is_first, self.terms, self.bad_terms)
         self.first_bad_step = torch.where(is_first, step, self.first_bad_step)
@@ -54,7 +55,7 @@ class StepMeter:
         self.num_tokens += num_tokens
 
     def stop_if_not_finite(self, checkpoints: Path) -> None:
-        """Raise UserError on every rank (collective) if any rank has met a loss that is NaN or infinite."""
+        """Raise UserError on every rank (collective) if a loss was NaN or infinite on any rank."""
         worst = dist.all_reduce(self.first_bad_step.clone(), torch.distributed.ReduceOp.MIN)
         if worst.item() == torch.iinfo(torch.int64).max:
             return
@@ -67,7 +68,7 @@ class StepMeter:
         )
 
     def reduce(self) -> tuple[dict[str, float], dict[str, float]]:
-        """(metrics, watched) of the step and of the time since the clock was restarted (collective)."""
+        """(metrics, extras) of the step and of the time since the clock was restarted (collective)."""
         mine = [float(self.num_positions), *self.teacher_clock.take()]
         sums = [self.terms.double(), torch.tensor(mine, device=device(), dtype=torch.float64)]
         if self.pair_distances is not None:
@@ -78,19 +79,19 @@ class StepMeter:
         metrics["samples_per_s"] = self.num_samples / seconds
         metrics["tokens_per_s"] = self.num_tokens / seconds
         metrics["padding_share"] = 1 - self.num_tokens / max(total[4], 1)
-        watched = {"memory_mib": memory_mib()}
+        extras = {"memory_mib": memory_mib()}
         if total[5]:
-            watched["teacher_time_share"] = total[5] / dist.world_size() / seconds
-            watched["teacher_hidden_share"] = 1 - total[6] / total[5]  # of its time: what the student did not wait for
+            extras["teacher_time_share"] = total[5] / dist.world_size() / seconds
+            extras["teacher_hidden_share"] = 1 - total[6] / total[5]  # of its time: what the student did not wait for
         if self.pair_distances is not None:
-            watched |= {f"hidden_distance/pair_{number}": value for number, value in enumerate(total[7:], start=1)}
-        return metrics, watched
+            extras |= {f"hidden_distance/pair_{number}": value for number, value in enumerate(total[7:], start=1)}
+        return metrics, extras
 
 
 class TeacherClock:
     """Seconds that the teacher's forward passes take, and that the student waits for them, since the last `take`.
 
-    On a GPU by events in the streams, which does not stall them. Asked in turn, the student waits for all of it.
+    On a GPU, events in the streams measure both without stalling them. In turn, the student waits for all of it.
     """
 
     def __init__(self) -> None:
@@ -111,13 +112,13 @@ class TeacherClock:
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """Around what makes the student's stream wait for the teacher's."""
+        """Measure the block, in which the student's stream waits for the teacher's."""
         self._begin(self.waits)
         yield
         self.waits[-1][1].record()
 
     def take(self) -> tuple[float, float]:
-        """(seconds of the teacher, seconds of waiting for it) so far; waits for the device, so only on log steps."""
+        """(seconds of the teacher, seconds of waiting for it); synchronises the device, so only on log steps."""
         if self.passes or self.waits:
             torch.cuda.synchronize()
         if self.passes:
@@ -133,7 +134,7 @@ class TeacherClock:
 
 
 def memory_mib() -> float:
-    """Peak memory of this rank: of its GPU, or resident on a CPU."""
+    """Peak memory of this rank in MiB: of its GPU, or resident on a CPU."""
     if on_gpu():
         return torch.cuda.max_memory_allocated() / 2**20
     import resource
