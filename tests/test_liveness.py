@@ -1,4 +1,4 @@
-"""Ranks that do not come, fall silent, fail or do not belong are named, and the others leave in time."""
+"""Ranks that do not come, fall silent, fail or do not belong are named, and the others leave soon."""
 
 import os
 import signal
@@ -11,25 +11,29 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT
+from torch.utils.file_baton import FileBaton
+
+from peakd_ds.errors import UserError
+from peakd_ds.ranks import host, liveness
 
 RANK = """
 import os, sys, time
 import torch
 torch.cuda.device_count = lambda: int(os.environ.get("NUM_GPUS", "0"))
-from peakd_ds import dist, liveness
-from peakd_ds.config import UserError
+from peakd_ds.errors import UserError
+from peakd_ds.ranks import launch, liveness
 try:
-    store = dist.find_ranks(float(sys.argv[1]))
+    store = launch.find_ranks(float(sys.argv[1]))
 except (UserError, liveness.LostRank) as error:
     raise SystemExit(f"{type(error).__name__}: {error}")
-liveness.watch(store, float(sys.argv[1]))
+liveness.watch(store, float(sys.argv[1]), on_end=lambda cause: None)
 print("there", flush=True)
 what = sys.stdin.readline().strip()
 if what == "fail":
-    liveness.tell("ZeroDivisionError: it divides by zero")
+    liveness.report_failure("ZeroDivisionError: it divides by zero")
     raise SystemExit(1)
 if what == "leave":
-    time.sleep(0.5 if dist.rank() == 0 else 0)
+    time.sleep(0.5 if os.environ["RANK"] == "0" else 0)
     liveness.leave()
     raise SystemExit(0)
 time.sleep(60)
@@ -78,15 +82,15 @@ def pair(ranks: Ranks, timeout_s: float) -> list[subprocess.Popen[str]]:
 def test_silent_rank(ranks: Ranks, silent: int) -> None:
     both = pair(ranks, 6)
     both[silent].send_signal(signal.SIGSTOP)
-    told = both[1 - silent].communicate(timeout=60)[1]
+    output = both[1 - silent].communicate(timeout=60)[1]
     both[silent].send_signal(signal.SIGCONT)
     assert both[1 - silent].returncode == 1
     which = "rank 0 has been silent for 6 s" if silent == 0 else f"rank 1 on {HOST} has been silent for 6 s"
-    assert f"rank {1 - silent} on {HOST} leaves: {which}" in told
+    assert f"rank {1 - silent} on {HOST} leaves: {which}" in output
 
 
 def test_all_are_suspended(ranks: Ranks) -> None:
-    """As Slurm does to a job that must make room for a while: longer than the timeout, and nobody is given up."""
+    """Slurm suspends a job for longer than the timeout: no rank is given up."""
     both = pair(ranks, 6)
     for number in (signal.SIGSTOP, signal.SIGCONT):
         for process in both:
@@ -104,12 +108,12 @@ def test_failing_rank(ranks: Ranks, failing: int) -> None:
     both = pair(ranks, 60)
     both[failing].stdin.write("fail\n")
     both[failing].stdin.flush()
-    told = both[1 - failing].communicate(timeout=30)[1]
+    output = both[1 - failing].communicate(timeout=30)[1]
     assert both[1 - failing].returncode == 1
-    assert f"rank {failing} on {HOST} failed: ZeroDivisionError" in told or "rank 0 is gone" in told
+    assert f"rank {failing} on {HOST} failed: ZeroDivisionError" in output or "rank 0 is gone" in output
 
 
-def test_ranks_leave_in_peace(ranks: Ranks) -> None:
+def test_ranks_that_finish(ranks: Ranks) -> None:
     both = pair(ranks, 60)
     for process in both:
         process.stdin.write("leave\n")
@@ -121,57 +125,84 @@ def test_ranks_leave_in_peace(ranks: Ranks) -> None:
 def test_rank_that_does_not_come(ranks: Ranks) -> None:
     first, last = ranks.start(0, 6, world_size=3), ranks.start(2, 6, world_size=3)
     for process in (first, last):
-        told = process.communicate(timeout=60)[1]
-        assert f"LostRank: rank 1 of 3 did not come within 6 s of rank 0 on {HOST}" in told
+        output = process.communicate(timeout=60)[1]
+        assert f"LostRank: rank 1 of 3 did not come within 6 s of rank 0 on {HOST}" in output
 
 
 def test_rank_0_does_not_come(ranks: Ranks) -> None:
-    told = ranks.start(1, 5).communicate(timeout=60)[1]
-    assert f"LostRank: rank 0 at 127.0.0.1:{ranks.port} does not answer rank 1 on {HOST}" in told
+    output = ranks.start(1, 5).communicate(timeout=60)[1]
+    assert f"LostRank: rank 0 at 127.0.0.1:{ranks.port} does not answer rank 1 on {HOST}" in output
 
 
 def test_rank_of_an_earlier_start(ranks: Ranks) -> None:
     job = {"SLURM_JOB_ID": "7", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_NODES": "1"}
     both = [ranks.start(0, 20, SLURM_RESTART_COUNT="1", **job), ranks.start(1, 20, **job)]
     for process in both:
-        assert f"UserError: rank 1 on {HOST} is of job 7 start 0, rank 0 of job 7 start 1" in process.communicate()[1]
+        assert f"rank 1 on {HOST} belongs to job 7 start 0, but rank 0 to job 7 start 1;" in process.communicate()[1]
 
 
 def test_ranks_on_fewer_hosts_than_slurm_has_given(ranks: Ranks) -> None:
     job = {"SLURM_JOB_ID": "7", "SLURM_NNODES": "2"}
     for process in [ranks.start(rank, 20, **job) for rank in (0, 1)]:
-        assert f"UserError: 2 ranks are all on {HOST}, but Slurm has given 2 nodes" in process.communicate()[1]
+        assert f"UserError: all 2 ranks are on {HOST}, but Slurm has given 2 nodes" in process.communicate()[1]
 
 
 @pytest.mark.parametrize("num_gpus, accelerator", [(2, ""), (2, "cpu"), (3, ""), (1, "")])
 def test_ranks_and_gpus_of_a_node(ranks: Ranks, num_gpus: int, accelerator: str) -> None:
-    node = {"NUM_GPUS": str(num_gpus), "DS_ACCELERATOR": accelerator}  # 1: srun --gpus-per-task=1 shows that to each
+    node = {"NUM_GPUS": str(num_gpus), "DS_ACCELERATOR": accelerator}  # 1: srun --gpus-per-task=1
     for process in [ranks.start(rank, 20, world_size=3, **node) for rank in range(3)]:
         if num_gpus == 2 and not accelerator:
-            told = process.communicate(timeout=60)[1]
-            assert f"UserError: rank 2 on {HOST} is number 3 there, and sees 2 GPUs: start at most 2 ranks" in told
+            output = process.communicate(timeout=60)[1]
+            assert f"UserError: rank 2 on {HOST} has local rank 2 but sees only 2 GPUs; start at most 2" in output
         else:
             assert process.stdout.readline() == "there\n"
 
 
 def test_a_host_without_a_gpu_among_others(ranks: Ranks) -> None:
     for process in [ranks.start(rank, 20, NUM_GPUS=str(1 - rank), DS_ACCELERATOR="") for rank in (0, 1)]:
-        told = process.communicate(timeout=60)[1]
-        assert f"UserError: rank 1 on {HOST} computes on cpu, rank 0 on {HOST} on cuda: leave out" in told
+        output = process.communicate(timeout=60)[1]
+        assert f"UserError: rank 1 on {HOST} computes on cpu, but rank 0 on {HOST} on cuda; leave out" in output
 
 
 RESTARTED = """
 import os
-from peakd_ds import dist, liveness
-liveness.watch(dist.find_ranks(20), 20)
+from peakd_ds.ranks import launch, liveness
+liveness.watch(launch.find_ranks(20), 20, on_end=lambda cause: None)
 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
-    liveness.tell("the first attempt fails")
+    liveness.report_failure("the first attempt fails")
     raise SystemExit(1)
 import time
-time.sleep(3 * liveness.GRACE_S)  # what is left of the first attempt would end this one meanwhile
-print("there", dist.local_world_size(), flush=True)
+time.sleep(3 * liveness.GRACE_S)  # long enough for remains of the first attempt to end this one
+print("there", launch.local_world_size(), flush=True)
 liveness.leave()
 """
+
+
+class SilentStore:
+    """A store whose connection breaks with an error that has no text."""
+
+    def clone(self) -> "SilentStore":
+        return self
+
+    def set(self, key: str, value: str) -> None:
+        raise RuntimeError("")
+
+
+def test_an_error_without_a_message_does_not_kill_the_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(liveness, "PERIOD_S", 0.01)
+    monitor, causes = liveness._Monitor(SilentStore(), 60, on_end=lambda cause: None), []
+
+    def end(cause: str) -> None:
+        causes.append(cause)
+        if len(causes) == 2:
+            monitor.is_leaving.set()
+
+    monkeypatch.setattr(monitor, "end", end)
+    monitor.heart.start()
+    monitor.heart.join(30)
+    assert causes == ["rank 0 is gone (RuntimeError)"] * 2
 
 
 def test_ranks_that_torchrun_restarts(env: dict[str, str], tmp_path: Path) -> None:
@@ -185,16 +216,11 @@ def test_ranks_that_torchrun_restarts(env: dict[str, str], tmp_path: Path) -> No
 
 
 def test_one_rank_in_a_job_of_two_nodes(ranks: Ranks) -> None:
-    told = ranks.start(0, 20, world_size=1, SLURM_JOB_ID="7", SLURM_NNODES="2").communicate()[1]
-    assert "UserError: Slurm has given 2 nodes, but this run has one rank" in told
+    output = ranks.start(0, 20, world_size=1, SLURM_JOB_ID="7", SLURM_NNODES="2").communicate()[1]
+    assert "UserError: Slurm has given 2 nodes, but this run has one rank" in output
 
 
 def test_stale_build_lock_is_not_waited_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from torch.utils.file_baton import FileBaton
-
-    from peakd_ds.errors import UserError
-    from peakd_ds.ranks import host
-
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
     monkeypatch.setattr(FileBaton, "wait", FileBaton.wait)
     lock = tmp_path / "cpu_adam" / "lock"

@@ -1,4 +1,4 @@
-"""Stop requests: agreed by all ranks, saved, and gone on from."""
+"""Stop requests: all ranks agree on one, save, and a later start continues from there."""
 
 import signal
 import subprocess
@@ -14,32 +14,32 @@ from test_resume import ROOT, assert_same_curve, curve
 from peakd_ds.ranks import preempt, signals
 
 
-def ask_one_rank(number: int) -> tuple[str | None, str | None]:
-    """Runs on every rank: what is agreed before and after rank 1 is asked to stop."""
+def signal_one_rank(number: int) -> tuple[str | None, str | None]:
+    """Runs on every rank: the stop agreed on before and after rank 1 receives a signal."""
     from peakd_ds.ranks import dist
 
     before = preempt.stop_agreed()
     if dist.rank() == 1:
-        signals._note(number, None)
+        signals.received.add(number)
     after = preempt.stop_agreed()
-    signals._received.clear()
+    signals.received.clear()
     return before and before.name, after and after.name
 
 
 @pytest.mark.parametrize("number", [signal.SIGUSR1, signal.SIGTERM])
-def test_what_one_rank_is_asked_all_agree_on(two_ranks: Any, number: int) -> None:
-    assert two_ranks.run(ask_one_rank, number) == [(None, signal.Signals(number).name)] * 2
+def test_all_ranks_agree_on_the_signal_of_one(two_ranks: Any, number: int) -> None:
+    assert two_ranks.run(signal_one_rank, number) == [(None, signal.Signals(number).name)] * 2
 
 
-def test_usr1_counts_more_than_the_term_that_follows(single_rank: None) -> None:
+def test_usr1_takes_precedence_over_the_term_that_follows(single_rank: None) -> None:
     for number in (signal.SIGUSR1, signal.SIGTERM):
-        signals._note(number, None)
+        signals.received.add(number)
     assert preempt.stop_agreed() == signal.SIGUSR1
-    signals._received.clear()
+    signals.received.clear()
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
-def test_signalled_run_saves_and_goes_on(
+def test_signalled_run_saves_and_continues(
     tiny_data: Path,
     tiny_teacher: Callable[[str], Path],
     tmp_path: Path,
@@ -47,7 +47,7 @@ def test_signalled_run_saves_and_goes_on(
     number: int,
     code: int,
 ) -> None:
-    """The process is signalled in the middle of an epoch, and once before its imports are done."""
+    """The signal comes before the imports are done, and then in the middle of an epoch."""
     words = "--task rte --num_hidden_layers 2 --no_ptp --epochs 6 --global_batch_size 8 --log_steps 1 --save_steps 0"
     paths = ["--teacher", str(tiny_teacher("rte")), "--data_dir", str(tiny_data), "--dtype", "fp32"]
 
@@ -55,15 +55,15 @@ def test_signalled_run_saves_and_goes_on(
         command = [sys.executable, "-m", "peakd_ds", *words.split(), *paths, "--run_dir", str(run_dir)]
         return subprocess.Popen(command, cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
 
-    whole = start(tmp_path / "whole")
-    assert "results.json" in whole.communicate(timeout=240)[1]
+    undisturbed = start(tmp_path / "undisturbed")
+    assert "results.json" in undisturbed.communicate(timeout=240)[1]
     run_dir = tmp_path / "run"
     process = start(run_dir)
-    time.sleep(0.5)  # Python is there, torch is not
+    time.sleep(0.5)  # Python has started, torch is not imported yet
     process.send_signal(number)
-    told = process.communicate(timeout=240)[1]
-    assert process.returncode == code, told
-    assert f"stopped by {signal.Signals(number).name}; the same command goes on from here" in told
+    output = process.communicate(timeout=240)[1]
+    assert process.returncode == code, output
+    assert f"stopped by {signal.Signals(number).name}; the same command goes on from here" in output
     assert (run_dir / "checkpoints" / "distill" / "latest").read_text() == "step-00000001"
     process = start(run_dir)
     while len(curve(run_dir) if (run_dir / "metrics.jsonl").exists() else []) < 15:
@@ -72,4 +72,4 @@ def test_signalled_run_saves_and_goes_on(
     process.send_signal(number)
     assert code == process.wait(timeout=240)
     assert start(run_dir).wait(timeout=240) == 0
-    assert_same_curve(tmp_path / "whole", run_dir, 1e-6)
+    assert_same_curve(tmp_path / "undisturbed", run_dir, 1e-6)

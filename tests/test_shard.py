@@ -629,7 +629,7 @@ def test_nodes_that_cannot_be_told(
     batch = ["--global_batch_size", str(8 * num_ranks)]
     placed = ["--data_placement", "sharded", "--shard_dir", str(made), "--run_dir", str(tmp_path / "new")]
     for message in pools(num_ranks).run(open_as_nodes, [*words, *placed, *batch], local_world_size, host):
-        assert "as many ranks on each node, numbered node by node: set" in message
+        assert "the same number of ranks on each node, numbered node by node: set" in message
     assert not (tmp_path / "new").exists()
 
 

@@ -48,7 +48,7 @@ def _submitted(task: Task, row: torch.Tensor) -> str:
     return task.label_names[number] if names_wanted else str(number)
 
 
-@noted(tells_end=False)
+@noted(marks_finished=False)
 def run_rank(args: argparse.Namespace) -> None:
     """One rank of the program, from joining the others to leaving them."""
     main(args)

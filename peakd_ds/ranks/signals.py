@@ -1,16 +1,20 @@
-"""TODO ranks.signals."""
+"""Stop signals are recorded from a program's first moment on; preempt.py acts on them.
+
+This module imports nothing heavy: the handlers must be set before imports that take seconds, since a signal that comes
+first would kill the rank.
+"""
 
 import signal
 from types import FrameType
 
-_received: list[int] = []
+received: set[int] = set()
 
 
 def listen() -> None:
-    """Note the two signals instead of dying of them."""
+    """Record SIGUSR1 and SIGTERM from now on, instead of dying of them."""
     for number in (signal.SIGUSR1, signal.SIGTERM):
-        signal.signal(number, _note)
+        signal.signal(number, _record)
 
 
-def _note(number: int, frame: FrameType | None) -> None:
-    _received.append(number)
+def _record(number: int, frame: FrameType | None) -> None:
+    received.add(number)

@@ -1,20 +1,20 @@
-"""TODO ranks.slurm_env."""
+"""What Slurm's environment variables say about this start: its job, its nodes, its number."""
 
 import os
 import socket
 
-# -- In the ranks ------------------------------------------------------------------------------------------------------
-
 
 def num_nodes_of_this_start() -> int:
-    """Nodes that Slurm has given to this srun step, or outside a step to the job; 1 without Slurm."""
+    """Number of nodes that Slurm has given to this srun step, or to the job outside a step; 1 without Slurm."""
     names = ("SLURM_STEP_NUM_NODES",) if "SLURM_STEP_ID" in os.environ else ("SLURM_JOB_NUM_NODES", "SLURM_NNODES")
     return int(next((os.environ[name] for name in names if name in os.environ), "1"))
 
 
 def job_name() -> str | None:
-    """What Slurm's commands take for this job alone; None without Slurm. An element of an array is ARRAY_INDEX: the
-    number of its last element is the number of the whole array too, and would requeue or signal them all."""
+    """The name by which Slurm's commands find this job and no other; None without Slurm.
+
+    An array's element is ARRAY_INDEX: its last element has the number of the array, which stands for all elements.
+    """
     env = os.environ
     if "SLURM_ARRAY_JOB_ID" in env:
         return f"{env['SLURM_ARRAY_JOB_ID']}_{env['SLURM_ARRAY_TASK_ID']}"
@@ -22,7 +22,7 @@ def job_name() -> str | None:
 
 
 def describe_start(world_size: int) -> str:
-    """Where this start runs, for people."""
+    """Where this start runs, as text for people."""
     env = os.environ
     if "SLURM_JOB_ID" not in env:
         return f"{world_size} ranks, rank 0 on {socket.gethostname()}"
