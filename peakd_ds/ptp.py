@@ -1,9 +1,9 @@
-"""Pretraining with Teacher's Predictions (PTP): four classes from how, and how surely, the teacher predicts.
+"""Pretraining with Teacher's Predictions (PTP): four classes from whether the teacher is right and confident.
 
-The student is first trained to tell these classes apart, then its 4-class head is dropped (Pea-KD, Cho & Kang
-2022, arXiv 2009.14822; class numbers and thresholds as in its published code).
+The student is first trained to predict these classes, then its 4-class head is dropped (Pea-KD, Cho & Kang 2022,
+arXiv 2009.14822; class numbers and thresholds as in its published code).
 
-Suffixes: N samples of the training set, C task classes.
+N samples of the training set, C task classes.
 """
 
 import torch
@@ -24,15 +24,15 @@ Threshold = float | str
 def ptp_labels(teacher_logits: Tensor, labels: Tensor, t_correct: Threshold, t_wrong: Threshold) -> Tensor:
     """PTP class of each sample: 2 if the teacher is wrong, plus 1 if it is not confident.
 
-    Confidence is the largest softmax probability, at temperature 1 and in fp64. Above its threshold, and not
-    at it, the teacher is confident.
+    Confidence is the largest softmax probability, at temperature 1 and in fp64. The teacher is confident above the
+    threshold, not at it.
 
     Args:
         teacher_logits: [N, C] of the frozen teacher in eval mode, C >= 2.
         labels: [N] gold class ids.
-        t_correct: threshold for samples the teacher predicts correctly, in [0, 1], or "median": see
-            `resolve_thresholds`, of which the median is then that of the N samples given here.
-        t_wrong: the same for samples it predicts wrongly.
+        t_correct: threshold for samples the teacher predicts correctly, in [0, 1], or "median" of the N
+            given samples, as in `resolve_thresholds`.
+        t_wrong: threshold for samples it predicts wrongly.
 
     Returns:
         int64 [N], on the device of the logits; `PTP_LABEL_NAMES` names the values.
@@ -51,8 +51,8 @@ def resolve_thresholds(
 ) -> tuple[float, float]:
     """(t_correct, t_wrong) as numbers, "median" resolved over the given samples: the whole training set.
 
-    The median is that of the confidences among correctly, or wrongly, predicted samples; of an even number of
-    them the lower of the middle two; 0.5 where there is none.
+    The median is over the confidences of correctly, or wrongly, predicted samples: the lower of the middle two for
+    an even number of them, 0.5 for none.
 
     Raises:
         ValueError: a threshold is neither in [0, 1] nor "median"; the logits are not [N, C] with C >= 2 (PTP
@@ -66,7 +66,7 @@ def resolve_thresholds(
 
 
 def summarize(labels: Tensor) -> dict[str, int]:
-    """Number of samples per PTP class name, zeros included.
+    """Number of samples of each PTP class, by name.
 
     Raises:
         ValueError: a label is none of the PTP classes.
@@ -99,11 +99,11 @@ def _judge(teacher_logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
             f"label {wrong} is not a class id from 0 to {num_classes - 1}; PTP labels are made from the "
             f"labelled training split"
         )
-    # fp64, because with fp32 a sample at the threshold could change class between CPU and GPU.
+    # fp64: in fp32 a sample at the threshold could change its class between CPU and GPU.
     confidence_N = teacher_logits.detach().double().softmax(dim=1).amax(dim=1)
     if confidence_N.isnan().any():
         raise ValueError(f"{shapes}: a row of logits holds NaN or +inf; check the teacher's checkpoint")
-    # Not the argmax of the softmax: rounding makes equal probabilities of logits that differ.
+    # Not the argmax of the softmax: rounding can make probabilities equal whose logits differ.
     return confidence_N, teacher_logits.argmax(dim=1) == labels
 
 

@@ -18,12 +18,13 @@ from peakd_ds.ranks.device import device
 from peakd_ds.results import evaluation, figures
 from peakd_ds.results.export import export_model, export_onnx, model_card, unroll
 from peakd_ds.results.log import RunLog
+from peakd_ds.results.markdown import table
 from peakd_ds.run import Run
 from peakd_ds.sps import SPSBertForSequenceClassification
 
 
 def write(run: Run, log: RunLog) -> None:
-    """Evaluate what the run has made (collective), then export, write and print the table."""
+    """Evaluate teacher and student on dev (collective), then export the student, write files and print the table."""
     teacher, teacher_logits = _judge_teacher(run)
     student = _judge_student(run, teacher_logits)
     results = {
@@ -59,13 +60,13 @@ def _judge_student(run: Run, teacher_logits: dict[str, torch.Tensor]) -> dict[st
     """The student as exported, in the run's precision."""
     folder = run.folder / "student"
 
-    def find() -> bool:
+    def exists() -> bool:
         is_there = (folder / "config.json").exists()
         if not is_there and checkpoint.finished(run.folder / "checkpoints" / "distill") is not None:
             raise UserError(f"{folder} is gone, but the distill stage is finished; take another --run_dir")
         return is_there
 
-    if not dist.on_main(find):
+    if not dist.on_main(exists):
         return None
     student = SPSBertForSequenceClassification.from_pretrained(folder)
     nn.Module.to(student, device(), DTYPES[run.config.dtype]).eval()  # transformers' own `to` has no types
@@ -92,21 +93,21 @@ def _write_files(run: Run, results: dict[str, Any], log: RunLog) -> None:
         _export(run, results, log)
     if (run.folder / "metrics.jsonl").exists():
         figures.loss_curves(run.folder / "metrics.jsonl", run.folder / "loss_curves.png")
-    table = markdown_table(results)
-    write_atomically(run.folder / "README.md", _readme(run, results, table))
-    results["at"] = time.time()  # starts that were refused until now are history
+    text = markdown_table(results)
+    write_atomically(run.folder / "README.md", _readme(run, results, text))
+    results["at"] = time.time()  # failed starts before this time no longer count
     write_atomically(run.folder / "results.json", json.dumps(results, indent=2) + "\n")
     Path(f"{run.folder}.failed").unlink(missing_ok=True)  # peakd-sweep's, of an earlier start
     final = {
         f"{name}/{key}": value for name in ("teacher", "student") for key, value in _metrics(results, name).items()
     }
     log.final(results["settings"], final)
-    log.say(f"\n{table}\n\nresults.json, README.md and the exported models are in {run.folder}/")
+    log.say(f"\n{text}\n\nresults.json, README.md and the exported models are in {run.folder}/")
 
 
 def _export(run: Run, results: dict[str, Any], log: RunLog) -> None:
     student = SPSBertForSequenceClassification.from_pretrained(run.folder / "student")
-    facts: dict[str, Any] = dict(
+    card: dict[str, Any] = dict(
         task=run.task.name,
         method=run.method,
         metrics=results["student"]["metrics"],
@@ -117,14 +118,14 @@ def _export(run: Run, results: dict[str, Any], log: RunLog) -> None:
         settings={name: value for name, value in results["settings"].items() if name not in ("run_dir", "data_dir")},
         base_model=run.student_init.path,
     )
-    write_atomically(run.folder / "student" / "README.md", model_card(**facts, model_type="sps_bert"))
+    write_atomically(run.folder / "student" / "README.md", model_card(**card, model_type="sps_bert"))
     if not run.config.export_unrolled:
         return
     plain = unroll(student)
     folder = run.folder / "student_unrolled"
-    facts["num_parameters"] = sum(parameter.numel() for parameter in plain.parameters())
-    facts["num_stored_layers"] = facts["num_effective_layers"]
-    export_model(plain, run.tokenizer, folder, model_card(**facts))
+    card["num_parameters"] = sum(parameter.numel() for parameter in plain.parameters())
+    card["num_stored_layers"] = card["num_effective_layers"]
+    export_model(plain, run.tokenizer, folder, model_card(**card))
     if run.config.export_onnx:
         difference = export_onnx(plain, run.tokenizer, folder / "model.onnx")
         log.say(f"model.onnx gives the same logits in onnxruntime to {difference:.1e}")
@@ -134,34 +135,27 @@ def markdown_table(results: dict[str, Any]) -> str:
     """Teacher and student side by side."""
     metrics = list(_metrics(results, "student") or _metrics(results, "teacher"))
     header = ["", "params", "layers (stored)", *metrics, "agreement", "samples/s"]
-    rows = [header, ["---"] * len(header)]
-    for name in ("teacher", "student"):
-        model = results[name]
-        if model is None:
-            continue
-        stored = model.get("stored_layers", model["effective_layers"])
-        agreement = model.get("agreement")
-        rows.append(
-            [
-                name,
-                f"{model['params'] / 1e6:.1f} M",
-                f"{model['effective_layers']} ({stored})",
-                *(f"{model['metrics'][metric]:.4f}" for metric in metrics),
-                "" if agreement is None else f"{agreement:.4f}",
-                f"{model['samples_per_s']:.0f}",
-            ]
-        )
-    widths = [max(len(row[column]) for row in rows) for column in range(len(header))]
-    return "\n".join(
-        "| " + " | ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) + " |" for row in rows
-    )
+    models = [(name, results[name]) for name in ("teacher", "student") if results[name] is not None]
+    return table(header, [_table_row(name, model, metrics) for name, model in models], is_padded=True)
+
+
+def _table_row(name: str, model: dict[str, Any], metrics: list[str]) -> list[str]:
+    agreement = model.get("agreement")
+    return [
+        name,
+        f"{model['params'] / 1e6:.1f} M",
+        f"{model['effective_layers']} ({model.get('stored_layers', model['effective_layers'])})",
+        *(f"{model['metrics'][metric]:.4f}" for metric in metrics),
+        "" if agreement is None else f"{agreement:.4f}",
+        f"{model['samples_per_s']:.0f}",
+    ]
 
 
 def _metrics(results: dict[str, Any], name: str) -> dict[str, float]:
     return results[name]["metrics"] if results[name] is not None else {}
 
 
-def _readme(run: Run, results: dict[str, Any], table: str) -> str:
+def _readme(run: Run, results: dict[str, Any], text: str) -> str:
     chosen = {
         "holdout": "a fixed tenth of train, which no stage trained on",
         "dev": "the dev set itself, so the figures below are optimistic",
@@ -170,10 +164,10 @@ def _readme(run: Run, results: dict[str, Any], table: str) -> str:
     curves = "\n![loss curves](loss_curves.png)\n" if (run.folder / "loss_curves.png").exists() else ""
     return f"""# {results["task"]}: {results["method"]}, seed {results["seed"]}
 
-{table}
+{text}
 
-Metrics are of the whole dev set ({sizes}), computed in {run.config.dtype}.
-Epochs were picked on {chosen}. Samples per second are of inference on dev with {results["world_size"]} rank(s).
+Metrics are over the whole dev set ({sizes}), computed in {run.config.dtype}.
+Epochs were picked on {chosen}. Samples per second are those of inference on dev with {results["world_size"]} rank(s).
 {curves}
-`config.yaml` holds every setting; the same command started again in this folder goes on where it stopped.
+`config.yaml` holds every setting. Started again with this folder, the same command continues where it stopped.
 """

@@ -1,4 +1,4 @@
-"""Data settings."""
+"""Settings of the data."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from peakd_ds.config.setting import setting
 
 @dataclass(frozen=True)
 class DataSettings:
-    """What the run reads: the task's rows, whole on each node or in shards."""
+    """The task's rows, and which node reads which of them."""
 
     task: str = setting(
         "",

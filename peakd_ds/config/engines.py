@@ -1,4 +1,4 @@
-"""Engines settings."""
+"""Settings of the engines, kernels and ranks."""
 
 from dataclasses import dataclass
 
@@ -36,7 +36,7 @@ class EngineSettings:
     )
     rank_timeout: float = setting(
         RANK_TIMEOUT_S,
-        "a rank that does not come, or falls silent, for so long is given up, and all ranks end",
+        "all ranks end if one does not join, or is silent, for this long",
         unit="s",
         range=">= 5",
         check=lambda v: v >= 5,

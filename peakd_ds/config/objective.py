@@ -1,4 +1,4 @@
-"""Objective settings."""
+"""Settings of the losses."""
 
 import argparse
 from dataclasses import dataclass

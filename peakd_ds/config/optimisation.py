@@ -1,11 +1,11 @@
-"""Optimisation settings."""
+"""Settings of the optimizer, epochs and batches."""
 
 from dataclasses import dataclass
 
 from peakd_ds.config.setting import setting
 
 EVAL_BATCH_FACTOR = 4
-"""Rows of a forward pass without gradients, to one of a training micro-batch."""
+"""A forward pass without gradients has this many times the rows of a training micro-batch."""
 
 
 @dataclass(frozen=True)
@@ -66,8 +66,8 @@ class OptimisationSettings:
     )
     micro_batch_size: int = setting(
         32,
-        f"most samples per rank and training pass (without gradients {EVAL_BATCH_FACTOR} times as many, but once with "
-        "--hidden_loss tokens); accumulation follows",
+        f"most samples per rank in a training pass; without gradients {EVAL_BATCH_FACTOR} times as many, but "
+        "the same with --hidden_loss tokens; accumulation follows",
         unit="samples",
         range=">= 1",
         check=lambda v: v >= 1,
@@ -81,7 +81,7 @@ class OptimisationSettings:
     )
     early_stopping_patience: int = setting(
         0,
-        "stop a stage after so many epochs without a better score; 0: never",
+        "stop a stage after this many epochs without a better score; 0: never",
         unit="epochs",
         range=">= 0",
         check=lambda v: v >= 0,

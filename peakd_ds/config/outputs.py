@@ -1,4 +1,4 @@
-"""Outputs settings."""
+"""Settings of the run folder, and of what is written when."""
 
 import argparse
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ class OutputSettings:
 
     run_dir: str = setting(
         "",
-        "folder that receives everything the run writes; started again in it, a run goes on",
+        "folder that receives everything the run writes; started again in it, a run continues",
         shown_default="$RUN_DIR, else required",
         is_neutral=True,
     )
@@ -35,7 +35,7 @@ class OutputSettings:
     )
     save_steps: int = setting(
         500,
-        "checkpoint every so many steps, besides each epoch's end; 0: epochs only",
+        "checkpoint every this many steps and at the end of each epoch; 0: epochs only",
         unit="steps",
         range=">= 0",
         check=lambda v: v >= 0,
@@ -43,7 +43,7 @@ class OutputSettings:
     )
     eval_steps: int = setting(
         0,
-        "evaluate every so many steps, besides each epoch's end; 0: epochs only",
+        "evaluate every this many steps and at the end of each epoch; 0: epochs only",
         unit="steps",
         range=">= 0",
         check=lambda v: v >= 0,
@@ -51,7 +51,7 @@ class OutputSettings:
     )
     log_steps: int = setting(
         10,
-        "write metrics every so many steps",
+        "write metrics every this many steps",
         unit="steps",
         range=">= 1",
         check=lambda v: v >= 1,

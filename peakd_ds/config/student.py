@@ -1,4 +1,4 @@
-"""Student settings."""
+"""Settings of the student."""
 
 from dataclasses import dataclass
 
@@ -11,7 +11,7 @@ def _parse_layers(text: str) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class StudentSettings:
-    """The small model: its stored layers, where their weights come from, and the order in which they run."""
+    """The small model: its layers, their first weights and the order in which they run."""
 
     student_init: str = setting(
         "",

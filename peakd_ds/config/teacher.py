@@ -1,4 +1,4 @@
-"""Teacher settings."""
+"""Settings of the teacher."""
 
 from dataclasses import dataclass
 
@@ -7,7 +7,7 @@ from peakd_ds.config.setting import setting
 
 @dataclass(frozen=True)
 class TeacherSettings:
-    """The model that is compressed, and how its outputs reach the student."""
+    """The model that is compressed, and how the student gets its outputs."""
 
     teacher: str = setting(
         "",
@@ -17,14 +17,14 @@ class TeacherSettings:
     )
     teacher_mode: str = setting(
         "online",
-        "online: the teacher runs beside the student; cached: it is asked once and its answers are kept; auto: cached "
+        "online: the teacher runs beside the student; cached: its outputs are computed once and kept; auto: cached "
         "where they fit the disk, the loss needs [CLS] only and data is replicated",
         choices=("online", "cached", "auto"),
         is_neutral=True,
     )
     teacher_cache: str = setting(
         "",
-        "folder of the teacher's answers, which runs with the same task, teacher, dtype and length may share",
+        "folder of the teacher's outputs, which runs with the same task, teacher, dtype and length may share",
         shown_default="RUN_DIR/teacher_cache",
         is_neutral=True,
     )

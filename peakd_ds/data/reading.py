@@ -1,4 +1,4 @@
-"""TODO data.reading."""
+"""The rows of a task as they are on disk or on the hub, checked column by column."""
 
 import hashlib
 from pathlib import Path
@@ -9,29 +9,30 @@ import pyarrow
 import pyarrow.parquet
 
 from peakd_ds.data.tasks import Task
-from peakd_ds.errors import UserError
+from peakd_ds.errors import UserError, first_line
 
-MAX_SCORE = 5.0  # of stsb, the one regression task
+MAX_SCORE = 5.0
+"""Largest score of stsb, the only regression task."""
 HUB_DATASET = "nyu-mll/glue"
 
 
 def load_splits(task: Task, data_dir: str, train: bool = True) -> dict[str, datasets.Dataset]:
-    """The splits of `task` as they are on disk or on the hub: train, its eval splits, and test splits where there.
+    """The splits of a task: train, its eval splits, and its test splits if there are any.
 
     Args:
-        train: Without it the train split is left out, for those who only evaluate.
+        train: Whether the train split is read; evaluation does not need it.
 
     Raises:
         UserError: no data found, an empty or damaged file, missing columns, or labels out of range; with the file.
     """
     splits: dict[str, datasets.Dataset] = {}
-    wanted = (*(("train",) if train else ()), *task.eval_splits)
-    for name in (*wanted, *task.submission_files):
-        rows = _read_parquet(task, data_dir, name) if data_dir else _read_hub(task, name, name in wanted)
+    needed = (*(("train",) if train else ()), *task.eval_splits)
+    for name in (*needed, *task.submission_files):
+        rows = _read_parquet(task, data_dir, name) if data_dir else _read_hub(task, name, name in needed)
         if rows is not None:
             _check_columns(task, name, rows)
             splits[name] = rows
-        elif name in wanted:
+        elif name in needed:
             raise UserError(
                 f"no {task.name}/{name}-*.parquet in data folder {data_dir}; give --data_dir (or "
                 f"PEAKD_DATA_DIR) a folder with it, or leave both unset to read {HUB_DATASET} from the hub"
@@ -40,7 +41,7 @@ def load_splits(task: Task, data_dir: str, train: bool = True) -> dict[str, data
 
 
 def fingerprints(splits: dict[str, datasets.Dataset]) -> dict[str, str]:
-    """A short hash of each split's rows."""
+    """A short hash of the rows of each split."""
     return {name: rows._fingerprint for name, rows in splits.items()}
 
 
@@ -51,9 +52,7 @@ def _read_parquet(task: Task, data_dir: str, split: str) -> datasets.Dataset | N
         try:
             tables.append(pyarrow.parquet.read_table(file))
         except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(
-                f"{file} is not a whole parquet file ({str(error).splitlines()[0]}); get it again"
-            ) from error
+            raise UserError(f"{file} is not a complete parquet file ({first_line(error)}); get it again") from error
     if not tables:
         return None
     try:
@@ -68,7 +67,7 @@ def _read_parquet(task: Task, data_dir: str, split: str) -> datasets.Dataset | N
     return datasets.Dataset(table, fingerprint=digest[:16])
 
 
-def _read_hub(task: Task, split: str, wanted: bool) -> datasets.Dataset | None:
+def _read_hub(task: Task, split: str, is_needed: bool) -> datasets.Dataset | None:
     if task.name != task.base or task.base == "movie_reviews":
         raise UserError(
             f"task {task.name} is not on the hub; give --data_dir (or PEAKD_DATA_DIR) the folder that "
@@ -77,11 +76,10 @@ def _read_hub(task: Task, split: str, wanted: bool) -> datasets.Dataset | None:
     try:
         return datasets.load_dataset(HUB_DATASET, task.base, split=split)
     except Exception as error:
-        if not wanted:
+        if not is_needed:
             return None
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(
-            f"no data for task {task.name}: the hub's {HUB_DATASET} cannot be read ({reason}); go online, "
+            f"no data for task {task.name}: the hub's {HUB_DATASET} cannot be read ({first_line(error)}); go online, "
             f"or give --data_dir (or PEAKD_DATA_DIR) a folder with {task.name}/train-*.parquet"
         ) from error
 
@@ -91,7 +89,7 @@ def _check_columns(task: Task, split: str, rows: datasets.Dataset) -> None:
     if missing:
         raise UserError(
             f"{task.name}/{split} has no column {missing[0]!r} but {rows.column_names}; "
-            f"the task needs {[*task.text_columns, 'label']}; mend the data"
+            f"the task needs {[*task.text_columns, 'label']}; fix the data"
         )
     for name in task.text_columns:
         column = rows.data.column(name)
@@ -99,7 +97,7 @@ def _check_columns(task: Task, split: str, rows: datasets.Dataset) -> None:
         if not is_text or column.null_count:
             raise UserError(
                 f"{task.name}/{split} column {name!r} holds {column.type}, {column.null_count} of them null; it must "
-                "be a string in every row; mend the data"
+                "be a string in every row; fix the data"
             )
     if split in task.submission_files:
         return  # GLUE hides test labels behind -1
@@ -110,7 +108,7 @@ def _check_columns(task: Task, split: str, rows: datasets.Dataset) -> None:
         labels = _column(rows, "label").astype(np.float64)
     except (TypeError, ValueError) as error:
         raise UserError(
-            f"{task.name}/{split} has labels of another kind ({error}); each must be {rule}; mend the data"
+            f"{task.name}/{split} has labels of a wrong kind ({error}); each must be {rule}; fix the data"
         ) from error
     if task.is_regression:
         bad = ~((labels >= 0) & (labels <= MAX_SCORE))
@@ -118,9 +116,7 @@ def _check_columns(task: Task, split: str, rows: datasets.Dataset) -> None:
         bad = ~np.isin(labels, np.arange(task.num_labels))
     if bad.any():
         where = int(np.argmax(bad))
-        raise UserError(
-            f"{task.name}/{split} row {where} has label {labels[where]:g}; it must be {rule}; mend the data"
-        )
+        raise UserError(f"{task.name}/{split} row {where} has label {labels[where]:g}; it must be {rule}; fix the data")
     names = getattr(rows.features["label"], "names", None)
     if names and tuple(names) != task.label_names:
         raise UserError(

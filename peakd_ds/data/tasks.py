@@ -1,7 +1,7 @@
-"""The tasks peakd_ds trains on: columns, labels, splits, metrics and PTP thresholds, one row each.
+"""The tasks: columns, labels, splits, metrics and PTP thresholds of each. N rows, C classes.
 
-Columns, label names and label order are those of the `nyu-mll/glue` dataset on the Hugging Face Hub. The
-order matters: a teacher trained with another one (MNLI is the usual victim) looks like a broken teacher.
+Columns, label names and label order are those of the `nyu-mll/glue` dataset on the Hugging Face Hub. A teacher that was
+trained with another label order, which is common for MNLI, looks like a broken teacher.
 """
 
 import difflib
@@ -25,18 +25,18 @@ class Task:
     name: str
     """Name as the user wrote it, also the name of its data folder: "qnli", "qnli_10k"."""
     base: str
-    """Task that fixes everything below: "qnli" for "qnli_10k"."""
+    """The task that the fields below are of: "qnli" for "qnli_10k"."""
     text_columns: tuple[str, ...]
-    """One or two text columns, in the order in which they are fed to the tokenizer."""
+    """One or two text columns, in the order that the tokenizer gets them."""
     label_names: tuple[str, ...]
     """Name of class i at position i; empty for regression."""
     metrics: tuple[str, ...]
     """Keys of what `compute_metrics` returns."""
     primary_metric: str
-    """The metric, of `metrics`, by which checkpoints are compared; higher is better."""
+    """The one of `metrics` that picks the best epoch; higher is better."""
     eval_splits: tuple[str, ...] = ("validation",)
     ptp_thresholds: tuple[float, float] | None = None
-    """Published (t_correct, t_wrong) of Pea-KD's code; None where it has none."""
+    """(t_correct, t_wrong) of Pea-KD's published code; None if it has none for the task."""
     submission_files: Mapping[str, str] = field(default_factory=dict, hash=False)
     """File name that the GLUE server expects for each test split; empty outside GLUE."""
 

@@ -1,4 +1,4 @@
-"""TODO model.contract."""
+"""Checkpoints that the user names, and the contract between teacher and student. Weights are not read here."""
 
 import re
 from dataclasses import dataclass
@@ -19,25 +19,25 @@ from peakd_ds.data.tasks import Task
 from peakd_ds.errors import UserError, first_line
 
 NEW_WITH_A_TASK = ("classifier.", "bert.pooler.", "pooler.")
-"""Weights that a pretrained encoder need not have."""
+"""Weights that a pretrained encoder may lack."""
 
 
 @dataclass(frozen=True)
 class Pretrained:
-    """A BERT checkpoint as the user names it, before its weights are read."""
+    """A BERT checkpoint that the user has named; its weights are not read yet."""
 
     path: str
     option: str
-    """The option that named it, for messages."""
+    """The option that names it, for messages."""
     config: BertConfig
     is_classifier: bool
 
 
 def find_encoder(path: str, option: str) -> Pretrained:
-    """Look at a folder or hub id.
+    """The checkpoint in a folder or on the hub, from its config and the names of its weights.
 
     Raises:
-        UserError: nothing there, no weights in safetensors, not a BERT, or a classifier without its head.
+        UserError: nothing is there, there are no safetensors weights, it is no BERT, or a classifier without its head.
     """
     folder, names = Path(path), set()
     if folder.is_dir() and not any(folder.glob("*.safetensors")):
@@ -50,10 +50,10 @@ def find_encoder(path: str, option: str) -> Pretrained:
             with safe_open(file, framework="pt") as opened:
                 names |= set(opened.keys())
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{file} is not a whole safetensors file ({first_line(error)}); get it again") from error
+            raise UserError(f"{file} is not a complete safetensors file ({first_line(error)}); get it again") from error
     config = read_config(path, option)
     is_classifier = "BertForSequenceClassification" in (config.architectures or [])
-    if is_classifier and names and "classifier.weight" not in names:  # transformers would make up a random head
+    if is_classifier and names and "classifier.weight" not in names:  # transformers would make a random head
         raise UserError(
             f"--{option} {path} is a classifier by its config.json, but its weights hold no classifier.weight; get the "
             "whole model, or set architectures in config.json to BertModel to have it fine-tuned"
@@ -88,21 +88,23 @@ def read_config(path: str, option: str) -> BertConfig:
 
 
 def _check_complete(config: BertConfig, names: set[str], source: str) -> None:
-    """A student's source is read hours into a run, after the teacher was trained: look for its weights now."""
+    """Raise UserError if encoder weights are missing: a student's source is read after the teacher stage, hours later."""
     with torch.device("meta"):  # names only
         expected = BertModel(config).state_dict().keys()
     stored = {re.sub("gamma$", "weight", re.sub("beta$", "bias", name.removeprefix("bert."))) for name in names}
     missing = [name for name in expected if name not in stored and not name.startswith(NEW_WITH_A_TASK)]
     if missing:
-        raise UserError(f"{source} lacks {len(missing)} weights, {missing[0]} among them; get the whole model")
+        raise UserError(f"{source} lacks {len(missing)} weights, {missing[0]} among them; get the complete model")
 
 
 def load_tokenizer(encoder: Pretrained) -> PreTrainedTokenizerBase:
     """The encoder's own tokenizer. Raises UserError if there is none."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(encoder.path, trust_remote_code=False)
-        tokenizer.padding_side = "right"  # the hidden-state loss takes position 0 for [CLS]
-        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # what transformers makes of a folder without one
+        tokenizer.padding_side = "right"  # the hidden-state loss reads [CLS] at position 0
+        if len(tokenizer) <= len(
+            tokenizer.all_special_tokens
+        ):  # as transformers makes for a folder without a tokenizer
             raise ValueError("no vocabulary in tokenizer.json or vocab.txt")
         return tokenizer
     except (OSError, ValueError, TypeError, KeyError) as error:
@@ -115,10 +117,10 @@ def load_tokenizer(encoder: Pretrained) -> PreTrainedTokenizerBase:
 def check_contract(
     config: RunConfig, task: Task, teacher: Pretrained, student_init: Pretrained, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """What teacher and student must share, checked before any engine starts.
+    """Check what teacher and student must share, before any engine starts.
 
     Raises:
-        UserError: naming both sides, when vocabularies, label orders, token types, depths or lengths do not fit.
+        UserError: vocabularies, label orders, token types, depths or lengths do not fit; names both sides.
     """
     for side in {teacher.path: teacher, student_init.path: student_init}.values():
         name = f"--{side.option} {side.path}"
@@ -132,7 +134,7 @@ def check_contract(
         if len(task.text_columns) == 2 and side.config.type_vocab_size < 2:
             raise UserError(
                 f"task {task.name} has sentence pairs, but {name} has {side.config.type_vocab_size} token "
-                "type; it would not see which sentence is which: take a BERT with 2"
+                "type; it could not tell the sentences apart: take a BERT with 2"
             )
     if "token_type_ids" not in tokenizer.model_input_names:
         raise UserError(
@@ -149,7 +151,7 @@ def check_contract(
     layers = config.init_layers or tuple(range(1, config.num_hidden_layers + 1))
     if max(layers) > student_init.config.num_hidden_layers:
         raise UserError(
-            f"layer {max(layers)} of --{student_init.option} {student_init.path} was asked for, which has "
+            f"layer {max(layers)} of --{student_init.option} {student_init.path} is needed, but it has "
             f"{student_init.config.num_hidden_layers}; lower --num_hidden_layers or set --init_layers"
         )
 
@@ -165,7 +167,7 @@ def check_length(max_seq_length: int, encoder: Pretrained) -> None:
 
 
 def check_labels(task: Task, teacher: Pretrained) -> None:
-    """Raises UserError, naming both sides, where a classifier's labels or their order are not the task's."""
+    """Raise UserError, naming both sides, if a classifier's labels or their order are not the task's."""
     if task.is_regression != (teacher.config.num_labels == 1):
         raise UserError(
             f"--{teacher.option} {teacher.path} has {teacher.config.num_labels} label(s), task {task.name} needs "
@@ -179,7 +181,7 @@ def check_labels(task: Task, teacher: Pretrained) -> None:
         raise UserError(
             f"--{teacher.option} {teacher.path} orders its labels {list(names)}, task {task.name} orders them "
             f"{list(task.label_names)}; take a model of this task with this order "
-            "(or mend id2label in its config.json)"
+            "(or fix id2label in its config.json)"
         )
 
 

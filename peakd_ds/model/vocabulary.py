@@ -1,11 +1,11 @@
-"""Only tokens that occur: a stage trains the rows of the embedding table that its data uses, and no others.
+"""The embedding table of the tokens in use: a stage trains only the rows of the table that its data reads.
 
-A token of no row never gets a gradient, so its Adam moments stay zero, and all that AdamW does to its embedding is
-weight decay, by one factor for all such tokens, which is made good when the stage is over. Until then they are neither
-cleared, averaged over ranks, clipped, updated nor saved. Of a small student the table is most of the weights, and a
-GLUE task of a few thousand rows uses a third to a half of it.
+A token that occurs in no row never gets a gradient, so its Adam moments stay zero, and AdamW changes its embedding by
+weight decay alone, by one factor for all such tokens. `restore` applies that factor when the stage is over. Until then
+these rows are not cleared, averaged over ranks, clipped, updated or saved. The table is most of a small student's
+weights, and a GLUE task of a few thousand rows uses a third to a half of it.
 
-V tokens of the vocabulary, K of them used, H hidden size.
+V tokens of the vocabulary, K of them in use, H hidden size.
 """
 
 import hashlib
@@ -18,12 +18,12 @@ TABLE = "embeddings.word_embeddings"
 
 
 def digest(tokens: Tensor) -> str:
-    """A short hash of the ids."""
+    """A short hash of token ids."""
     return hashlib.sha256(tokens.numpy().tobytes()).hexdigest()[:16]
 
 
 class UsedEmbedding(nn.Embedding):
-    """The embeddings of K tokens, found by their ids in the whole vocabulary. Another id is out of range."""
+    """The embeddings of K tokens, looked up by their ids in the full vocabulary; other ids are out of range."""
 
     row_of: Tensor
 
@@ -38,12 +38,12 @@ class UsedEmbedding(nn.Embedding):
         self.register_buffer("row_of", row_of, persistent=False)
 
     def forward(self, input: Tensor) -> Tensor:
-        """Ids of any shape -> the same with H."""
+        """Token ids [...] -> embeddings [..., H]."""
         return F.embedding(self.row_of[input], self.weight, self.padding_idx)
 
 
 def trim(module: nn.Module, tokens: Tensor) -> dict[str, nn.Embedding]:
-    """Leave the given tokens alone in a model's embedding table; its whole table, for `restore`, under its name."""
+    """Keep only the given tokens in a model's embedding tables; returns the full tables by name, for `restore`."""
     whole = {
         name: part for name, part in module.named_modules() if name.endswith(TABLE) and isinstance(part, nn.Embedding)
     }
@@ -54,8 +54,10 @@ def trim(module: nn.Module, tokens: Tensor) -> dict[str, nn.Embedding]:
 
 @torch.no_grad()
 def restore(module: nn.Module, whole: dict[str, nn.Embedding], tokens: Tensor, decay: float) -> None:
-    """Put the whole table back, the given tokens as they are trained, the others times `decay`, what AdamW's weight
-    decay has left of them (Loshchilov and Hutter, arXiv 1711.05101: each step takes the share lr * weight_decay)."""
+    """Put the full tables back: the given tokens as trained, the others times `decay`.
+
+    Each step of AdamW's weight decay removes the share lr * weight_decay (Loshchilov and Hutter, arXiv 1711.05101).
+    """
     for name, table in whole.items():
         table.weight.mul_(decay)
         table.weight[tokens] = module.get_parameter(f"{name}.weight")
