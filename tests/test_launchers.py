@@ -1,4 +1,4 @@
-"""Every way to start ranks gives the same ones: deepspeed, torchrun, mpirun, srun, and none."""
+"""Every launcher gives the same ranks: deepspeed, torchrun, mpirun, srun, and none."""
 
 import os
 import shutil
@@ -80,7 +80,7 @@ SRUN_TASK = {
 
 @pytest.fixture
 def srun_task(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyPatch:
-    """The environment of an srun task, and an scontrol that answers as the real one does."""
+    """The environment of an srun task, and a stand-in for scontrol."""
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     for name, value in SRUN_TASK.items():
@@ -89,7 +89,7 @@ def srun_task(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> pytest.MonkeyP
     scontrol.write_text('#!/bin/sh\n[ "$*" = "show hostnames node[3-4]" ] && printf "node3\\nnode4\\n"\n')
     scontrol.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(os, "environ", dict(os.environ))  # what the code sets is gone after the test
+    monkeypatch.setattr(os, "environ", dict(os.environ))  # undo what the code sets
     return monkeypatch
 
 
@@ -105,7 +105,7 @@ def test_a_requeued_job_gets_another_port(srun_task: pytest.MonkeyPatch) -> None
     assert launch._ranks_from_srun()["MASTER_PORT"] != first
 
 
-def test_the_batch_shell_is_no_rank(srun_task: pytest.MonkeyPatch) -> None:
+def test_batch_shell_is_no_rank(srun_task: pytest.MonkeyPatch) -> None:
     srun_task.delitem(os.environ, "SLURM_STEP_ID")
     launch._set_rank_variables()
     assert os.environ["WORLD_SIZE"] == "1"

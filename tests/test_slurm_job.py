@@ -1,4 +1,4 @@
-"""What becomes of a job: from the ranks' notes, srun's words and Slurm's state to done, requeue or fail."""
+"""The ranks' notes, srun's log and Slurm's state decide what becomes of a job: done, requeue or fail."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from peakd_ds.cluster import job
 from peakd_ds.cluster.job import cause_of, decide
 from peakd_ds.errors import UserError
 from peakd_ds.ranks import dist, preempt
-from peakd_ds.ranks.notes import START_DIR, note
+from peakd_ds.ranks.notes import START_DIR, Note, note
 from peakd_ds.ranks.outcome import noted
 from peakd_ds.ranks.slurm_env import num_nodes_of_this_start
 
@@ -20,43 +20,45 @@ ENDING = RUNNING | {"JobState": "COMPLETING", "Reason": "None"}  # as after scan
 KILLED = "srun: error: node2: task 1: Killed\nsrun: launch/slurm: _step_signal: Terminating StepId=7.0\n"
 
 
-def told(how: str, rank: int = 0, cause: str = "", at: float = 0.0, **more: Any) -> dict[str, Any]:
-    return {"how": how, "rank": rank, "host": f"node{rank + 1}", "cause": cause, "at": at, **more}
+def ended(how: str, rank: int = 0, cause: str = "", at: float = 0.0, **more: Any) -> Note:
+    """A rank's note."""
+    host = f"node{rank + 1}"
+    return {"how": how, "rank": rank, "world_size": 0, "host": host, "cause": cause, "at": at, **more}
 
 
 @pytest.mark.parametrize(
     ("notes", "job", "action"),
     [
-        ([told("finished", 0), told("finished", 1)], RUNNING, "done"),
-        ([told("finished", 0), told("lost", 1)], RUNNING, "requeue"),
-        ([told("stopped", signal="SIGUSR1")], RUNNING, "requeue"),
-        ([told("stopped", signal="SIGUSR1")], ENDING, "fail"),
-        ([told("stopped", signal="SIGUSR1")], RUNNING | {"Requeue": "0"}, "fail"),
-        ([told("stopped", signal="SIGTERM")], RUNNING, "requeue"),  # RUNNING still, after a wait: a stray signal
-        ([told("stopped", signal="SIGTERM")], ENDING, "fail"),
-        ([told("stopped", signal="SIGTERM")], ENDING | {"Reason": "TimeLimit"}, "requeue"),
-        ([told("stopped", signal="SIGTERM")], RUNNING | {"PreemptTime": "2026-11-24T12:00:00"}, "requeue"),
-        ([told("refused", cause="--lr -1 is wrong")], RUNNING, "fail"),
-        ([told("lost")], RUNNING, "requeue"),
+        ([ended("finished", 0), ended("finished", 1)], RUNNING, "done"),
+        ([ended("finished", 0), ended("lost", 1)], RUNNING, "requeue"),
+        ([ended("stopped", signal="SIGUSR1")], RUNNING, "requeue"),
+        ([ended("stopped", signal="SIGUSR1")], ENDING, "fail"),
+        ([ended("stopped", signal="SIGUSR1")], RUNNING | {"Requeue": "0"}, "fail"),
+        ([ended("stopped", signal="SIGTERM")], RUNNING, "requeue"),  # still RUNNING after the wait: a stray signal
+        ([ended("stopped", signal="SIGTERM")], ENDING, "fail"),
+        ([ended("stopped", signal="SIGTERM")], ENDING | {"Reason": "TimeLimit"}, "requeue"),
+        ([ended("stopped", signal="SIGTERM")], RUNNING | {"PreemptTime": "2026-11-24T12:00:00"}, "requeue"),
+        ([ended("refused", cause="--lr -1 is wrong")], RUNNING, "fail"),
+        ([ended("lost")], RUNNING, "requeue"),
         ([], RUNNING, "requeue"),
         ([], ENDING, "fail"),
         ([], {}, "requeue"),
     ],
 )
-def test_verdict(notes: list[dict[str, Any]], job: dict[str, str], action: str) -> None:
+def test_verdict(notes: list[Note], job: dict[str, str], action: str) -> None:
     assert decide(notes, {}, job, "cause", num_idle_starts=1).action == action
 
 
 def test_second_start_in_a_row_without_progress_is_the_last() -> None:
-    for notes in ([], [told("failed")], [told("stopped", signal="SIGUSR1")]):
+    for notes in ([], [ended("failed")], [ended("stopped", signal="SIGUSR1")]):
         assert decide(notes, {}, RUNNING, "rank 1 on node2: Killed", 1).action == "requeue"
         verdict = decide(notes, {}, RUNNING, "rank 1 on node2: Killed", 2)
         assert verdict.action == "fail" and "saved nothing new" in verdict.reason
 
 
 def test_a_start_that_was_cut_off_leaves_a_later_one_alone() -> None:
-    """Its host hears of Slurm again when the job, requeued meanwhile, is running elsewhere."""
-    lost = [{"how": "lost", "rank": 0, "world_size": 2, "host": "node1", "cause": "silent", "at": 1.0}]
+    """Slurm answers on its host only when the job has been requeued and runs elsewhere."""
+    lost = [ended("lost", cause="silent", world_size=2)]
     assert decide(lost, {}, RUNNING | {"Restarts": "1"}, "silent", 1, restart=1).action == "requeue"
     verdict = decide(lost, {}, RUNNING | {"Restarts": "1"}, "silent", 1, restart=0)
     assert verdict.action == "fail" and "start 1 of this job has begun" in verdict.reason
@@ -67,7 +69,7 @@ def test_bad_nodes_are_left_out_unless_all_are_bad() -> None:
     assert (verdict.action, verdict.exclude) == ("requeue", ["node2"]) and "node2 (no GPU)" in verdict.reason
     assert decide([], {"node1": "full", "node2": "full"}, RUNNING, "", 1).action == "fail"
     assert decide([], {"node2": "no GPU"}, RUNNING, "", 2, {"node1"}).action == "requeue"
-    assert decide([], {"node2": "no GPU"}, RUNNING, "", 2, {"node1", "node2"}).action == "fail", "no end otherwise"
+    assert decide([], {"node2": "no GPU"}, RUNNING, "", 2, {"node1", "node2"}).action == "fail", "it would never end"
 
 
 def test_a_job_of_one_node_moves_to_another() -> None:
@@ -75,29 +77,31 @@ def test_a_job_of_one_node_moves_to_another() -> None:
     assert decide([], {"node1": "scratch is full"}, one, "", 1).exclude == ["node1"]
     assert decide([], {"node3": "scratch is full"}, one, "", 3, {"node1", "node2"}).action == "requeue"
     assert decide([], {"node4": "scratch is full"}, one, "", 4, {"node1", "node2", "node3"}).action == "fail"
-    for fault in ("0 of 4 GPUs are seen; run folder /r has 3 MiB free", "the open-file limit is 256"):
+    for fault in ("0 of 4 GPUs are visible; run folder /r has 3 MiB free", "the open-file limit is 256"):
         verdict = decide([], {"node1": fault}, one, "", 1)
-        assert verdict.action == "fail" and "every node is bad" in verdict.reason, "it is the same for all"
+        assert verdict.action == "fail" and "every node is bad" in verdict.reason, "all nodes share the fault"
     assert decide([], {"node1": "full"}, one | {"ReqNodeList": "node1"}, "", 1).action == "fail"
     assert decide([], {"node1": "full"}, one | {"ReqNodeList": "(null)"}, "", 1).action == "requeue"
     assert decide([], {"node2": "full"}, one | {"TotalNodes": "2"}, "", 1, {"node1"}).action == "fail"
-    assert decide([], {"node1": "full"}, one | {"TotalNodes": "1"}, "", 1).action == "fail", "it would wait for ever"
+    assert decide([], {"node1": "full"}, one | {"TotalNodes": "1"}, "", 1).action == "fail", "there is no other node"
 
 
-def test_the_cause_is_the_killed_rank_and_not_those_that_lost_it() -> None:
-    lost = told("lost", 0, "RuntimeError: Connection closed by peer")
+def test_cause_is_the_killed_rank_and_not_those_that_lost_it() -> None:
+    lost = ended("lost", 0, "RuntimeError: Connection closed by peer")
     assert cause_of([lost], KILLED) == "rank 1 on node2: Killed"
-    assert cause_of([lost, told("failed", 1, "ValueError: x")], KILLED) == "rank 1 on node2: ValueError: x"
+    assert cause_of([lost, ended("failed", 1, "ValueError: x")], KILLED) == "rank 1 on node2: ValueError: x"
     assert cause_of([lost], "srun: error: node1: task 0: Exited with exit code 1\n").startswith("rank 0 on node1: Runt")
     assert cause_of([], "srun: error: Node failure on node2\n" + KILLED) == "node node2 failed"
     several = "srun: error: node2: tasks 2-3: Killed\nsrun: error: node1: task 0: Terminated\n"
     assert cause_of([], several) == "rank 2-3 on node2: Killed"
 
 
-def test_the_cause_is_the_host_that_nobody_hears_of() -> None:
-    lost = told("lost", 0, "RuntimeError: Connection reset by peer", world_size=2)
-    assert cause_of([lost], "", ["node1", "node2"]).startswith("rank 1 on node2 is gone without a word, and rank 0 on")
-    assert cause_of([lost, told("lost", 1, at=1.0)], "", ["node1", "node2"]).startswith("rank 0 on node1: RuntimeError")
+def test_cause_is_the_host_without_notes() -> None:
+    lost = ended("lost", 0, "RuntimeError: Connection reset by peer", world_size=2)
+    assert cause_of([lost], "", ["node1", "node2"]).startswith("rank 1 on node2 is gone without a note, and rank 0 on")
+    assert cause_of([lost, ended("lost", 1, at=1.0)], "", ["node1", "node2"]).startswith(
+        "rank 0 on node1: RuntimeError"
+    )
 
 
 def test_idle_starts_are_counted_from_the_newest_back(tmp_path: Path) -> None:
@@ -116,7 +120,7 @@ def test_idle_starts_are_counted_from_the_newest_back(tmp_path: Path) -> None:
     assert job._num_idle_starts(tmp_path, "7") == 1
 
 
-def test_position_tells_progress(tmp_path: Path) -> None:
+def test_position_shows_progress(tmp_path: Path) -> None:
     assert job.position(tmp_path, tmp_path / "cache") == []
     for stage, name, text in (("teacher", "FINISHED.json", "{}"), ("ptp", "latest", "step-00000004")):
         (tmp_path / "checkpoints" / stage).mkdir(parents=True)
@@ -129,7 +133,7 @@ def test_position_tells_progress(tmp_path: Path) -> None:
 
 @pytest.fixture
 def start_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(dist, "leave", lambda: None)  # the process group belongs to other tests too
+    monkeypatch.setattr(dist, "leave", lambda: None)  # other tests share the process group
     monkeypatch.setenv(START_DIR, str(tmp_path))
     monkeypatch.setenv("RANK", "3")
     return tmp_path
@@ -155,7 +159,7 @@ def test_rank_notes_how_it_ended(start_dir: Path, error: BaseException, how: str
     assert json.loads((start_dir / "rank-00003.json").read_text()) == note, "the first note stands"
 
 
-def test_nothing_is_noted_without_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_note_outside_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(START_DIR, raising=False)
     monkeypatch.chdir(tmp_path)
     note("finished")

