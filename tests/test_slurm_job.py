@@ -11,7 +11,7 @@ from peakd_ds.cluster import job
 from peakd_ds.cluster.job import cause_of, decide
 from peakd_ds.errors import UserError
 from peakd_ds.ranks import dist, preempt
-from peakd_ds.ranks.notes import START_DIR, Note, note
+from peakd_ds.ranks.notes import START_DIR, Note, note, read_notes
 from peakd_ds.ranks.outcome import noted
 from peakd_ds.ranks.slurm_env import num_nodes_of_this_start
 
@@ -153,10 +153,11 @@ def test_rank_notes_how_it_ended(start_dir: Path, error: BaseException, how: str
     with pytest.raises(SystemExit if code else type(error)) as caught, noted():
         raise error
     assert code is None or caught.value.code == code
-    note = json.loads((start_dir / "rank-00003.json").read_text())
-    assert (note["how"], note["rank"]) == (how, 3) and str(error) in note["cause"]
+    (first,) = read_notes(start_dir)
+    assert (first["how"], first["rank"]) == (how, 3) and str(error) in first["cause"]
+    assert first.get("signal") == (error.signal.name if isinstance(error, preempt.Stopped) else None)
     note("lost", "later")
-    assert json.loads((start_dir / "rank-00003.json").read_text()) == note, "the first note stands"
+    assert read_notes(start_dir) == [first], "the first note is kept"
 
 
 def test_no_note_outside_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

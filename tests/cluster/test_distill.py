@@ -124,7 +124,7 @@ def test_the_run_folder_says_what_ran_where(quiet_run: Path) -> None:
     assert steps == sorted(set(steps))
 
 
-# -- Stopped and continued ----------------------------------------------------------------------------------------------
+# -- Stopped and continued ---------------------------------------------------------------------------------------------
 
 
 def test_usr1_saves_requeues_and_goes_on(cluster: Cluster, start: Start, quiet_run: Path, tmp_path: Path) -> None:
