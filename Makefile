@@ -39,7 +39,7 @@ $(STAMP): pyproject.toml constraints.txt
 # One rank a GPU (as many as divide the global batch of 64), or two on CPU, which share the cores.
 # A free port: ranks of two programs on DeepSpeed's default one would join each other's process group.
 demo: $(STAMP)
-	$(BIN)/python -P -m peakd_ds.programs.demo --out demo
+	$(BIN)/peakd-demo --out demo
 	@ranks='$(RANKS)'; \
 	[ -n "$$ranks" ] || ranks=$$($(BIN)/python -P -c 'import torch; print(torch.cuda.device_count() or 2)'); \
 	while [ $$((64 % ranks)) -ne 0 ]; do ranks=$$((ranks - 1)); done; \
@@ -68,11 +68,11 @@ $(BENCH_STAMP): $(STAMP)
 
 # CASES="mrpc_n1 mrpc_n3"; MINUTES=0 for no limit; see benchmarks/README.md. Reads GLUE from PEAKD_DATA_DIR, or the hub.
 bench: $(BENCH_STAMP)
-	$(BIN)/python -P -m peakd_ds.programs.demo --out demo
+	$(BIN)/peakd-demo --out demo
 	$(BIN)/python benchmarks/bench_train.py $(if $(CASES),--cases '$(CASES)') --minutes $(MINUTES) $(BENCH_ARGS)
 
 bench-scaling: $(BENCH_STAMP)
-	$(BIN)/python -P -m peakd_ds.programs.demo --out demo
+	$(BIN)/peakd-demo --out demo
 	$(BIN)/python benchmarks/bench_scaling.py $(BENCH_ARGS)
 
 bench-loss: $(STAMP)
