@@ -1,4 +1,4 @@
-# Read by the scripts of this folder: where the site's settings come from, and how Python is started.
+# Sourced by the scripts of this folder: loads the site's settings and finds Python.
 # shellcheck shell=bash
 
 die() {
@@ -6,10 +6,10 @@ die() {
     exit 2
 }
 
-# Run from the repository's root: sbatch copies its script away, so a script cannot tell where it lay.
+# Scripts run from the repository's root: sbatch runs a copy of a script, which does not know the original's folder.
 [ -f slurm/common.sh ] || die "not in the repository's root; go there, or give sbatch --chdir=ROOT"
 
-# Export what the site file sets. Its keys are those of site.example.sh.
+# Export the site file's settings. It may set the keys of site.example.sh.
 load_site() {
     local file=${PEAKD_SITE:-slurm/site.sh} key known
     if [ ! -f "$file" ]; then
@@ -31,8 +31,8 @@ load_site() {
     if [ -n "${PEAKD_INTERFACE:-}" ]; then
         export GLOO_SOCKET_IFNAME=$PEAKD_INTERFACE NCCL_SOCKET_IFNAME=$PEAKD_INTERFACE
     fi
-    export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # torch warns of every host without a reverse DNS entry
-    # Builds of one start must not wait for the lock of another, or of one that was killed.
+    export TORCH_CPP_LOG_LEVEL=${TORCH_CPP_LOG_LEVEL:-ERROR} # torch warns about each host without a reverse DNS entry
+    # A build must not wait for the lock of another job's build, or of one that was killed.
     if [ -n "${PEAKD_SCRATCH:-}" ]; then
         export TORCH_EXTENSIONS_DIR=${TORCH_EXTENSIONS_DIR:-$PEAKD_SCRATCH/torch_extensions-${SLURM_JOB_ID:-0}}
     fi

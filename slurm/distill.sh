@@ -4,10 +4,10 @@
 #   sbatch --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 slurm/distill.sh --task rte --teacher bert-base-uncased \
 #       --run_dir /shared/runs/rte
 #
-# One task is one rank: give as many --ntasks-per-node as GPUs; without it there is one on each node. --cpus-per-task
-# gives each its cores; without it Slurm may give one, which is slow where there is no GPU. Submit from the
-# repository's root; slurm/site.sh says what the cluster is like. Stopped before its time limit, preempted or broken, the
-# job saves, is requeued and goes on; peakd_ds/cluster/job.py decides that. sbatch's own options win over these:
+# One task is one rank: set --ntasks-per-node to the number of GPUs per node; the default is one rank per node. Set
+# --cpus-per-task too: Slurm may give a rank only one core, which is slow without a GPU. Submit from the repository's
+# root; slurm/site.sh describes the cluster. Before its time limit, when preempted, or after a fault, the job saves what
+# it can, is requeued and goes on; peakd_ds/cluster/job.py decides that. sbatch's own options win over these:
 #SBATCH --job-name=peakd
 #SBATCH --output=%x-%j.out
 #SBATCH --open-mode=append
@@ -26,13 +26,13 @@ export PEAKD_START_DIR
 echo "job $SLURM_JOB_ID, start ${SLURM_RESTART_COUNT:-0}, on $SLURM_JOB_NODELIST; ranks write to" \
     "$PEAKD_START_DIR/HOST.log"
 
-# Signals for the batch script alone (--signal=B:USR1@300) are passed on to the ranks; bash acts on them in `wait`.
-# An array's element is ARRAY_INDEX: the number of its last one is that of the whole array too.
+# A signal to the batch script alone (--signal=B:USR1@300) is passed on to the ranks; bash handles it during `wait`.
+# An array's element is named ARRAY_INDEX, since its last element has the job number of the array.
 job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
 job=${job:-$SLURM_JOB_ID}
 trap 'scancel --signal=USR1 "$job"' USR1
 trap : TERM
-run() { # in the background, and wait for its end however often a signal interrupts the waiting
+run() { # in the background, so that signals are handled; wait again after each one
     "$@" 2>> "$PEAKD_START_DIR/srun.log" &
     local pid=$! watch status=0
     "${PYTHON[@]}" -m peakd_ds.cluster.job watch "$PEAKD_START_DIR" "$pid" &
@@ -42,11 +42,11 @@ run() { # in the background, and wait for its end however often a signal interru
     kill "$watch" 2> /dev/null || :
     return "$status"
 }
-judge() { exec "${PYTHON[@]}" -m peakd_ds.cluster.job close "$PEAKD_START_DIR"; }
+finish() { exec "${PYTHON[@]}" -m peakd_ds.cluster.job close "$PEAKD_START_DIR"; }
 
 if [ "${PEAKD_PREFLIGHT:-yes}" = yes ]; then
-    run slurm/preflight.sh "$@" || judge
+    run slurm/preflight.sh "$@" || finish
 fi
 run srun --kill-on-bad-exit=1 --wait=60 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} --label \
     --open-mode=append --output="$PEAKD_START_DIR/%N.log" "${PYTHON[@]}" -m peakd_ds "$@" || :
-judge
+finish

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Look at every node of a job: GPUs, disks, clock, limits, an all-reduce over all ranks. distill.sh runs it before
+# Inspect every node of a job: GPUs, disks, clock, limits, and an all-reduce over all ranks. distill.sh runs this before
 # training; alone:  sbatch --nodes=2 --ntasks-per-node=4 --gpus-per-node=4 slurm/preflight.sh [train.py options]
 #SBATCH --job-name=preflight
 #SBATCH --output=%x-%j.out

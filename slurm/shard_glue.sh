@@ -4,9 +4,12 @@
 #   sbatch --nodes=2 --ntasks-per-node=8 slurm/shard_glue.sh --task mnli --teacher bert-base-uncased \
 #       --shard_dir /shared/shards/mnli
 #
-# One task is one MPI worker, at most one a shard; their number does not change the shards. Each node's are copied to its
-# scratch too, if it has one. Then:  slurm/distill.sh --data_placement sharded --shard_dir /shared/shards/mnli ...
-# Cut off, the same command goes on. Options on sbatch's command line win over these:
+# One task is one MPI worker, at most one per shard; the number of workers does not change the shards. If nodes have a
+# scratch disk, each node's shards are copied to it. Then:
+#
+#   sbatch slurm/distill.sh --data_placement sharded --shard_dir /shared/shards/mnli ...
+#
+# After an interruption, the same command makes the missing shards. sbatch's own options win over these:
 #SBATCH --job-name=shard
 #SBATCH --output=%x-%j.out
 #SBATCH --open-mode=append

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
-# A sweep as an array job, each element any number of nodes. This works out --array from the grid:
+# A sweep as an array job; each element may use several nodes. This command finds the elements of the grid:
 #   peakd-sweep --grid GRID.yaml [train.py options] --submit [sbatch options]
-# and calls
+# and runs
 #   sbatch --array=0-11 [sbatch options] slurm/sweep.sh GRID.yaml [train.py options]
 #
-# An element is a job like any other: it goes on in distill.sh, whose options for sbatch these are.
+# Each element is a job of its own and runs distill.sh, so these are the sbatch options of distill.sh.
 #SBATCH --job-name=peakd
 #SBATCH --output=%x-%A_%a.out
 #SBATCH --open-mode=append
@@ -17,8 +17,8 @@ PEAKD_SCRIPT=sweep.sh
 . slurm/common.sh
 need_slurm
 load_site
-[ $# -gt 0 ] || die "no grid; peakd-sweep --grid GRID.yaml --submit"
-[ -n "${SLURM_ARRAY_TASK_ID:-}" ] || die "not an array job; peakd-sweep --grid $1 --submit, or give sbatch --array=0-N"
+[ $# -gt 0 ] || die "no grid; use peakd-sweep --grid GRID.yaml --submit"
+[ -n "${SLURM_ARRAY_TASK_ID:-}" ] || die "not an array job; use peakd-sweep --grid $1 --submit, or give sbatch --array=0-N"
 
 mapfile -d '' -t options < <("${PYTHON[@]}" -m peakd_ds.programs.sweep --options "$SLURM_ARRAY_TASK_ID" --grid "$@")
 wait "$!" || exit 2

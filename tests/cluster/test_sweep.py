@@ -80,7 +80,7 @@ def test_refused_element_is_listed_and_a_job_without_array_is_refused(
     arguments = [grid, "--run_dir", runs, "--data_dir", only_sst2]
     for number, (options, wanted) in enumerate(
         {
-            (): f"sweep.sh: error: not an array job; peakd-sweep --grid {grid} --submit",
+            (): f"sweep.sh: error: not an array job; use peakd-sweep --grid {grid} --submit",
             ("--array=7",): "peakd-sweep: error: the grid has no element 7; choose from 0 to 1",
         }.items()
     ):
