@@ -1,13 +1,14 @@
-"""peakd-plan: its figures against what DeepSpeed's engines hold and send, and what it says to wrong input.
+"""peakd-plan: its numbers against the memory and traffic of DeepSpeed's engines, and its errors for wrong input.
 
-Ranks over gloo run the distill stage itself, with a teacher and a student of 256; live tensors are counted by storage.
+Ranks over gloo run the distill stage itself, with a teacher and a student of hidden size 256; memory is counted from
+the storages of live tensors.
 """
 
 import gc
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,10 +18,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import new_pools, save_encoder
+from deepspeed import DeepSpeedEngine
+from torch import nn
 from torch._subclasses import FakeTensor
 from transformers import AutoConfig, BertConfig, BertForSequenceClassification
 
-from peakd_ds import stages, train
+from peakd_ds import stages
 from peakd_ds.cluster import run_lock
 from peakd_ds.command_line import parse
 from peakd_ds.config import RunConfig
@@ -40,9 +43,9 @@ from peakd_ds.run import open_run
 
 WITHIN = 0.01
 SLACK = 10_000
-"""Bytes besides, in engines that hold megabytes: inputs, norms, flags, AdamW's step counts."""
+"""Bytes of what is not planned (inputs, norms, flags, AdamW's step counts), in engines that hold megabytes."""
 BUCKET = 3_000_017
-"""reduce_bucket_size, a number that no tensor has; less than the student's parameters, more than the largest."""
+"""reduce_bucket_size: no tensor has this size; between the student's largest parameter and all of them."""
 ACCUM = 2
 ENCODER = dict(num_hidden_layers=4, hidden_size=256, num_attention_heads=4, intermediate_size=1024, vocab_size=8000)
 
@@ -54,19 +57,19 @@ def teacher(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def own_pools() -> Iterator[Callable[[int], Any]]:
-    """Ranks that hold nothing of other tests."""
+    """Ranks that hold no tensors of other tests."""
     with new_pools() as pool_of:
         yield pool_of
 
 
-# -- What engines hold -------------------------------------------------------------------------------------------------
+# -- Memory of engines -------------------------------------------------------------------------------------------------
 
 
 def live_storages() -> list[torch.UntypedStorage]:
-    """Of every live tensor; gradients are reached through their parameters."""
+    """Storages of all live tensors; gradients are found through their parameters."""
     found = []
     for thing in gc.get_objects():
-        if isinstance(thing, FakeTensor) or not isinstance(thing, torch.Tensor):  # torch.compile's have no storage
+        if isinstance(thing, FakeTensor) or not isinstance(thing, torch.Tensor):  # fake ones have no storage
             continue
         if thing.layout == torch.strided and thing.device.type == "cpu":
             found += [t.untyped_storage() for t in (thing, thing.grad if thing.is_leaf else None) if t is not None]
@@ -74,63 +77,64 @@ def live_storages() -> list[torch.UntypedStorage]:
 
 
 def storages() -> dict[int, int]:
-    """Bytes of every live tensor's storage, by its address."""
+    """Bytes of every live tensor's storage, by address."""
     return {storage.data_ptr(): storage.nbytes() for storage in live_storages()}
 
 
-def bytes_of(tensors: Any) -> dict[int, int]:
+def bytes_of(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    """Bytes of the tensors' storages, by address."""
     return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors if t.numel()}
 
 
 def measure(argv: list[str]) -> tuple[dict[str, int], dict[str, int], Sizes]:
-    """Runs on every rank: what student and teacher hold in the third step, by the names of planner.py's fields."""
+    """Runs on every rank: bytes that student and teacher hold in the third step, by the fields of planner.Memory."""
     run = open_run(parse(argv))
     with run_lock.owned(run.folder):
         stage = stages.build_stage("distill", run, RunLog(run.folder))
-        teacher = run.teacher()
+        teacher = run.teacher.engine()
         gathered = watch_gathering(teacher)
-        module = train.build(stage, run.config)
+        module = stages.build_module(stage, run)
         gc.collect()
-        kept = live_storages()  # as long as these live, nothing new can lie at their addresses
+        kept = live_storages()  # keeps their addresses taken
         before = {storage.data_ptr(): storage.nbytes() for storage in kept}
         engine = engines.training_engine(module, run.config, run.student_ds_config, 3, "distill")
         held, slots = {}, epoch_slots(len(run.train_rows), run.config.global_batch_size, 0, 0)[:3]
         batches = global_batches(run.train, run.train_rows, slots, ACCUM)
-        for number, batch in enumerate(stage.answered(batches)):
+        for number, batch in enumerate(stage.with_teacher_outputs(batches)):
             for micro in batch.micro_batches:
                 loss, _ = stage.loss(engine, micro, batch, False)
                 backward = loss.total * engines.undo_averaging(engine)
                 del loss
-                if number == 2:  # stage 3 is at its final order of gathers
+                if number == 2:  # by now stage 3 gathers in its final order
                     held = held_in_backward(engine, backward, before | bytes_of(teacher.parameters()))
                 else:
                     engine.backward(backward)
                 engine.step()
-        sizes, parameters = measure_traffic._sizes_of(run, engine), list(teacher.parameters())
+        sizes, parameters = measure_traffic.sizes_of(run, engine), list(teacher.parameters())
         shards = bytes_of(p.ds_tensor for p in parameters) if gathered else {}
         host = shards if "offload" in run.config.teacher_ds_config else {}
         weights = bytes_of(parameters) | ({} if host else shards)
         engine.destroy()
-        run.drop_teacher()
-    of_teacher = {"weights": weights, "host": host}
-    return held, {k: sum(v.values()) for k, v in of_teacher.items()} | {"buffers": max(gathered, default=0)}, sizes
+        run.teacher.stop()
+    teacher_held = {name: sum(sizes.values()) for name, sizes in (("weights", weights), ("host", host))}
+    return held, teacher_held | {"buffers": max(gathered, default=0)}, sizes
 
 
-def held_in_backward(engine: Any, loss: torch.Tensor, others: dict[int, int]) -> dict[str, int]:
-    """What is held when the backward pass ends; in fp32 at stage 1, when it starts to reduce. Without `others`."""
+def held_in_backward(engine: DeepSpeedEngine, loss: torch.Tensor, others: dict[int, int]) -> dict[str, int]:
+    """Bytes held at the end of the backward pass (at stage 1, when it starts to reduce), without the `others`."""
     parameters, stage = list(engine.module.parameters()), engine.zero_optimization_stage()
     bucket_bytes = BUCKET * (2 if engine.bfloat16_enabled() else 4)
-    whole = bytes_of(p.data for p in parameters if stage == 3 and not p.ds_persist)
+    gathered = bytes_of(p.data for p in parameters if stage == 3 and not p.ds_persist)
     found: list[dict[int, int]] = []
 
-    def look_and(original: Any, *args: Any, **kwargs: Any) -> Any:
+    def count_before(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         found.append(storages())
         return original(*args, **kwargs)
 
     with pytest.MonkeyPatch.context() as patch:
         for name in ("reduce_gradients", "average_tensor"):
             if stage in (1, 2) and hasattr(engine.optimizer, name):
-                patch.setattr(engine.optimizer, name, partial(look_and, getattr(engine.optimizer, name)))
+                patch.setattr(engine.optimizer, name, partial(count_before, getattr(engine.optimizer, name)))
         engine.backward(loss)
     gc.collect()
     found.append(storages())
@@ -138,44 +142,46 @@ def held_in_backward(engine: Any, loss: torch.Tensor, others: dict[int, int]) ->
     weights = bytes_of([*parameters, *(p.ds_tensor for p in parameters if stage == 3)])
     masters = bytes_of(_master_tensors(engine))
     moments = bytes_of(s[key] for s in engine.basic_optimizer.state.values() for key in MOMENTS)
-    weights = {key: size for key, size in weights.items() if key not in whole or stage != 3 or dist.world_size() == 1}
-    known = masters.items() | moments.items() | weights.items() | whole.items() | others.items()  # addresses come again
+    weights = {
+        key: size for key, size in weights.items() if key not in gathered or stage != 3 or dist.world_size() == 1
+    }
+    known = masters.items() | moments.items() | weights.items() | gathered.items() | others.items()  # addresses repeat
     return {
         "weights": sum(weights.values()),
         "masters": sum(size for key, size in masters.items() if key not in weights),
         "moments": sum(moments.values()),
         "gradients": sum(size for key, size in held.items() - known if size != bucket_bytes),
         "buffers": max(list(live.values()).count(bucket_bytes) for live in found) * bucket_bytes
-        + sum(size for key, size in whole.items() if key not in weights),
+        + sum(size for key, size in gathered.items() if key not in weights),
     }
 
 
-def watch_gathering(engine: Any) -> list[int]:
-    """At stage 3 a list that grows by what is gathered, whenever a layer starts; else an empty one."""
+def watch_gathering(engine: DeepSpeedEngine) -> list[int]:
+    """A list that gets the bytes gathered at stage 3 whenever a layer starts; at other stages it stays empty."""
     gathered: list[int] = []
     if engine.zero_optimization_stage() == 3:
         parameters = list(engine.module.parameters())
         shards = bytes_of(p.ds_tensor for p in parameters)
 
-        def look(module: Any, args: Any) -> None:
-            flat = [part for handle in inflight(engine) for part in handle.partitions]
+        def count(module: nn.Module, args: Any) -> None:
+            flat = [part for handle in gathers_in_flight(engine) for part in handle.partitions]
             now = bytes_of([*(p.data for p in parameters if not p.ds_persist), *flat])
             gathered.append(sum(size for key, size in now.items() if key not in shards))
 
         for layer in engine.module.model.bert.encoder.layer:
-            layer.register_forward_pre_hook(look)
+            layer.register_forward_pre_hook(count)
     return gathered
 
 
-def inflight(engine: Any) -> list[Any]:
-    """Handles of gathers of several parameters, as long as one of these is not used yet."""
+def gathers_in_flight(engine: DeepSpeedEngine) -> list[Any]:
+    """Handles of gathers of several parameters, of which at least one is not used yet."""
     coordinator = engine.optimizer.get_param_coordinator()
     found = coordinator._PartitionedParameterCoordinator__inflight_param_registry.values()
     single = [one for handle in found for one in getattr(handle, "handles", [handle])]
     return [handle for handle in single if hasattr(handle, "partitions")]
 
 
-CASES = [  # on one rank nothing is gathered; offload copies only on a GPU
+CASES = [  # one rank gathers nothing; offloaded weights are copied only to a GPU
     *((2, stage, dtype, "teacher_zero0") for stage in (0, 1) for dtype in ("fp32", "bf16")),
     *((2, stage, dtype, "teacher_zero3") for stage in (2, 3) for dtype in ("fp32", "bf16")),
     (2, 1, "bf16", "teacher_zero3_offload"),
@@ -201,14 +207,14 @@ def test_memory(
     paths = ["--teacher", str(teacher), "--data_dir", str(tiny_data), "--run_dir", str(tmp_path / "run")]
     words += f" --global_batch_size {4 * ACCUM * world_size} --teacher_ds_config {teacher_name}"
     argv = [*words.split(), *paths, "--student_ds_config", str(tmp_path / "student.json")]
-    answers = own_pools(world_size).run(measure, argv)
+    measured = own_pools(world_size).run(measure, argv)
 
     encoder = AutoConfig.from_pretrained(teacher)
     frozen, matched = planner.build_on_meta(parse(argv), encoder, encoder)
     student = Engine.of(matched, argv[-1], "student_ds_config", dtype, world_size)
     frozen_engine = Engine.of(frozen, teacher_name, "teacher_ds_config", dtype, world_size)
     planned, teacher_planned = vars(planner.student_memory(student)), vars(planner.teacher_memory(frozen_engine))
-    held, teacher_held = ({k: max(a[i][k] for a in answers) for k in answers[0][i]} for i in (0, 1))
+    held, teacher_held = ({name: max(rank[i][name] for rank in measured) for name in measured[0][i]} for i in (0, 1))
     print(f"\n{world_size} ranks, zero{stage}_{dtype}, {teacher_name}\n planned {planned} {teacher_planned}")
     print(f" held    {held} {teacher_held}")
     for name in held:
@@ -217,7 +223,7 @@ def test_memory(
         assert teacher_planned[name] == pytest.approx(teacher_held[name], rel=WITHIN, abs=SLACK), f"teacher {name}"
     assert teacher_held["buffers"] <= teacher_planned["buffers"] <= 2 * teacher_held["buffers"] + SLACK
     sizes = planner.traffic_sizes(student, frozen_engine, ACCUM)
-    assert sizes == answers[0][2], "test_scaling.py checks the bytes of these sizes against DeepSpeed's comms logger"
+    assert sizes == measured[0][2], "test_scaling.py compares the bytes for these sizes with DeepSpeed's comms logger"
 
 
 # -- Activations -------------------------------------------------------------------------------------------------------
@@ -256,8 +262,8 @@ def test_activations_are_bounded(single_rank: None, dtype: str, hidden_loss: str
 def test_sharing_adds_activations_and_no_weights() -> None:
     encoder = BertConfig(**ENCODER)
     stored, shared = (planner.build_on_meta(settings(sharing=s), encoder, encoder)[1] for s in ("none", "sps"))
-    of_stored, of_shared = (Engine.of(model, "zero1_bf16", "", "bf16", 2) for model in (stored, shared))
-    assert of_stored == of_shared
+    stored_engine, shared_engine = (Engine.of(model, "zero1_bf16", "", "bf16", 2) for model in (stored, shared))
+    assert stored_engine == shared_engine
     assert shared.student.config.num_effective_layers == 2 * stored.student.config.num_effective_layers
 
 
@@ -278,8 +284,8 @@ def test_json_and_table_say_the_same(capsys: pytest.CaptureFixture[str]) -> None
     assert best["total"] <= 80 * 2**30
 
 
-def test_json_is_all_there_is_on_stdout(env: dict[str, str]) -> None:
-    words = [sys.executable, "-m", "peakd_ds.planner", *SHAPES, "--json"]
+def test_stdout_holds_only_json(env: dict[str, str]) -> None:
+    words = [str(Path(sys.executable).with_name("peakd-plan")), *SHAPES, "--json"]
     env = {name: value for name, value in env.items() if name != "DS_ACCELERATOR"}
     assert json.loads(subprocess.run(words, env=env, capture_output=True, check=True).stdout)["choices"]
 
@@ -289,7 +295,7 @@ def test_small_gpus_get_no_recommendation(capsys: pytest.CaptureFixture[str]) ->
     assert "Take: none\nWhy: nothing fits in 92.2 MiB" in capsys.readouterr().out
 
 
-def test_a_folder_needs_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_weights_can_be_planned(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     encoder = BertConfig(**ENCODER)
     encoder.save_pretrained(tmp_path)
     planner.main(scripts.plan_options(["--teacher", str(tmp_path), "--task", "rte", "--json"]))
@@ -297,7 +303,7 @@ def test_a_folder_needs_no_weights(tmp_path: Path, capsys: pytest.CaptureFixture
     assert counted == sum(p.numel() for p in BertForSequenceClassification(encoder).parameters())
 
 
-def test_rows_shorter_than_the_longest_take_less(capsys: pytest.CaptureFixture[str]) -> None:
+def test_shorter_rows_take_less_memory(capsys: pytest.CaptureFixture[str]) -> None:
     def activations(*words: str) -> int:
         planner.main(scripts.plan_options([*SHAPES, *words, "--json"]))
         return json.loads(capsys.readouterr().out)["choices"][0]["student_memory"]["activations"]
@@ -328,9 +334,10 @@ def test_rows_shorter_than_the_longest_take_less(capsys: pytest.CaptureFixture[s
 def test_wrong_input_is_one_line(
     words: list[str], message: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setattr("sys.argv", ["peakd-plan", *words])
     with pytest.raises(SystemExit) as stopped:
-        planner.cli()
+        scripts.plan()
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert message in error

@@ -1,4 +1,4 @@
-"""The bytes of a step: the formula of docs/scaling.md against what DeepSpeed's comms logger counts."""
+"""The bytes of a step: the formula of docs/scaling.md against the counts of DeepSpeed's comms logger."""
 
 import json
 from dataclasses import replace
@@ -10,11 +10,11 @@ from measure_traffic import Machine, Measured
 
 from peakd_ds.command_line import parse
 from peakd_ds.errors import UserError
-from peakd_ds.programs.traffic import Sizes, Traffic, formula
+from peakd_ds.programs.traffic import Sizes, Traffic, step_traffic
 
 DOCS = Path(__file__).parent.parent / "docs"
 PADDING = 64
-"""Bytes by which a count may be above the formula: tensors are padded to the ranks, norms and flags are numbers too."""
+"""A count may exceed the formula by this many bytes: padding to the number of ranks, norms and flags."""
 
 
 def measure(argv: list[str]) -> Measured:
@@ -30,7 +30,7 @@ def argv(tiny_data: Path, tiny_teacher, tmp_path: Path) -> list[str]:
 
 
 def stage_3(folder: Path) -> str:
-    """A config that shards tensors of this test's size; smaller ones stay whole."""
+    """A config that shards most tensors of this test; smaller ones stay unsharded."""
     file = folder / "zero3.json"
     zero = {"stage": 3, "stage3_param_persistence_threshold": 1000}
     file.write_text(json.dumps({"zero_optimization": zero}))
@@ -39,7 +39,7 @@ def stage_3(folder: Path) -> str:
 
 @pytest.mark.parametrize(("world_size", "num_accum_steps"), [(1, 1), (2, 1), (2, 2), (4, 1)])
 @pytest.mark.parametrize(("student", "teacher"), [(0, 0), (1, 0), (2, 0), (3, 0), (1, 3), (3, 3)])
-def test_the_formula_is_what_is_counted(
+def test_the_formula_equals_the_counts(
     pools, argv: list[str], tmp_path: Path, world_size: int, student: int, teacher: int, num_accum_steps: int
 ) -> None:
     configs = ["--student_ds_config", f"zero{student}_fp32" if student < 3 else stage_3(tmp_path)]
@@ -61,17 +61,17 @@ def test_bf16_sends_half(two_ranks, argv: list[str], student: int) -> None:
 
 
 def assert_agrees(measured: Measured) -> None:
-    wanted = formula(measured.sizes)
+    expected = step_traffic(measured.sizes)
     for name in ("all_reduce", "reduce_scatter", "all_gather"):
         counted = getattr(measured.traffic, name)
-        assert 0 <= counted - getattr(wanted, name) <= PADDING, (name, measured)
+        assert 0 <= counted - getattr(expected, name) <= PADDING, (name, measured)
     if (measured.sizes.num_ranks, measured.sizes.student_stage) == (1, 0):
-        assert wanted.all_reduce == 0, "one rank has no one to reduce with"
+        assert expected.all_reduce == 0, "one rank has no other to reduce with"
     else:
-        assert max(wanted.all_reduce, wanted.reduce_scatter) > 100 * PADDING, "padding is small beside it"
+        assert max(expected.all_reduce, expected.reduce_scatter) > 100 * PADDING, "padding is small in comparison"
 
 
-# -- The page ----------------------------------------------------------------------------------------------------------
+# -- docs/scaling.md ---------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -79,17 +79,17 @@ def recorded() -> list[Measured]:
     return [Measured.from_json(line) for line in (DOCS / "scaling.jsonl").read_text().splitlines()]
 
 
-def test_the_page_s_counts_agree_with_the_formula(recorded: list[Measured]) -> None:
+def test_the_page_s_counts_agree_with_the_step_traffic(recorded: list[Measured]) -> None:
     stages = {(s.num_ranks, s.student_stage, s.teacher_stage) for s in (one.sizes for one in recorded)}
-    wanted = {(n, student, 0) for n in (1, 2, 4) for student in range(4)} | {
+    expected = {(n, student, 0) for n in (1, 2, 4) for student in range(4)} | {
         (n, s, 3) for n in (1, 2, 4) for s in (1, 3)
     }
-    assert stages == wanted
+    assert stages == expected
     for measured in recorded:
         assert_agrees(measured)
 
 
-def test_the_page_shows_what_the_program_prints() -> None:
+def test_the_page_shows_the_tables_that_the_program_prints() -> None:
     text = (DOCS / "scaling.md").read_text()
     for table in measure_traffic.tables([str(DOCS / "scaling.jsonl")]).split("\n\n"):
         assert table in text
@@ -109,16 +109,16 @@ SIZES = Sizes(
 )
 
 
-def test_what_leaves_a_rank_in_a_ring() -> None:
+def test_bytes_sent_in_a_ring() -> None:
     assert Traffic(all_reduce=100, reduce_scatter=0, all_gather=0).sent(4) == 150
     assert Traffic(all_reduce=0, reduce_scatter=100, all_gather=0).sent(4) == 75
     assert Traffic(all_reduce=0, reduce_scatter=0, all_gather=25).sent(4) == 75
     assert Traffic(100, 100, 100).sent(1) == 0
 
 
-def test_stages_0_and_1_send_alike_and_accumulation_costs_from_stage_2_on() -> None:
+def test_accumulation_costs_nothing_below_stage_2() -> None:
     def sent(stage: int, accum: int) -> float:
-        return formula(replace(SIZES, student_stage=stage, num_accum_steps=accum)).sent(SIZES.num_ranks)
+        return step_traffic(replace(SIZES, student_stage=stage, num_accum_steps=accum)).sent(SIZES.num_ranks)
 
     assert sent(0, 1) == sent(0, 4) == 2 * 0.75 * 2000
     assert sent(1, 1) == sent(1, 4) == sent(2, 1) == sent(0, 1) + 0.75 * 2000
@@ -143,7 +143,7 @@ def test_flops() -> None:
     assert measure_traffic.flops_per_rank(10, 5, 100) == 100 * (20 + 30)
 
 
-def test_words_that_do_not_fit(tmp_path: Path) -> None:
+def test_wrong_words(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"give measure and train.py's options"):
         measure_traffic.main([])
     (tmp_path / "file").write_text("{}\n")

@@ -79,6 +79,7 @@ PLAN_NUMBERS: dict[str, tuple[Any, Any, float, float, str]] = {
 
 def plan() -> None:
     """Start peakd-plan."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # without a GPU, DeepSpeed's search for one prints to stdout
     start("peakd_ds.programs.planner:main", "peakd-plan", plan_options)
 
 
