@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from deepspeed import DeepSpeedEngine
+from matplotlib.figure import Figure
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -129,7 +130,7 @@ class RunLog:
         self._scalars({f"eval/{name}": value for name, value in metrics.items()}, step)
         self.say(f"{self.stage} step {step}  {split}: " + "  ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
 
-    def figure(self, tag: str, figure: Any, step: int = 0) -> None:
+    def figure(self, tag: str, figure: Figure, step: int = 0) -> None:
         if self.writer is not None:
             self.writer.add_figure(tag, figure, step)
 
