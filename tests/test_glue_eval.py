@@ -1,4 +1,4 @@
-"""Evaluation against plain forward passes, GLUE's submission files, and peakd-eval on a saved student."""
+"""Evaluation against plain forward passes, test files for the GLUE server, and peakd-eval on a saved student."""
 
 import csv
 import json
@@ -77,7 +77,7 @@ def test_every_test_split_has_a_submission_file() -> None:
     assert {(name, split) for name in names for split in get_task(name).submission_files} == set(SUBMITTED)
 
 
-def test_as_many_predictions_as_rows(tmp_path: Path) -> None:
+def test_there_must_be_an_id_for_each_prediction(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="longer"):
         glue_eval.write_submission(get_task("rte"), "test", torch.zeros(3, 2), [0, 1], tmp_path)
 
@@ -144,9 +144,9 @@ def test_logits_of_chosen_rows_come_in_their_order(tiny_data: Path, tiny_teacher
     def predict(rows: np.ndarray) -> torch.Tensor:
         return evaluation.predict(lambda inputs: model(**padded(inputs)).logits, split, rows, 4, 2)[0]
 
-    whole, rows = predict(np.arange(len(split))), np.array([29, 3, 11, 0])
-    assert torch.allclose(predict(rows), whole[rows], atol=1e-6)
-    assert len({tuple(row) for row in whole.tolist()}) > 10, "rows are told apart"
+    all_logits, rows = predict(np.arange(len(split))), np.array([29, 3, 11, 0])
+    assert torch.allclose(predict(rows), all_logits[rows], atol=1e-6)
+    assert len({tuple(row) for row in all_logits.tolist()}) > 10, "the logits of the rows differ"
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 7])
@@ -154,7 +154,7 @@ def test_logits_of_chosen_rows_come_in_their_order(tiny_data: Path, tiny_teacher
 def test_ranks_together_predict_each_row_once(
     tiny_data: Path, tiny_encoder: Path, monkeypatch: pytest.MonkeyPatch, world_size: int
 ) -> None:
-    """All-reduce is the sum of what each of the ranks has."""
+    """The ranks' results add up to those of one rank."""
     split = splits_of("sst2", tiny_data, AutoTokenizer.from_pretrained(tiny_encoder))["validation"]
 
     def forward(inputs: dict[str, Any]) -> torch.Tensor:
@@ -177,7 +177,7 @@ def test_ranks_together_predict_each_row_once(
 
 @pytest.fixture(scope="module")
 def student(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a student of random weights in both forms, for sst2."""
+    """A folder with a student for sst2 in both forms, with random weights."""
     folder = tmp_path_factory.mktemp("exported")
     words = ["--task", "sst2", "--teacher", str(tiny_encoder), "--run_dir", "unused", "--num_hidden_layers", "2"]
     source = contract.find_encoder(str(tiny_encoder), "teacher")
@@ -193,32 +193,32 @@ def student(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def evaluated(capsys: pytest.CaptureFixture[str], *words: str | Path) -> tuple[dict[str, Any], str]:
-    """What `peakd-eval` prints: its JSON, and the lines after it."""
+    """The JSON that peakd-eval prints, and the lines after it."""
     glue_eval.main(scripts.evaluate_options([*map(str, words)]))
-    printed = capsys.readouterr().out
-    end = printed.index("\n}\n") + 3
-    return json.loads(printed[:end]), printed[end:]
+    text = capsys.readouterr().out
+    end = text.index("\n}\n") + 3
+    return json.loads(text[:end]), text[end:]
 
 
 @pytest.mark.parametrize("form", ["student", "student_unrolled"])
 def test_peakd_eval_of_a_student(
     student: Path, tiny_data: Path, capsys: pytest.CaptureFixture[str], single_rank: None, form: str
 ) -> None:
-    answer, rest = evaluated(capsys, "--model", student / form, "--task", "sst2", "--data_dir", tiny_data)
+    printed, rest = evaluated(capsys, "--model", student / form, "--task", "sst2", "--data_dir", tiny_data)
     model = SPSBertForSequenceClassification.from_pretrained(student / "student").eval()
     dev = splits_of("sst2", tiny_data, AutoTokenizer.from_pretrained(student / "student"))
     expected, _, _ = evaluation.evaluate(lambda inputs: model(**padded(inputs)).logits, get_task("sst2"), dev, 8)
-    assert answer["metrics"] == pytest.approx(expected) and rest == ""
-    assert (answer["task"], answer["model"]) == ("sst2", str(student / form))
-    assert answer["samples_per_s"] > 0
+    assert printed["metrics"] == pytest.approx(expected) and rest == ""
+    assert (printed["task"], printed["model"]) == ("sst2", str(student / form))
+    assert printed["samples_per_s"] > 0
 
 
 def test_peakd_eval_of_a_teacher_on_both_splits(
     tiny_teacher: Callable[[str], Path], tiny_data: Path, capsys: pytest.CaptureFixture[str], single_rank: None
 ) -> None:
     words = ("--task", "mnli", "--data_dir", tiny_data, "--micro_batch_size", "5", "--max_seq_length", "16")
-    answer, _ = evaluated(capsys, "--model", tiny_teacher("mnli"), *words)
-    assert list(answer["metrics"]) == ["accuracy", "accuracy_mismatched"]
+    printed, _ = evaluated(capsys, "--model", tiny_teacher("mnli"), *words)
+    assert list(printed["metrics"]) == ["accuracy", "accuracy_mismatched"]
 
 
 def test_peakd_eval_finds_data_as_train_does(
@@ -251,7 +251,7 @@ def test_peakd_eval_writes_a_submission(
     with torch.no_grad():
         expected = model(**inputs).logits.argmax(-1).tolist()
     assert [int(line[1]) for line in lines] == expected
-    assert set(expected) == {0, 1}, "otherwise this would prove little"
+    assert set(expected) == {0, 1}, "both classes occur, so equal predictions mean something"
 
 
 def refusal(*words: str | Path) -> str:
@@ -289,9 +289,9 @@ class TestPeakdEvalRefuses:
         assert message.startswith(f"--model {student / 'student'} orders its labels ['negative', 'positive'], task rte")
 
     def test_an_encoder_without_a_head(self, tiny_encoder: Path, tiny_data: Path) -> None:
-        """Its figures would be those of a random head."""
+        """Its metrics would be those of a random head."""
         message = refusal("--model", tiny_encoder, "--task", "rte", "--data_dir", tiny_data)
-        assert f"--model {tiny_encoder} lacks 2 weights, classifier.bias among them; take a whole model" in message
+        assert f"--model {tiny_encoder} lacks 2 weights, classifier.bias among them; take a complete" in message
 
     def test_a_model_without_tokenizer(self, student: Path, tiny_data: Path, tmp_path: Path) -> None:
         bare = Path(shutil.copytree(student / "student", tmp_path / "bare"))
@@ -307,11 +307,16 @@ class TestPeakdEvalRefuses:
         assert f"--model {broken}: the weights cannot be read (" in message and message.endswith("get the model again")
 
     @pytest.mark.parametrize(
-        "words", [("--max_seq_length", "129"), ("--max_seq_length", "0"), ("--micro_batch_size", "0")]
+        ("words", "rule"),
+        [
+            (("--max_seq_length", "129"), "is longer than the 128 positions of --model"),
+            (("--max_seq_length", "0"), "is outside its range"),
+            (("--micro_batch_size", "0"), "is outside its range"),
+        ],
     )
-    def test_sizes(self, student: Path, tiny_data: Path, words: tuple[str, str]) -> None:
+    def test_sizes(self, student: Path, tiny_data: Path, words: tuple[str, str], rule: str) -> None:
         message = refusal("--model", student / "student", "--task", "sst2", "--data_dir", tiny_data, *words)
-        assert " ".join(words) in message and "set 8 to 128 (the model's positions)" in message
+        assert message.startswith(f"{' '.join(words)} {rule}")
 
     def test_no_data(self, student: Path, tmp_path: Path) -> None:
         words = ("--model", student / "student", "--task", "sst2")
