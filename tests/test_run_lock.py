@@ -1,4 +1,4 @@
-"""One run folder has one owner; dead owners are recognised, live ones respected."""
+"""A folder has one owner at a time: live owners are respected or waited for, dead ones are recognised."""
 
 import json
 import os
@@ -80,7 +80,7 @@ def test_another_start_that_was_quicker_keeps_it(tmp_path: Path, monkeypatch: py
     assert [file.name for file in tmp_path.iterdir()] == ["lock.json"]
 
 
-def test_a_lock_that_is_put_aside_for_a_moment_is_waited_for(tmp_path: Path) -> None:
+def test_check_waits_for_a_lock_that_is_moved_aside(tmp_path: Path) -> None:
     run_lock.take(tmp_path)
     file, aside = tmp_path / "lock.json", tmp_path / "aside"
     file.rename(aside)
@@ -97,7 +97,7 @@ def test_another_process_with_the_number_of_a_dead_one(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"", b'{"tok', b"[]", b"{}", b"7", b"\xff\xfe{}"])
 def test_damaged_lock(tmp_path: Path, content: bytes) -> None:
-    """Of whatever use: refused in one line with the file and what to do, and left as it is."""
+    """Both uses refuse it in one line with the file and the remedy, and leave it unchanged."""
     file = tmp_path / "lock.json"
     file.write_bytes(content)
     for use in (run_lock.owned(tmp_path), run_lock.waiting_for(file, print)):
@@ -115,7 +115,7 @@ def test_lock_that_is_damaged_later_stops_its_owner(tmp_path: Path) -> None:
 
 
 def test_lock_of_the_previous_version(tmp_path: Path) -> None:
-    """A build lock was one line then."""
+    """Its fields have not changed."""
     fields = "token host pid process_start cluster job step restart since".split()
     assert list(asdict(run_lock.this_start())) == fields
     owned_by(tmp_path, pid=0, process_start="1")
@@ -167,7 +167,7 @@ def test_deleted_lock_stops_its_owner(tmp_path: Path) -> None:
 
 
 def build_lock(tmp_path: Path, age_s: float = 0, **facts: Any) -> tuple[Path, list[str]]:
-    """Another start's lock of a folder that is built, and what is said about it."""
+    """Another start's lock of a folder that it builds, and a list for the messages about it."""
     owned_by(tmp_path, **facts)
     file = tmp_path / "lock.json"
     os.utime(file, (time.time() - age_s,) * 2)
@@ -178,7 +178,7 @@ def test_dead_builder_is_not_waited_for(tmp_path: Path) -> None:
     file, said = build_lock(tmp_path, process_start="1")
     with run_lock.waiting_for(file, said.append):
         assert json.loads(file.read_text())["pid"] == os.getpid()
-        run_lock.check()  # it guards run folders alone
+        run_lock.check()  # passes: it guards only run folders
     assert said == [] and list(tmp_path.iterdir()) == []
 
 
@@ -201,7 +201,7 @@ def test_waiting_ends_with_a_stop(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize(("answer", "is_alive"), [("echo 7.0", True), ("true", False)])
-def test_slurm_is_asked_about_a_silent_builder_alone(
+def test_slurm_is_asked_only_about_a_silent_builder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, answer: str, is_alive: bool
 ) -> None:
     squeue = tmp_path / "bin" / "squeue"
