@@ -12,13 +12,14 @@ BENCH_STAMP := .venv/.has-bench
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv demo test test-cluster checks bench bench-scaling bench-loss clean
+.PHONY: help venv demo test test-cluster fuzz checks bench bench-scaling bench-loss clean
 
 help:
 	@echo "make venv    .venv with the versions of constraints.txt (PYTHON=$(PYTHON), 3.11 or newer)"
 	@echo "make demo    get a small teacher and data into demo/, run the whole pipeline (RANKS=processes)"
 	@echo "make test    run the tests (PYTEST_ARGS='-k name -x')"
 	@echo "make test-cluster  run the tests on a Slurm cluster of several hosts inside this machine (slurm-wlm, munge)"
+	@echo "make fuzz    search for wrong inputs that end badly, longer than make test does (FUZZ=30 times as many)"
 	@echo "make checks  lint, format and types"
 	@echo "make bench   train with ours and with what people use instead, hours (CASES=mrpc_n1: that one; MINUTES=15 for repeats)"
 	@echo "make bench-scaling  what a step of ours costs by samples, length, layers and ranks"
@@ -61,6 +62,12 @@ test: $(STAMP)
 test-cluster: export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/build/torch_extensions
 test-cluster: $(STAMP)
 	$(BIN)/pytest -m cluster tests/cluster $(PYTEST_ARGS)
+
+# The same searches as in `make test`, with many more examples.
+FUZZ ?= 30
+fuzz: export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/build/torch_extensions
+fuzz: $(STAMP)
+	PEAKD_FUZZ=$(FUZZ) $(BIN)/pytest -n 2 tests/fuzz --timeout 0 $(PYTEST_ARGS)
 
 $(BENCH_STAMP): $(STAMP)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[bench]'
