@@ -28,7 +28,7 @@ from peakd_ds.run import open_run
 
 # Words by which a message tells what to do.
 REMEDY = re.compile(
-    r"\b(set|take|give|get|use|choose|add|write|lower|mend|save|free|go online|start|did you mean|"
+    r"\b(set|take|give|get|use|choose|add|write|lower|mend|fix|save|free|go online|start|did you mean|"
     r"the default is|the settings it was started with|help lists all)\b"
 )
 
