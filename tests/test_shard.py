@@ -1,4 +1,4 @@
-"""Shards: the same bytes by any number of workers, whole or named, and the same losses as without them."""
+"""Shards: the same bytes from any number of workers, damage that is named, and the same losses as without shards."""
 
 import dataclasses
 import json
@@ -45,14 +45,14 @@ MAX_SEQ_LENGTH = 32
 
 @pytest.fixture(scope="module")
 def words(tiny_data: Path, tiny_encoder: Path) -> list[str]:
-    """Options of peakd-shard and train.py alike."""
+    """Options that peakd-shard and train.py share."""
     paths = ["--teacher", str(tiny_encoder), "--data_dir", str(tiny_data)]
     return ["--task", "rte", "--max_seq_length", str(MAX_SEQ_LENGTH), *paths]
 
 
 @pytest.fixture(scope="module")
 def made(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of shards, made by this process alone."""
+    """A folder of shards made by a single worker."""
     folder = tmp_path_factory.mktemp("made") / "shards"
     with without_launcher():
         shard.main(scripts.shard_options([*words, "--shard_dir", str(folder)]))
@@ -61,7 +61,7 @@ def made(words: list[str], tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def copy(made: Path, tmp_path: Path) -> Path:
-    """The same shards, to be damaged."""
+    """A copy of the shards that a test may damage."""
     return Path(shutil.copytree(made, tmp_path / "shards"))
 
 
@@ -86,9 +86,9 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def damage(file: Path) -> None:
     """Flip a bit in the middle; the size stays."""
-    whole = bytearray(file.read_bytes())
-    whole[len(whole) // 2] ^= 1
-    file.write_bytes(whole)
+    data = bytearray(file.read_bytes())
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
 
 
 def refusal(action: Callable[..., Any], *args: Any) -> str:
@@ -98,11 +98,11 @@ def refusal(action: Callable[..., Any], *args: Any) -> str:
     return str(caught.value)
 
 
-# -- Making them -------------------------------------------------------------------------------------------------------
+# -- Making shards -----------------------------------------------------------------------------------------------------
 
 
-class Workers:
-    """As many threads as workers, which exchange values as MPI ranks do."""
+class ThreadWorkers:
+    """A worker that is a thread; workers exchange values as MPI ranks do."""
 
     def __init__(self, rank: int, size: int, meeting: threading.Barrier, board: list[Any]):
         self.rank, self.size, self.meeting, self.board = rank, size, meeting, board
@@ -115,13 +115,13 @@ class Workers:
         return values
 
 
-def with_workers(size: int, action: Callable[[Workers], Any]) -> list[Any]:
+def with_workers(size: int, action: Callable[[ThreadWorkers], Any]) -> list[Any]:
     """What `action` returns or raises on each worker."""
     meeting, board, results = threading.Barrier(size), [None] * size, [None] * size
 
     def work(rank: int) -> None:
         try:
-            results[rank] = action(Workers(rank, size, meeting, board))
+            results[rank] = action(ThreadWorkers(rank, size, meeting, board))
         except Exception as error:
             results[rank] = error
 
@@ -152,7 +152,7 @@ def test_any_number_of_workers_makes_the_same_bytes(
 @needs_mpirun
 @pytest.mark.parametrize("size", [2, 4])
 def test_mpi_ranks_are_workers(made: Path, words: list[str], env: dict[str, str], tmp_path: Path, size: int) -> None:
-    command = [*MPIRUN, "-n", str(size), sys.executable, "-m", "peakd_ds.shard", *words]
+    command = [*MPIRUN, "-n", str(size), sys.executable, "-m", "peakd_ds.programs.shard", *words]
     done = subprocess.run(
         [*command, "--shard_dir", str(tmp_path / "shards"), "--scratch_dir", str(tmp_path / "scratch")],
         cwd=ROOT,
@@ -191,7 +191,7 @@ def test_a_shard_holds_its_rows(made: Path, tiny_data: Path, tokenizer: PreTrain
 
 
 def test_a_task_of_few_rows_with_scores(tiny_encoder: Path, tmp_path: Path) -> None:
-    """Fewer rows than shards, none held out: some shards have no row."""
+    """There are fewer rows than shards and none is held out, so some shards are empty."""
     for split, num_rows in (("train", 20), ("validation", 5)):
         write_split(tmp_path / "data", "stsb", split, made_up_rows("stsb", num_rows, split))
     options = ["--task", "stsb", "--teacher", str(tiny_encoder), "--data_dir", str(tmp_path / "data")]
@@ -203,7 +203,7 @@ def test_a_task_of_few_rows_with_scores(tiny_encoder: Path, tmp_path: Path) -> N
 
 
 def test_a_later_start_makes_what_is_missing(made: Path, make: Callable[..., Any], tmp_path: Path) -> None:
-    """Stopped in the midst: finished shards are kept, by any number of workers."""
+    """After a stop midway, any number of workers keeps the finished shards."""
     folder, write = tmp_path / "shards", shard._write
 
     def write_until_full(file: Path, columns: dict[str, np.ndarray]) -> Any:
@@ -218,8 +218,8 @@ def test_a_later_start_makes_what_is_missing(made: Path, make: Callable[..., Any
     finished = {name for name in SHARDS if (folder / name).exists()}
     assert 32 < len(finished) < 64
     before = {name: (folder / name).stat().st_mtime_ns for name in finished}
-    for _, told in with_workers(3, lambda workers: make(workers, folder)):
-        assert {line.split(":")[0] for line in told} == {*SHARDS, "holdout.safetensors"} - finished
+    for _, notes in with_workers(3, lambda workers: make(workers, folder)):
+        assert {line.split(":")[0] for line in notes} == {*SHARDS, "holdout.safetensors"} - finished
     assert {name: (folder / name).stat().st_mtime_ns for name in finished} == before
     assert content(folder) == content(made)
 
@@ -272,7 +272,7 @@ def test_shards_of_other_settings_are_kept(copy: Path, words: list[str], more: l
 
 
 def test_an_error_of_one_worker_ends_all(make: Callable[..., Any], tmp_path: Path) -> None:
-    def action(workers: Workers) -> Any:
+    def action(workers: ThreadWorkers) -> Any:
         with (
             mock.patch.object(shard, "encode_file", side_effect=OSError("disk gone"))
             if workers.rank == 2
@@ -289,7 +289,7 @@ def nothing() -> Any:
 
 
 def test_processes_that_do_not_find_each_other(env: dict[str, str], words: list[str], tmp_path: Path) -> None:
-    """What srun without an MPI plugin starts: each task would do all the work, into one folder."""
+    """srun without an MPI plugin: each task would do all the work and write into the same folder."""
     task = {"SLURM_PROCID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4"}
     with mock.patch.dict(os.environ, task):
         message = refusal(shard.find_workers)
@@ -324,7 +324,7 @@ def test_copies_are_verified(made: Path, tmp_path: Path) -> None:
         message = refusal(shard_files.stage, manifest, SHARDS[:4], tmp_path)
     assert SHARDS[1] in message and socket.gethostname() in message and "came out different" in message
     (staged,) = tmp_path.iterdir()
-    assert content(staged).keys() == {SHARDS[0]}, "the bad copy is not there, not even under another name"
+    assert content(staged).keys() == {SHARDS[0]}, "the bad copy is gone, under every name"
     shard_files.stage(manifest, SHARDS[:4], tmp_path)
     assert content(staged) == {name: (made / name).read_bytes() for name in SHARDS[:4]}
 
@@ -367,21 +367,21 @@ def test_a_full_scratch_is_named(made: Path, tmp_path: Path) -> None:
     assert not [file for file in tmp_path.rglob("*") if file.is_file()]
 
 
-def test_a_scratch_that_is_no_folder(made: Path, tmp_path: Path) -> None:
+def test_a_scratch_that_is_not_a_folder(made: Path, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("mine")
     message = refusal(shard_files.stage, shard_files.read_manifest(made), SHARDS[:2], tmp_path / "file")
     assert f"cannot be copied to scratch {tmp_path / 'file'}" in message
     assert (tmp_path / "file").read_text() == "mine"
 
 
-# -- Training from them ------------------------------------------------------------------------------------------------
+# -- Training from shards ----------------------------------------------------------------------------------------------
 
 RUN = "--num_hidden_layers 2 --epochs 1 --global_batch_size 16 --micro_batch_size 4 --log_steps 1 --save_steps 0"
 RUN_WORDS = [*RUN.split(), *"--lr 2e-3 --dropout 0 --dtype fp32 --layer_map 1:1,2:2".split()]
 
 
 def as_nodes(num_nodes: int, scratch: str, action: Callable[..., Any], *args: Any) -> Any:
-    """Runs on every rank: the pool's ranks as those of several hosts, each with a scratch of its own."""
+    """Runs on every rank: the pool's ranks act as ranks of several hosts with a scratch disk each."""
     size = dist.world_size() // num_nodes
     node, local_rank = divmod(dist.rank(), size)
     launcher = {"LOCAL_WORLD_SIZE": str(size), "LOCAL_RANK": str(local_rank)}
@@ -389,7 +389,7 @@ def as_nodes(num_nodes: int, scratch: str, action: Callable[..., Any], *args: An
         launcher["SLURM_TMPDIR"] = f"{scratch}/node{node}"
     with (
         mock.patch.dict(os.environ, launcher),
-        mock.patch.object(dist, "_local_rank", local_rank),
+        mock.patch.object(launch, "_local_rank", local_rank),
         mock.patch.object(socket, "gethostname", lambda: f"node{node}"),
     ):
         return action(*args)
@@ -410,14 +410,14 @@ def replicated(words: list[str], pools, tmp_path_factory: pytest.TempPathFactory
 def test_sharded_is_replicated(
     replicated: Path, made: Path, words: list[str], pools, tmp_path: Path, num_ranks: int, num_nodes: int
 ) -> None:
-    """All three stages, their teacher predictions and evaluations, to the same losses and scores."""
+    """All three stages give the same losses and scores, from teacher predictions to evaluation."""
     folder, scratch = tmp_path / "run", tmp_path / "scratch"
     placed = ["--data_placement", "sharded", "--shard_dir", str(made), "--run_dir", str(folder)]
     pools(num_ranks).run(as_nodes, num_nodes, str(scratch), run_all, [*words, *RUN_WORDS, *placed])
     assert_same_curve(replicated, folder, 1e-5)
     ours, theirs = (load_file(run / "checkpoints" / "ptp" / "labels.safetensors") for run in (folder, replicated))
     assert torch.equal(ours["train"], theirs["train"]) and torch.equal(ours["selection"], theirs["selection"])
-    for node in range(num_nodes):  # each host has its own shards and no other's
+    for node in range(num_nodes):  # each host has only its own shards
         (staged,) = (scratch / f"node{node}").iterdir()
         own = set(shard_files.shards_of_node(node, num_nodes))
         assert content(staged).keys() == {*own, "holdout.safetensors", "index.safetensors"}
@@ -426,7 +426,7 @@ def test_sharded_is_replicated(
 def test_a_replicated_run_goes_on_sharded(
     replicated: Path, made: Path, words: list[str], two_ranks, tmp_path: Path
 ) -> None:
-    """The placement is not part of what a run folder fixes."""
+    """A run may change its data placement between two starts."""
     folder = tmp_path / "run"
     two_ranks.run(run_all, [*words, *RUN_WORDS, "--run_dir", str(folder), "--stages", "teacher"])
     placed = ["--data_placement", "sharded", "--shard_dir", str(made), "--run_dir", str(folder)]
@@ -462,7 +462,7 @@ def test_a_node_composes_its_part_of_every_batch(
         with mock.patch.object(dist, "agree", lambda action: action()):
             part = shard_files.load(config, shard_files.find(config, task, tokenizer, None))
         assert np.array_equal(part.lengths, whole.lengths) and torch.equal(part.labels, whole.labels)
-        elsewhere = dataclasses.replace(whole, node_of=part.node_of)  # whole, but dealt like the sharded one
+        elsewhere = dataclasses.replace(whole, node_of=part.node_of)  # all rows, dealt like the sharded ones
         for ours, theirs in zip(
             global_batches(part, train_rows, slots, 2), global_batches(elsewhere, train_rows, slots, 2), strict=True
         ):
@@ -602,7 +602,7 @@ def test_more_nodes_than_rows(words: list[str], tokenizer: PreTrainedTokenizerBa
 
 
 def open_as_nodes(words: list[str], local_world_size: str, host: str | None) -> str:
-    """Runs on every rank: the message for ranks that a launcher has placed oddly."""
+    """Runs on every rank: the error message for ranks that a launcher placed badly."""
     from peakd_ds.run import open_run
 
     name = host or f"node{dist.rank()}"
@@ -623,7 +623,7 @@ def open_as_nodes(words: list[str], local_world_size: str, host: str | None) -> 
     [(2, "2", None), (2, "1,2", "node0"), (3, "2", "node0")],
     ids=["one node by its size, two by name", "sizes differ", "uneven"],
 )
-def test_nodes_that_cannot_be_told(
+def test_ranks_that_are_not_grouped_by_node(
     words: list[str], made: Path, pools, tmp_path: Path, num_ranks: int, local_world_size: str, host: str | None
 ) -> None:
     batch = ["--global_batch_size", str(8 * num_ranks)]

@@ -1,8 +1,8 @@
-"""peakd-shard: tokenise a task's training rows into shards, by MPI workers; shard_files.py says what files there are.
+"""peakd-shard: tokenise a task's training rows into shards, with MPI workers; data/shards.py describes the files.
 
     srun --mpi=pmix peakd-shard --task mnli --teacher bert-base-uncased --shard_dir shards/mnli   # or mpirun, or alone
 
-Started again, it keeps the files that are whole and makes the others.
+Started again, it keeps intact files and makes the others.
 """
 
 import argparse
@@ -14,10 +14,11 @@ import socket
 from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar, cast
 
 import datasets
 import numpy as np
+import numpy.typing as npt
 import safetensors.numpy
 from transformers import PreTrainedTokenizerBase
 
@@ -40,7 +41,7 @@ from peakd_ds.data.shards import (
 )
 from peakd_ds.data.tasks import Task, get_task
 from peakd_ds.data.tokens import encoder_of, label_dtype
-from peakd_ds.errors import UserError
+from peakd_ds.errors import UserError, first_line
 from peakd_ds.files import whole_file, write_atomically
 from peakd_ds.model import contract
 from peakd_ds.programs import scripts
@@ -48,11 +49,26 @@ from peakd_ds.programs import scripts
 T = TypeVar("T")
 
 
-# -- Making them -------------------------------------------------------------------------------------------------------
+class Workers(Protocol):
+    """What is used of an MPI communicator."""
+
+    @property
+    def rank(self) -> int:
+        """Number of this worker."""
+
+    @property
+    def size(self) -> int:
+        """Number of all workers."""
+
+    def allgather(self, value: T, /) -> list[T]:
+        """The values of all workers, by rank (collective)."""
+
+
+# -- Making shards -----------------------------------------------------------------------------------------------------
 
 
 def make(
-    workers: Any,
+    workers: Workers,
     task: Task,
     rows: datasets.Dataset,
     tokenizer: PreTrainedTokenizerBase,
@@ -60,16 +76,13 @@ def make(
     select_on: str,
     folder: Path,
 ) -> tuple[Manifest, list[str]]:
-    """Tokenise the train split `rows` into `folder` (collective over the workers); whole files there are kept.
-
-    Args:
-        workers: MPI's communicator.
+    """Tokenise the train split `rows` into `folder` (collective over the workers), keeping intact files there.
 
     Returns:
-        The manifest; a line for each file that was made, with the reason.
+        The manifest, and a line for each file that was made, with the reason.
 
     Raises:
-        UserError: more workers than shards, a folder with shards of something else, or a disk that is full.
+        UserError: more workers than shards, a folder with shards of other data or settings, or a full disk.
     """
     if workers.size > NUM_SHARDS:
         raise UserError(
@@ -81,28 +94,27 @@ def make(
     records = _agree(workers, lambda: _records_in(folder, made_from, files))
     encode = encoder_of(task, tokenizer, max_seq_length)
 
-    def make_mine() -> dict[str, tuple[str, FileRecord]]:
-        """What was done about each of this worker's files, "" if it was whole, and its record."""
-        mine = {}
+    def make_files() -> dict[str, tuple[str, FileRecord]]:
+        """Why each of this worker's files was made, "" if it was kept, and its record."""
+        made = {}
         for name in list(files)[workers.rank :: workers.size]:
             if name in records and is_whole(folder / name, records[name]):
-                mine[name] = "", records[name]
+                made[name] = "", records[name]
                 continue
-            told = "made"
+            reason = "made"
             if name in records:
-                told = f"{'damaged' if (folder / name).exists() else 'missing'}, made again"
+                reason = f"{'damaged' if (folder / name).exists() else 'missing'}, made again"
             columns = encode_file(rows, files[name], encode, label_dtype(task))
             record = _write(folder / name, columns)
             write_atomically(_sidecar(folder, name), json.dumps({"made_from": made_from, "record": asdict(record)}))
-            mine[name] = told, record
-        return mine
+            made[name] = reason, record
+        return made
 
     done: dict[str, tuple[str, FileRecord]] = {}
-    for part in workers.allgather(_agree(workers, make_mine)):  # not from the folder: NFS may show it late
+    for part in workers.allgather(_agree(workers, make_files)):  # the folder itself may be stale on NFS
         done |= part
 
-    def finish() -> None:
-        """The index and the manifest, from all files; then nothing else is needed."""
+    def write_index_and_manifest() -> None:
         finished = {name: done[name][1] for name in files}
         finished[INDEX] = _write_index(folder, files, label_dtype(task))
         manifest = Manifest(folder, made_from, len(rows), finished)
@@ -110,19 +122,29 @@ def make(
         for name in files:
             _sidecar(folder, name).unlink(missing_ok=True)
 
-    _agree(workers, lambda: finish() if workers.rank == 0 else None)
-    told = sorted(f"{name}: {what}" for name, (what, _) in done.items() if what)
-    return _agree(workers, lambda: read_manifest(folder)), told
+    _agree(workers, lambda: write_index_and_manifest() if workers.rank == 0 else None)
+    notes = sorted(f"{name}: {reason}" for name, (reason, _) in done.items() if reason)
+    return _agree(workers, lambda: read_manifest(folder)), notes
 
 
 def encode_file(
-    rows: datasets.Dataset, numbers: np.ndarray, encode: Callable[[dict[str, list]], dict[str, list]], label_dtype: Any
+    rows: datasets.Dataset,
+    numbers: np.ndarray,
+    encode: Callable[[dict[str, list]], dict[str, list]],
+    label_dtype: npt.DTypeLike,
 ) -> dict[str, np.ndarray]:
-    """The tensors of one shard: rows int64 [n], labels [n], lengths int32 [n], and all tokens one after another."""
+    """The arrays of one shard.
+
+    Args:
+        numbers: Rows of the shard, int64 [n].
+
+    Returns:
+        rows int64 [n], labels [n], lengths int32 [n]; input_ids int32 [T] and token_type_ids uint8 [T], row after row.
+    """
     columns = rows[numbers]
     encoded = encode(columns) if len(numbers) else {"input_ids": [], "token_type_ids": [], "length": []}
 
-    def join(name: str, dtype: Any) -> np.ndarray:
+    def join(name: str, dtype: npt.DTypeLike) -> np.ndarray:
         return np.concatenate([np.zeros(0, dtype), *(np.asarray(ids, dtype) for ids in encoded[name])])
 
     return {
@@ -135,12 +157,12 @@ def encode_file(
 
 
 def _records_in(folder: Path, made_from: dict[str, Any], files: Iterable[str]) -> dict[str, FileRecord]:
-    """Checksums of the finished files: the manifest's, and those of an earlier start that did not get to it.
+    """Records of the finished files: those of the manifest, and those of an earlier start that did not write one.
 
-    One that cannot be read counts as none: its file is made again.
+    A record that cannot be read is left out, and its file is made again.
 
     Raises:
-        UserError: they belong to shards of something else.
+        UserError: the files are shards of other data or settings.
     """
     found: dict[str, FileRecord] = {}
     if (folder / "manifest.json").exists():
@@ -152,10 +174,10 @@ def _records_in(folder: Path, made_from: dict[str, Any], files: Iterable[str]) -
     for name in files:
         try:
             content = json.loads(_sidecar(folder, name).read_text())
-            found[name], its_source = FileRecord(**content["record"]), content["made_from"]
+            found[name], source = FileRecord(**content["record"]), content["made_from"]
         except (FileNotFoundError, ValueError, TypeError, KeyError):
             continue
-        check_made_from(folder, its_source, made_from)
+        check_made_from(folder, source, made_from)
     return found
 
 
@@ -174,7 +196,7 @@ def _write(file: Path, columns: dict[str, np.ndarray]) -> FileRecord:
     return FileRecord(hashlib.sha256(content).hexdigest(), len(content), len(columns["lengths"]), num_tokens)
 
 
-def _write_index(folder: Path, files: dict[str, np.ndarray], label_dtype: Any) -> FileRecord:
+def _write_index(folder: Path, files: dict[str, np.ndarray], label_dtype: npt.DTypeLike) -> FileRecord:
     num_rows = sum(map(len, files.values()))
     index = {"lengths": np.zeros(num_rows, np.int32), "labels": np.zeros(num_rows, label_dtype)}
     for name in files:
@@ -188,7 +210,7 @@ def _write_index(folder: Path, files: dict[str, np.ndarray], label_dtype: Any) -
 
 
 class _Alone:
-    """The communicator of one process that no launcher started, or that has no MPI library."""
+    """The only worker: no launcher started others, or there is no MPI library."""
 
     rank, size = 0, 1
 
@@ -196,11 +218,11 @@ class _Alone:
         return [value]
 
 
-def find_workers() -> Any:
-    """MPI's communicator over all workers that the launcher started; a lone process needs no MPI library.
+def find_workers() -> Workers:
+    """The workers that the launcher started; a single one needs no MPI library.
 
     Raises:
-        UserError: several processes that do not find each other, each of which would do all the work.
+        UserError: the launcher started several that do not find each other; each would do all the work.
     """
     env = os.environ
     under_srun = "SLURM_PROCID" in env and "SLURM_STEP_ID" in env
@@ -212,10 +234,10 @@ def find_workers() -> Any:
     try:
         from mpi4py import MPI
 
-        workers: Any = MPI.COMM_WORLD
+        workers: Workers = MPI.COMM_WORLD
         reason = "MPI sees one of them"
     except (ImportError, RuntimeError) as error:
-        workers, reason = _Alone(), f"mpi4py finds no MPI library ({str(error).splitlines()[0]})"
+        workers, reason = _Alone(), f"mpi4py finds no MPI library ({first_line(error)})"
     if workers.size < num_started:
         raise UserError(
             f"{num_started} processes were started, but {reason}; start them with srun --mpi=pmix (srun --mpi=list "
@@ -225,17 +247,21 @@ def find_workers() -> Any:
 
 
 def main(args: argparse.Namespace) -> None:
-    """Make the shards of a task, then copy each node's to its scratch if there is one."""
+    """Make the shards of a task, then copy each node's shards to its scratch disk if there is one.
+
+    Raises:
+        UserError: as `find_workers` and `make`, or what cannot be read or copied.
+    """
     workers = find_workers()
     if workers.size > 1:
-        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # a worker is one core
+        os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker has one core
     hosts = workers.allgather(socket.gethostname())
     nodes = list(dict.fromkeys(hosts))
     node, scratch = nodes.index(hosts[workers.rank]), scratch_of(args.scratch_dir)
 
-    def read() -> tuple[Task, datasets.Dataset, PreTrainedTokenizerBase]:
+    def inputs() -> tuple[Task, datasets.Dataset, PreTrainedTokenizerBase]:
         if scratch is not None:
-            shards_of_node(node, len(nodes))
+            shards_of_node(node, len(nodes))  # raises if the nodes do not divide the shards
         task = get_task(args.task)
         tokenizer = contract.load_tokenizer(contract.find_encoder(args.teacher, "teacher"))
         rows = reading.load_splits(task, args.data_dir)["train"]
@@ -243,17 +269,17 @@ def main(args: argparse.Namespace) -> None:
             check_holdout(task, len(rows))
         return task, rows, tokenizer
 
-    task, rows, tokenizer = _agree(workers, read)
-    manifest, told = make(workers, task, rows, tokenizer, args.max_seq_length, args.select_on, Path(args.shard_dir))
+    task, rows, tokenizer = _agree(workers, inputs)
+    manifest, notes = make(workers, task, rows, tokenizer, args.max_seq_length, args.select_on, Path(args.shard_dir))
     if workers.rank == 0:
-        for line in told:
-            print(line)
+        for note in notes:
+            print(note)
         num_tokens = sum(record.num_tokens for record in manifest.files.values())
         num_bytes = sum(record.num_bytes for record in manifest.files.values())
         print(
             f"{manifest.folder}: {manifest.num_rows:,} rows of {task.name}, {num_tokens:,} tokens, "
             f"{num_bytes / MIB:,.1f} MiB in {NUM_SHARDS} shards by {workers.size} workers on {len(nodes)} nodes; "
-            f"{len(told)} files made, the others kept",
+            f"{len(notes)} files made, the others kept",
             flush=True,
         )
     if scratch is not None:
@@ -264,8 +290,8 @@ def main(args: argparse.Namespace) -> None:
             print(f"{len(names) - 2} shards on each node's {scratch}, verified", flush=True)
 
 
-def _agree(workers: Any, action: Callable[[], T]) -> T:
-    """Run `action` on every worker (collective); an error on any one ends all, as in `dist.agree`."""
+def _agree(workers: Workers, action: Callable[[], T]) -> T:
+    """Run `action` on every worker (collective); an error on any worker is raised on all, as by `dist.agree`."""
     result, error = None, None
     try:
         result = action()
@@ -274,10 +300,10 @@ def _agree(workers: Any, action: Callable[[], T]) -> T:
     texts = workers.allgather(None if error is None else str(error) or type(error).__name__)
     if error is not None and not isinstance(error, ValueError | OSError):
         raise error
-    told = next((text for text in texts if text is not None), None)
-    if told is not None:
-        raise UserError(told) from error
-    return result  # type: ignore[return-value]
+    message = next((text for text in texts if text is not None), None)
+    if message is not None:
+        raise UserError(message) from error
+    return cast(T, result)
 
 
 if __name__ == "__main__":
