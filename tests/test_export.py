@@ -1,4 +1,4 @@
-"""Unrolled models, exported folders, model cards and ONNX against the student they come from."""
+"""Unrolled models, exported folders, model cards and ONNX files against the student that they come from."""
 
 import json
 import subprocess
@@ -35,7 +35,7 @@ def tokenizer():
 
 
 def make_student(num_layers=2, sharing="sps", dtype=torch.float64, **settings):
-    """A student of random parameters, biases and norms included: BERT's own would hide errors."""
+    """A student with random parameters, including biases and norms: BERT's own values (0 and 1) would hide errors."""
     config = SPSBertConfig(
         num_hidden_layers=num_layers,
         sharing=sharing,
@@ -72,7 +72,7 @@ def card(**settings):
     return model_card(**(arguments | settings))
 
 
-# -- Unrolling -----------------------------------------------------------------------------------------------
+# -- Unrolling ---------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 1e-5)])
@@ -115,7 +115,7 @@ def test_gradient_of_a_shared_layer_is_the_sum_over_its_copies(tokenizer):
             torch.testing.assert_close(parameter.grad, gradients[name], rtol=1e-10, atol=1e-12)
 
 
-def test_unrolled_config_keeps_the_task_and_nothing_of_ours():
+def test_unrolled_config_keeps_the_task_and_has_no_setting_of_sps():
     labels = {0: "entailment", 1: "neutral", 2: "contradiction"}
     student = make_student(
         2,
@@ -134,7 +134,7 @@ def test_unrolled_config_keeps_the_task_and_nothing_of_ours():
     assert unroll(student).training
 
 
-def test_unrolling_copies_and_leaves_the_random_numbers_alone(tokenizer):
+def test_unrolling_copies_parameters_and_keeps_the_random_state(tokenizer):
     student = make_student(1)
     before = torch.get_rng_state()
     plain = unroll(student)
@@ -147,7 +147,7 @@ def test_unrolling_copies_and_leaves_the_random_numbers_alone(tokenizer):
     assert plain.bert.encoder.layer[1].output.dense.weight.any()
 
 
-# -- Exported folders ----------------------------------------------------------------------------------------
+# -- Exported folders --------------------------------------------------------------------------------------------------
 
 
 def test_exported_folder_loads(tmp_path, tokenizer):
@@ -180,7 +180,7 @@ def test_failed_export_keeps_the_earlier_one(tmp_path, tokenizer, monkeypatch):
     export_model(make_student(1), tokenizer, folder, "first")
 
     def fail(*arguments):
-        assert (folder / "README.md").read_text() == "first"  # visible and whole while the next one is written
+        assert (folder / "README.md").read_text() == "first"  # complete while the next one is written
         raise OSError("disk full")
 
     with monkeypatch.context() as patch:
@@ -211,7 +211,7 @@ def test_export_refuses_to_delete_other_files(content, tmp_path, tokenizer):
         (target / "chapter1.txt").write_text("years of work")
     else:
         target.write_text("years of work")
-    with pytest.raises(ValueError, match=r"thesis holds files that are no exported model.*choose a new folder"):
+    with pytest.raises(ValueError, match=r"thesis holds files that are not an exported model.*choose a new folder"):
         export_model(make_student(1), tokenizer, target, "card")
     kept = target / "chapter1.txt" if content == "folder" else target
     assert kept.read_text() == "years of work"
@@ -232,15 +232,15 @@ print(json.dumps(scores))
 """
     result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
-    assert result.stdout.count("'score'") == 2  # the two examples of the card
+    assert result.stdout.count("'score'") == 2  # of the two examples in the card
     with torch.no_grad():
         expected = student(**encode(tokenizer)).logits.softmax(-1)
-    assert expected.std(0).min() > 1e-3  # the sentences are told apart
+    assert expected.std(0).min() > 1e-3  # the scores of the sentences differ
     for row, (negative, positive) in zip(json.loads(result.stdout.splitlines()[-1]), expected.tolist(), strict=True):
         assert row == pytest.approx({"negative": negative, "positive": positive}, abs=1e-6)
 
 
-# -- Model card ----------------------------------------------------------------------------------------------
+# -- Model card --------------------------------------------------------------------------------------------------------
 
 
 def front_matter(text):
@@ -248,7 +248,7 @@ def front_matter(text):
     return yaml.safe_load(header)
 
 
-def test_card_states_task_metrics_sizes_and_settings():
+def test_card_lists_task_metrics_sizes_and_settings():
     text = card()
     assert front_matter(text)["library_name"] == "transformers"
     assert front_matter(text)["pipeline_tag"] == "text-classification"
@@ -267,7 +267,7 @@ def test_card_states_task_metrics_sizes_and_settings():
     assert text.isascii()
 
 
-def test_card_without_a_teacher_and_with_nothing_shared():
+def test_card_without_a_teacher_and_without_shared_layers():
     lines = card(teacher_metrics=None, num_effective_layers=3).splitlines()
     assert "| metric | this model |" in lines
     assert "| accuracy | 0.6173 |" in lines
@@ -285,7 +285,7 @@ def test_card_names_a_base_model_only_if_it_is_on_the_hub(tmp_path, monkeypatch)
         assert name is None or name not in text
 
 
-# -- ONNX ----------------------------------------------------------------------------------------------------
+# -- ONNX --------------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.filterwarnings("ignore:`isinstance:FutureWarning")  # torch's own, about its tree specs
@@ -334,7 +334,7 @@ def test_onnx_names_the_extra_if_a_package_is_missing(package, tmp_path, tokeniz
     assert not any(tmp_path.iterdir())
 
 
-# -- Pretrained weights --------------------------------------------------------------------------------------
+# -- Pretrained weights ------------------------------------------------------------------------------------------------
 
 
 def test_pretrained_encoder_shared_and_unrolled():
@@ -353,7 +353,7 @@ def test_pretrained_encoder_shared_and_unrolled():
         ours = student(**inputs, output_hidden_states=True)
         teacher = encoder(**inputs, output_hidden_states=True)
         plain = unroll(student)(**inputs)
-    # the first pass is the encoder's first three layers, the second is not
+    # the first pass equals the encoder's first three layers, the second does not
     torch.testing.assert_close(ours.hidden_states[3], teacher.hidden_states[3], rtol=0, atol=1e-5)
     assert (ours.hidden_states[4] - teacher.hidden_states[4]).abs().max() > 0.1
     torch.testing.assert_close(ours.logits, plain.logits, rtol=0, atol=1e-5)

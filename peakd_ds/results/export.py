@@ -1,14 +1,14 @@
-"""Write finished models: as their own architecture, as a plain BERT, as ONNX; with a model card.
+"""Export finished models as Hugging Face folders with a model card, and as ONNX.
 
-A student is saved as ``sps_bert`` (n stored layers, needs ``import peakd_ds.sps`` to load) or unrolled to a
-plain BERT of the effective depth, which loads with transformers alone.
+A student is saved as `sps_bert` (n stored layers; needs `import peakd_ds.sps` to load), or unrolled to a plain BERT of
+the effective depth, which transformers loads on its own.
 """
 
 import copy
 import importlib
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -18,20 +18,21 @@ from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from peakd_ds.files import flush, hidden_sibling, replace_folder, whole_file
+from peakd_ds.results import markdown
 from peakd_ds.sps import SPSBertConfig, SPSBertForSequenceClassification, execution_order
 
 ONNX_TOLERANCE = 1e-4
-"""Largest absolute difference of a logit between PyTorch and onnxruntime that :func:`export_onnx` accepts."""
+"""Largest absolute difference of a logit between PyTorch and onnxruntime that `export_onnx` accepts."""
 
 _LAYERS = "bert.encoder.layer."
 _QUERY, _KEY = "attention.self.query", "attention.self.key"
 
 
 def unroll(student: SPSBertForSequenceClassification) -> BertForSequenceClassification:
-    """Return a plain BERT that computes the same logits with nothing shared.
+    """A plain BERT that computes the same logits without shared layers.
 
-    It has one layer per run of a stored layer, with the parameters of query and key exchanged where the run
-    exchanges them. Labels, problem type, device, dtype and training mode are the student's.
+    It has one layer for each run of a stored layer, with query and key parameters swapped where that run swaps them.
+    Labels, problem type, device, dtype and training mode are those of the student.
     """
     config: SPSBertConfig = student.config
     order = execution_order(config.num_hidden_layers, config.sharing, config.shuffle_qk)
@@ -40,15 +41,16 @@ def unroll(student: SPSBertForSequenceClassification) -> BertForSequenceClassifi
         del settings[name]
     settings |= {"num_hidden_layers": len(order), "architectures": ["BertForSequenceClassification"]}
     plain_config = BertConfig.from_dict(settings, attn_implementation=config._attn_implementation)
-    # An export in mid-training must not change the run's random numbers; the values drawn are overwritten.
+    # Exporting during training must not change the run's random numbers. The values drawn here are overwritten.
     with torch.random.fork_rng(devices=[]):
         plain = BertForSequenceClassification(plain_config)
-    nn.Module.to(plain, student.device, student.dtype)  # transformers' own `to` has lost its signature
+    nn.Module.to(plain, student.device, student.dtype)  # transformers' own `to` has no type signature
     plain.load_state_dict(_unrolled_state(student.state_dict(), order))
     return plain.train(student.training)
 
 
 def _unrolled_state(state: Mapping[str, torch.Tensor], order: tuple[tuple[int, bool], ...]) -> dict[str, torch.Tensor]:
+    """The state of the unrolled model, from the student's state and its (stored layer, is swapped) order."""
     unrolled = {name: tensor for name, tensor in state.items() if not name.startswith(_LAYERS)}
     for target, (source, swapped) in enumerate(order):
         prefix = f"{_LAYERS}{source}."
@@ -60,26 +62,24 @@ def _unrolled_state(state: Mapping[str, torch.Tensor], order: tuple[tuple[int, b
 
 
 def export_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
-    """Write config, safetensors weights, tokenizer and ``README.md`` to ``folder``.
+    """Write config, safetensors weights, tokenizer and README.md to `folder`.
 
-    The files are written to a hidden folder beside it that is then renamed, so ``folder`` is complete when it
-    exists. An earlier export is moved aside, replaced, then deleted; a process that dies between the two
-    renames leaves it beside ``folder`` as ``.NAME.old-*``.
+    The files go to a hidden folder that is then renamed, so `folder` is complete as soon as it exists. An earlier
+    export is moved aside and deleted after the renaming; a process that dies in between leaves it as `.NAME.old-*`.
 
     Args:
-        model: Model with whole parameters (gather partitioned ones first).
-        tokenizer: Its tokenizer.
-        folder: Where to write; its parents are made.
-        card: Text of ``README.md``, see :func:`model_card`.
+        model: A model whose parameters are not sharded.
+        folder: Its parents are created.
+        card: Text of README.md, see `model_card`.
 
     Raises:
-        ValueError: If ``folder`` holds something other than an export, which would be deleted.
+        ValueError: `folder` holds something other than an export, which would be deleted.
     """
     folder = Path(folder).resolve()  # renames act on the target of a link, not on the link
     if folder.exists() and not _is_replaceable(folder):
         raise ValueError(
-            f"{folder} holds files that are no exported model (no config.json), and an export replaces the "
-            "whole folder; choose a new folder or empty this one"
+            f"{folder} holds files that are not an exported model (no config.json), and an export replaces "
+            "its folder; choose a new folder or empty this one"
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     new = hidden_sibling(folder, "new")
@@ -91,7 +91,7 @@ def export_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
             flush(file)
         replace_folder(folder, new)
     finally:
-        shutil.rmtree(new, ignore_errors=True)  # gone already unless something failed
+        shutil.rmtree(new, ignore_errors=True)  # only there if something failed
 
 
 def _is_replaceable(folder: Path) -> bool:
@@ -111,19 +111,19 @@ def model_card(
     base_model: str | None = None,
     model_type: str = "bert",
 ) -> str:
-    """Return a Hugging Face model card: YAML front matter and Markdown.
+    """A Hugging Face model card: YAML front matter and Markdown.
 
     Args:
-        task: Name of the task, such as ``rte``.
-        method: Name of the method, such as ``pea-kd``.
-        metrics: Evaluation metrics of the model, by name.
-        teacher_metrics: The teacher's, or None where there is no teacher to compare with.
+        task: Name of the task, such as rte.
+        method: Name of the method, such as pea-kd.
+        metrics: Metrics of the model on the dev set, by name.
+        teacher_metrics: Metrics of the teacher; None if there is no teacher to compare with.
         num_parameters: Parameters of the saved model.
-        num_stored_layers: Encoder layers with parameters of their own in the saved model.
+        num_stored_layers: Encoder layers that the saved model stores.
         num_effective_layers: Encoder layers that run.
         settings: Training settings to list, by name.
-        base_model: What the model was initialised from; named in the front matter if it is a hub id.
-        model_type: The saved config's ``model_type``; ``sps_bert`` needs :mod:`peakd_ds.sps` to load.
+        base_model: What the model was initialised from; the front matter names it if it is a hub id.
+        model_type: Of the saved config; `sps_bert` needs peakd_ds.sps to load.
     """
     front_matter: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-classification"}
     if base_model is not None and _is_hub_id(base_model):
@@ -141,11 +141,11 @@ def model_card(
         "## Evaluation",
         _metric_table(metrics, teacher_metrics),
         "## Size",
-        _table(("size", "value"), sizes.items()),
+        markdown.table(("size", "value"), sizes.items()),
         "## Use",
         _usage(model_type),
         "## Training settings",
-        _table(("setting", "value"), settings.items()),
+        markdown.table(("setting", "value"), settings.items()),
         "## Method",
         "Pea-KD (Cho and Kang): [arXiv:2009.14822](https://arxiv.org/abs/2009.14822).",
     ]
@@ -157,27 +157,20 @@ def _is_hub_id(name: str) -> bool:
         validate_repo_id(name)
     except HFValidationError:
         return False
-    return not Path(name).exists()  # transformers, too, takes an existing folder before the hub
+    return not Path(name).exists()  # transformers prefers an existing folder to the hub, too
 
 
 def _metric_table(metrics: Mapping[str, float], teacher_metrics: Mapping[str, float] | None) -> str:
     if teacher_metrics is None:
-        return _table(("metric", "this model"), [(name, f"{value:.4f}") for name, value in metrics.items()])
+        return markdown.table(("metric", "this model"), [(name, f"{value:.4f}") for name, value in metrics.items()])
     teacher = {name: f"{value:.4f}" for name, value in teacher_metrics.items()}
     rows = [(name, f"{value:.4f}", teacher.get(name, "")) for name, value in metrics.items()]
-    return _table(("metric", "this model", "teacher"), rows)
-
-
-def _table(header: tuple[str, ...], rows: Iterable[tuple[object, ...]]) -> str:
-    def line(cells: tuple[object, ...]) -> str:
-        return "| " + " | ".join(" ".join(str(cell).split()).replace("|", "\\|") for cell in cells) + " |"
-
-    return "\n".join([line(header), "|" + " --- |" * len(header), *map(line, rows)])
+    return markdown.table(("metric", "this model", "teacher"), rows)
 
 
 def _usage(model_type: str) -> str:
-    needs_us = model_type == SPSBertConfig.model_type
-    imports = "import peakd_ds.sps  # registers sps_bert with transformers\n" if needs_us else ""
+    is_shared = model_type == SPSBertConfig.model_type
+    imports = "import peakd_ds.sps  # registers sps_bert with transformers\n" if is_shared else ""
     return (
         f"```python\n{imports}from transformers import pipeline\n\n"
         'classifier = pipeline("text-classification", model="path/to/this/folder")\n'
@@ -187,31 +180,30 @@ def _usage(model_type: str) -> str:
 
 
 def export_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path) -> float:
-    """Write the model as a float32 ONNX file of dynamic batch and sequence, checked with onnxruntime.
+    """Write the model as a float32 ONNX file with dynamic batch and sequence axes, and check it with onnxruntime.
 
-    Its inputs are those of the tokenizer (``input_ids``, ``attention_mask``, ``token_type_ids``: int64
-    [batch, sequence]), its output is ``logits`` [batch, labels]. The check runs other shapes than the traced.
+    Inputs are those of the tokenizer (input_ids, attention_mask, token_type_ids: int64 [B, S]), the output is logits
+    [B, C]. The check uses other shapes than the export.
 
     Args:
-        model: A student, whose shared layers stay shared in the file, or the result of :func:`unroll`; it is
-            not changed.
+        model: A student, whose shared layers stay shared in the file, or an unrolled one; it is not changed.
         tokenizer: Names the inputs.
-        file: Where to write; appears only when the check has passed.
+        file: It is created only if the check passes.
 
     Returns:
         The largest absolute difference of a logit between PyTorch and onnxruntime.
 
     Raises:
-        ValueError: If onnx, onnxscript or onnxruntime is missing.
-        RuntimeError: If the difference is more than :data:`ONNX_TOLERANCE`.
+        ValueError: onnx, onnxscript or onnxruntime is missing.
+        RuntimeError: the difference is more than `ONNX_TOLERANCE`.
     """
     require_onnx()
     reference = copy.deepcopy(model).cpu().float().eval()
-    reference.config.return_dict = False  # a tuple (logits,): the graph's outputs
+    reference.config.return_dict = False  # the outputs of the graph are the tuple (logits,)
     traced = _random_inputs(tokenizer, reference.config, num_rows=2, num_tokens=8)
     with whole_file(Path(file)) as new:
         with warnings.catch_warnings():
-            # Every input has the same two axes, and the exporter warns once for each name it sees again.
+            # All inputs have the same two axes, and the exporter warns for each repeated name.
             warnings.filterwarnings("ignore", message=".*axis name.*will not be used", category=UserWarning)
             torch.onnx.export(
                 reference,
@@ -229,7 +221,7 @@ def export_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file
             for shape in other_shapes
         ]
         difference = float(torch.stack(differences).max())  # unlike the built-in max, keeps NaN
-        if not difference <= ONNX_TOLERANCE:  # written so that NaN fails
+        if not difference <= ONNX_TOLERANCE:  # NaN fails, too
             raise RuntimeError(
                 f"the ONNX model's logits differ from PyTorch's by {difference:.2e}, over {ONNX_TOLERANCE}; "
                 "nothing was written; export with other versions of torch or onnxruntime"
@@ -238,6 +230,7 @@ def export_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file
 
 
 def require_onnx() -> None:
+    """Raise ValueError if a package that ONNX export needs is missing."""
     for package in ("onnx", "onnxscript", "onnxruntime"):
         try:
             importlib.import_module(package)
@@ -250,7 +243,7 @@ def require_onnx() -> None:
 def _random_inputs(
     tokenizer: PreTrainedTokenizerBase, config: BertConfig, num_rows: int, num_tokens: int
 ) -> dict[str, torch.Tensor]:
-    """Return int64 [num_rows, num_tokens] for each input of the tokenizer, half of the last row padding."""
+    """Inputs by the tokenizer's names, int64 [num_rows, num_tokens]; half of the last row is padding."""
     generator = torch.Generator().manual_seed(0)
     shape = (num_rows, num_tokens)
     attention_mask = torch.ones(shape, dtype=torch.long)
@@ -264,6 +257,7 @@ def _random_inputs(
 
 
 def _onnx_difference(reference: nn.Module, file: Path, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """Largest absolute difference of a logit, a tensor of no dimensions."""
     import onnxruntime  # an optional dependency
 
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])

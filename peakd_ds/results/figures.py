@@ -1,20 +1,20 @@
-"""Figures of a run, drawn without a display."""
+"""Figures, drawn without a display."""
 
 import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from peakd_ds.results.meter import TERMS
 
 
 def label_histogram(names: Sequence[str], counts: Sequence[int]) -> Figure:
-    """A bar for each PTP class."""
+    """A bar chart of the training rows in each PTP class."""
     figure, axes = _new_figure()
     axes.bar(range(len(names)), counts)
     axes.set_xticks(range(len(names)), [name.replace("_", "\n") for name in names])
@@ -23,7 +23,12 @@ def label_histogram(names: Sequence[str], counts: Sequence[int]) -> Figure:
 
 
 def confusion_matrix(names: Sequence[str], labels: torch.Tensor, predictions: torch.Tensor) -> Figure:
-    """Rows: true class; columns: predicted class; counts."""
+    """Counts by true class (rows) and predicted class (columns).
+
+    Args:
+        labels: int64 [N], true classes.
+        predictions: int64 [N].
+    """
     counts = torch.zeros(len(names), len(names), dtype=torch.int64)
     counts.index_put_((labels, predictions), torch.ones_like(labels), accumulate=True)
     figure, axes = _new_figure()
@@ -39,14 +44,14 @@ def confusion_matrix(names: Sequence[str], labels: torch.Tensor, predictions: to
 
 
 def loss_curves(metrics_file: Path, target: Path) -> None:
-    """Training losses of every stage, each term and their sum, as a PNG."""
+    """Write a PNG of every stage's training losses from metrics.jsonl: each term and their sum."""
     records = [json.loads(line) for line in metrics_file.read_text().splitlines()]
     stages = list(dict.fromkeys(record["stage"] for record in records))
     figure = Figure(figsize=(5 * len(stages), 4), layout="constrained")
     for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
         steps = [record for record in records if record["stage"] == stage and "loss" in record]
         shown = [name for name in TERMS[1:] if any(record[name] for record in steps)]
-        for name in shown if len(shown) == 1 else ["loss", *shown]:  # a lone term is the sum
+        for name in shown if len(shown) == 1 else ["loss", *shown]:  # a single term equals the sum
             values = [record[name] for record in steps]
             axes.plot([record["step"] for record in steps], values, label=name.replace("_", " "), linewidth=1)
         axes.set(title=stage, xlabel="step", ylabel="loss", yscale="log" if _spans_decades(steps) else "linear")
@@ -57,21 +62,22 @@ def loss_curves(metrics_file: Path, target: Path) -> None:
 
 @dataclass(frozen=True)
 class ScorePanel:
-    """What `score_panels` draws of one task: for each label the scores of its seeds."""
+    """One task in `score_panels`; scores, means and deviations are by label."""
 
     title: str
     metric: str
     labels: Sequence[str]
     scores: Sequence[Sequence[float]]
+    """The scores of a label's seeds."""
     means: Sequence[float]
     deviations: Sequence[float | None]
-    """None for a lone seed."""
+    """None for a single seed."""
     teacher: float | None
-    """A line to compare with."""
+    """Drawn as a line."""
 
 
 def score_panels(panels: Sequence[ScorePanel], target: Path) -> None:
-    """Means with standard deviations, and a dot for each seed, as a PNG."""
+    """Write a PNG with a panel for each task: means, standard deviations and a dot for each seed."""
     num_columns = min(2, len(panels))
     num_rows = -(-len(panels) // num_columns)
     most_lines = max(sum(label.count("\n") + 2 for label in panel.labels) for panel in panels)
@@ -89,9 +95,9 @@ def score_panels(panels: Sequence[ScorePanel], target: Path) -> None:
             text = f"teacher {panel.teacher:.3f}"
             axes.annotate(text, (panel.teacher, 1), (0, 2), color="tab:orange", fontsize="small", **above)
         axes.set_yticks(range(len(panel.labels)), panel.labels)
-        axes.set_ylim(len(panel.labels) - 0.5, -0.7)  # the first on top
+        axes.set_ylim(len(panel.labels) - 0.5, -0.7)  # the first label is on top
         axes.margins(x=0.15)
-        axes.set_title(panel.title, pad=18)  # the teacher's score stands below it
+        axes.set_title(panel.title, pad=18)  # leaves room for the teacher's score
         axes.set(xlabel=panel.metric.replace("_", " "))
         axes.grid(axis="x", alpha=0.3)
     for axes in all_axes[len(panels) :]:
@@ -100,10 +106,11 @@ def score_panels(panels: Sequence[ScorePanel], target: Path) -> None:
 
 
 def _spans_decades(steps: Sequence[Mapping[str, float]]) -> bool:
+    """Whether the losses spread over more than two decades."""
     values = [record[name] for record in steps for name in TERMS if record[name] > 0]
     return bool(values) and math.log10(max(values) / min(values)) > 2
 
 
-def _new_figure() -> tuple[Figure, Any]:
+def _new_figure() -> tuple[Figure, Axes]:
     figure = Figure(figsize=(5, 4), layout="constrained")
     return figure, figure.subplots()
