@@ -130,7 +130,7 @@ def _teacher_stage(run: Run, log: RunLog) -> Stage:
         return _task_metrics(run, _predict_selection(run, lambda inputs: module(**inputs).logits, run.task.num_labels))
 
     def finish(module: SPSBertForSequenceClassification) -> None:
-        dist.on_main(lambda: export_model(unroll(module), run.tokenizer, run.teacher.folder, ""))
+        dist.on_main(lambda: export_model(unroll(module), run.tokenizer, run.teacher.folder, "", with_checksums=True))
 
     return Stage(
         name="teacher",
@@ -168,7 +168,7 @@ def _ptp_stage(run: Run, log: RunLog) -> Stage:
         log.figure("ptp/label_histogram", figures.label_histogram(ptp.PTP_LABEL_NAMES, list(counts.values())))
         matrix = figures.confusion_matrix(ptp.PTP_LABEL_NAMES, selection_labels_N, predictions_N)
         log.figure("ptp/confusion_matrix", matrix)
-        dist.on_main(lambda: export_model(module, run.tokenizer, _ptp_student_folder(run), ""))
+        dist.on_main(lambda: export_model(module, run.tokenizer, _ptp_student_folder(run), "", with_checksums=True))
 
     return Stage(
         name="ptp",

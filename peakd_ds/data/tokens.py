@@ -3,8 +3,6 @@
 import contextlib
 import hashlib
 import json
-import os
-import shutil
 import socket
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -19,6 +17,7 @@ from transformers import PreTrainedTokenizerBase
 
 from peakd_ds.data import reading
 from peakd_ds.data.tasks import Task
+from peakd_ds.files import checked_folder, damage_of
 from peakd_ds.packed.packing import pack
 from peakd_ds.ranks import dist, launch
 from peakd_ds.ranks.device import device, to_device
@@ -126,7 +125,9 @@ def tokenize(
     max_seq_length: int,
     cache: Path | None = None,
 ) -> Split:
-    """Tokenise a split (collective), once per node, into an Arrow folder of the node that later starts read.
+    """Tokenise a split (collective), once per node, into an Arrow folder with checksums that later starts read.
+
+    A damaged folder, or one of a version without checksums, is made again.
 
     Args:
         cache: Holds a folder for each node. None: each rank tokenises in memory.
@@ -141,11 +142,9 @@ def tokenize(
         )
 
     def encode_on_disk(folder: Path) -> None:
-        if launch.local_rank() == 0 and not (folder / "state.json").exists():
-            temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-            encode_all().save_to_disk(str(temporary))
-            shutil.rmtree(folder, ignore_errors=True)
-            temporary.rename(folder)
+        if launch.local_rank() == 0 and damage_of(folder) is not None:
+            with checked_folder(folder) as new:
+                encode_all().save_to_disk(str(new))
 
     with _quiet_progress_bars():
         if cache is None:

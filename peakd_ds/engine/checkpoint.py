@@ -1,15 +1,13 @@
 """Checkpoints that any number of ranks and any ZeRO stage can read.
 
-A checkpoint is a folder of tensors by parameter name in safetensors (fp32 weights and both Adam moments) and a JSON
-file (position, schedule, scores, checksums): no pickle, no shards. It is written under a temporary name, its DONE
-marker last, and then renamed, so a folder with its final name is whole unless the disk damaged it later.
+A checkpoint is a folder with fp32 weights and both Adam moments by parameter name in safetensors, and a JSON file with
+position, schedule and scores: no pickle, no shards. Word embeddings are those of the trained tokens (vocabulary.py).
+Folders have checksums (files.py); a damaged one is skipped, and training continues from the one before.
 
-Of the word embeddings it has those that are trained (vocabulary.py).
-
-    checkpoints/STAGE/step-00000120/   weights.safetensors exp_avg.safetensors exp_avg_sq.safetensors state.json DONE
-    checkpoints/STAGE/best-0003/       weights.safetensors of the best epoch, state.json, DONE
+    checkpoints/STAGE/step-00000120/   {weights,exp_avg,exp_avg_sq}.safetensors state.json SHA256SUMS DONE
+    checkpoints/STAGE/best-0003/       weights.safetensors of the best epoch, state.json SHA256SUMS DONE
     checkpoints/STAGE/latest           name of the newest folder, for people and other programs
-    checkpoints/STAGE/FINISHED.json    the stage is over; its summary
+    checkpoints/STAGE/FINISHED.json    summary of the stage, written when it is over
 """
 
 import hashlib
@@ -28,6 +26,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from peakd_ds import files
 from peakd_ds.cluster import run_lock
 from peakd_ds.config import RunConfig
 from peakd_ds.engine import engines
@@ -41,7 +40,7 @@ from peakd_ds.engine.state import (
     write_full,
 )
 from peakd_ds.errors import UserError
-from peakd_ds.files import flush, replace_folder, sha256_of, write_atomically
+from peakd_ds.files import checked_folder, damage_of_file, damaged, known_sha256_of, remove_leftovers, write_atomically
 from peakd_ds.ranks import dist
 
 NUM_KEPT = 2
@@ -49,7 +48,7 @@ NUM_KEPT = 2
 
 @dataclass
 class TrainState:
-    """Where a stage stands. Dropout masks follow from (seed, stage, step, rank), so no generator state is kept."""
+    """The position of a stage. Dropout masks follow from (seed, stage, step, rank), so no generator state is kept."""
 
     step: int = 0
     """Optimiser steps done."""
@@ -59,12 +58,12 @@ class TrainState:
     """Global batches done in the current epoch."""
     best_score: float | None = None
     best_epoch: int = 0
-    """Epochs done when the best score was reached; 0: none yet."""
+    """Epochs done when the best score was reached; 0 before the first score."""
     epochs_without_better: int = 0
     tokens: str = ""
-    """Which tokens the word embeddings are of (vocabulary.digest)."""
+    """Digest of the tokens that have word embeddings (vocabulary.digest)."""
     decay: float = 1.0
-    """What weight decay has left of a weight without gradients, as those of tokens that do not occur."""
+    """Factor that weight decay has applied to weights without gradients, such as embeddings of unused tokens."""
 
     def add_step(self, was_applied: bool, decayed_share: float) -> None:
         """Count an optimizer step; `decayed_share` is its lr * weight_decay, which fp16 skips with the step."""
@@ -73,7 +72,7 @@ class TrainState:
         self.decay *= 1 - decayed_share if was_applied else 1
 
     def is_best(self, score: float, higher_is_better: bool) -> bool:
-        """Record the score of the epoch that has just ended; whether it is the best so far."""
+        """Record the score of the epoch that has just ended; return whether it is the best so far."""
         is_better = self.best_score is None or (
             score > self.best_score if higher_is_better else score < self.best_score
         )
@@ -91,7 +90,7 @@ def save(folder: Path, engine: DeepSpeedEngine, state: TrainState) -> None:
     """Write a checkpoint of the stage (collective) and prune old ones.
 
     Raises:
-        UserError: it cannot be written, or a weight is not finite, on every rank; earlier checkpoints are untouched.
+        UserError: on every rank, if it cannot be written or a weight is not finite; earlier checkpoints are untouched.
     """
     tensors = {"weights": gather(engine, None), **{key: gather(engine, key) for key in MOMENTS}}
     position = {
@@ -105,46 +104,47 @@ def save(folder: Path, engine: DeepSpeedEngine, state: TrainState) -> None:
 
     def write() -> None:
         _check_finite(tensors["weights"], folder, state)
-        _write_folder(folder / name, tensors, position)
+        _write_tensors(folder / name, tensors, position)
         write_atomically(folder / "latest", name)
         _prune(folder, name)
 
-    _on_main_or_stop(write, folder / name)
+    _write_on_main(write, folder / name)
 
 
 def save_best(folder: Path, engine: DeepSpeedEngine, state: TrainState) -> None:
     """Write the weights of the best epoch so far (collective). Raises UserError as `save` does.
 
-    Each has a folder of its own: the checkpoint written next names it, and until then an older one names the older.
+    Each best epoch has its own folder: older checkpoints still name an older one.
     """
     weights, target = gather(engine, None), best_folder(folder, state.best_epoch)
 
     def write() -> None:
         _check_finite(weights, folder, state)
-        _write_folder(target, {"weights": weights}, asdict(state))
+        _write_tensors(target, {"weights": weights}, asdict(state))
 
-    _on_main_or_stop(write, target)
+    _write_on_main(write, target)
 
 
 def best_folder(folder: Path, epoch: int) -> Path:
-    """Where the weights of that epoch are, if it was the best so far."""
+    """Folder of an epoch's weights, which exists if the epoch was the best so far."""
     return folder / f"best-{epoch:04d}"
 
 
 def _prune(folder: Path, newest_name: str) -> None:
-    """Keep the newest whole checkpoints and the best weights that they name.
+    """Keep the newest intact checkpoints and the best weights that they name; delete the others and leftovers.
 
-    Damaged ones were skipped when the run started, and lie before or beyond the newest; they must not push out good
-    ones. Telling them costs reading one older checkpoint, if this process has not read or written it.
+    Damaged checkpoints, which were skipped when the run started, must not count among those to keep. Finding them costs
+    one read of an older checkpoint, unless this process has read or written it.
     """
     kept = [folder / newest_name]
     for candidate in _candidates(folder):
         if candidate.name < newest_name and len(kept) < NUM_KEPT and _damage_with_best(candidate) is None:
             kept.append(candidate)
     kept_best = {best_folder(folder, _position(candidate)["best_epoch"]) for candidate in kept}
-    of_killed_saves = {*folder.glob("step-*.tmp"), *folder.glob("best-*.tmp"), *folder.glob(".*.old-*")}
-    for old in (set(_candidates(folder)) - set(kept)) | (set(folder.glob("best-????")) - kept_best) | of_killed_saves:
+    earlier_leftovers = {*folder.glob("step-*.tmp"), *folder.glob("best-*.tmp")}  # of versions before SHA256SUMS
+    for old in (set(_candidates(folder)) - set(kept)) | (set(folder.glob("best-????")) - kept_best) | earlier_leftovers:
         shutil.rmtree(old, ignore_errors=True)
+    remove_leftovers(folder, "*")
 
 
 def finish(folder: Path, state: TrainState, score: str, selected_on: str) -> None:
@@ -152,7 +152,7 @@ def finish(folder: Path, state: TrainState, score: str, selected_on: str) -> Non
 
     Args:
         score: Name of the metric that picked the best epoch.
-        selected_on: Name of the rows that picked it.
+        selected_on: Name of the rows that it was computed on.
     """
     summary = {
         "steps": state.step,
@@ -161,31 +161,31 @@ def finish(folder: Path, state: TrainState, score: str, selected_on: str) -> Non
         "selected_on": selected_on,
         score: state.best_score,
     }
-    _on_main_or_stop(lambda: write_atomically(folder / "FINISHED.json", json.dumps(summary, indent=2) + "\n"), folder)
+    _write_on_main(lambda: write_atomically(folder / "FINISHED.json", json.dumps(summary, indent=2) + "\n"), folder)
 
 
 def finished(folder: Path) -> dict[str, Any] | None:
-    """The summary of a stage that is over, else None."""
+    """The summary of a stage that is over; None for a stage that is not."""
     marker = folder / "FINISHED.json"
     try:
         return json.loads(marker.read_text()) if marker.exists() else None
     except ValueError as error:
-        raise UserError(f"{marker} is damaged ({error}); delete it to have the stage finished again") from error
+        raise damaged(marker, str(error), "delete it, and the same command finishes the stage again") from error
 
 
 def gather(engine: DeepSpeedEngine, moment: str | None) -> dict[str, torch.Tensor]:
     """fp32 weights (`moment` None) or an Adam moment of every trained parameter (collective).
 
     Returns:
-        Tensors on the CPU by parameter name on rank 0, the engine's own where it has whole ones in fp32 there, so to
-        be written before the next step; an empty dict elsewhere.
+        On rank 0, tensors on the CPU by parameter name; some may share memory with the engine, so write them before
+        the next step. On other ranks, an empty dict.
     """
-    whole = {}
+    tensors = {}
     for name, parameter in engine.module.named_parameters():
         value = read_full(engine, parameter, moment)
         if dist.is_main():
-            whole[name] = value.detach().to("cpu", torch.float32).contiguous()
-    return whole
+            tensors[name] = value.detach().to("cpu", torch.float32).contiguous()
+    return tensors
 
 
 # -- Loading -----------------------------------------------------------------------------------------------------------
@@ -200,11 +200,11 @@ def resume(
     num_steps: int,
     say: Callable[[str], None],
 ) -> tuple[DeepSpeedEngine, TrainState]:
-    """An engine around `module` at the newest whole checkpoint of a stage, or at its start (collective).
+    """An engine around `module` at the newest intact checkpoint of a stage, or at its start (collective).
 
     Args:
         folder: The stage's checkpoints; its name is the stage's.
-        tokens: Digest of the tokens that the module has embeddings of.
+        tokens: Digest of the tokens that the module has embeddings for.
         ds_config: The student's DeepSpeed config.
         num_steps: Optimizer steps of the whole stage.
 
@@ -221,9 +221,9 @@ def resume(
 
 
 def newest(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest whole checkpoint (collective, so that all ranks read the same one) and why newer ones were skipped."""
+    """The newest intact checkpoint, and why newer ones are skipped (collective: all ranks read the same one)."""
 
-    def look() -> tuple[Path | None, list[str]]:
+    def find_newest() -> tuple[Path | None, list[str]]:
         skipped: list[str] = []
         for candidate in _candidates(folder):
             damage = _damage_with_best(candidate)
@@ -232,20 +232,20 @@ def newest(folder: Path) -> tuple[Path | None, list[str]]:
             skipped.append(f"checkpoint {candidate.name} is skipped: {damage}")
         return None, skipped
 
-    return dist.on_main(look)
+    return dist.on_main(find_newest)
 
 
 def load_weights(module: nn.Module, checkpoint: Path, tokens: str | None = None) -> None:
     """Put a checkpoint's weights into a module that no engine has yet (collective).
 
     Args:
-        tokens: Digest of the tokens that the module has embeddings of; None: not compared.
+        tokens: Digest of the tokens that the module has embeddings for; None skips the comparison.
 
     Raises:
-        UserError: names, shapes or tokens differ, with the first that does, or a rank cannot read the file.
+        UserError: names, shapes or tokens differ, or a rank cannot read the file; names the first difference.
     """
 
-    def read() -> dict[str, torch.Tensor]:
+    def stored_weights() -> dict[str, torch.Tensor]:
         if tokens is not None and state_of(checkpoint).tokens != tokens:
             raise UserError(
                 f"{checkpoint} was written when the rows had other tokens: the tokenizer's files or library changed; "
@@ -254,12 +254,10 @@ def load_weights(module: nn.Module, checkpoint: Path, tokens: str | None = None)
         try:
             return load_file(checkpoint / "weights.safetensors")
         except SafetensorError as error:
-            raise UserError(
-                f"{checkpoint / 'weights.safetensors'} cannot be read ({error}); delete {checkpoint}, and the same "
-                "command goes on from an older checkpoint"
-            ) from error
+            remedy = f"delete {checkpoint}, and the same command continues from an older checkpoint"
+            raise damaged(checkpoint / "weights.safetensors", str(error), remedy) from error
 
-    stored = dist.agree(read)
+    stored = dist.agree(stored_weights)
     parameters = dict(module.named_parameters())
     for name in sorted(parameters.keys() | stored.keys()):
         shapes = [list(tensors[name].shape) if name in tensors else "absent" for tensors in (stored, parameters)]
@@ -283,7 +281,7 @@ def restore(engine: DeepSpeedEngine, checkpoint: Path) -> TrainState:
                 write_full(engine, parameter, moment, file.get_tensor(name))
     engine.lr_scheduler.last_epoch = position["scheduler_step"] - 1
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # that this scheduler's optimiser has not stepped yet, which is so
+        warnings.simplefilter("ignore")  # of a scheduler that steps before its optimizer
         engine.lr_scheduler.step()
     set_loss_scaler(engine, position["loss_scaler"])
     engine.global_steps = position["step"]
@@ -292,33 +290,45 @@ def restore(engine: DeepSpeedEngine, checkpoint: Path) -> TrainState:
 
 
 def state_of(checkpoint: Path) -> TrainState:
-    """Where the stage stood when the checkpoint, or the best weights, were written."""
+    """The position of the stage when the checkpoint, or the best weights, were written."""
     position = _position(checkpoint)
     return TrainState(**{name: position[name] for name in asdict(TrainState()) if name in position})
 
 
+# -- Damage ------------------------------------------------------------------------------------------------------------
+
+
 def damage_of(checkpoint: Path) -> str | None:
-    """What is missing or changed in a checkpoint folder; None if it is whole."""
+    """What is wrong with a checkpoint folder, in words; None if nothing is. Known files are not read again."""
+    if not (checkpoint / files.CHECKSUMS).exists():
+        return _damage_in_earlier_format(checkpoint)
+    return files.damage_of(checkpoint, known_sha256_of)
+
+
+def _damage_in_earlier_format(checkpoint: Path) -> str | None:
+    """The same for versions before SHA256SUMS: state.json has the checksums, and DONE is the checksum of state.json."""
     try:
-        marker = (checkpoint / "DONE").read_text()
-        text = (checkpoint / "state.json").read_bytes()
-        if hashlib.sha256(text).hexdigest() != marker:
-            return "state.json is not what was written"
-        for name, digest in json.loads(text)["sha256"].items():
-            if _sha256(checkpoint / name) != digest:
-                return f"{name} is not what was written"
-            with safe_open(checkpoint / name, framework="pt"):
-                pass
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        return f"a file is missing or unreadable ({error})"
-    return None
+        marker, text = (checkpoint / files.DONE).read_text(), (checkpoint / "state.json").read_bytes()
+        digests: dict[str, str] | None = json.loads(text).get("sha256")
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except (OSError, ValueError, AttributeError) as error:
+        return f"state.json or {files.DONE} cannot be read: {error}"
+    if digests is None:  # written by this version
+        return f"{files.CHECKSUMS} is missing"
+    if hashlib.sha256(text).hexdigest() != marker:
+        return f"state.json or {files.DONE} is not what was written"
+    damages = (damage_of_file(checkpoint / name, digest, known_sha256_of) for name, digest in digests.items())
+    return next((damage for damage in damages if damage is not None), None)
 
 
 def _damage_with_best(checkpoint: Path) -> str | None:
-    """The same for a checkpoint and the best weights that it names, which a resumed stage needs too."""
+    """Damage of a checkpoint or of the best weights that it names, which a resumed stage needs too."""
     damage = damage_of(checkpoint)
     if damage is None and (best_epoch := _position(checkpoint)["best_epoch"]):
-        damage = damage_of(best_folder(checkpoint.parent, best_epoch))
+        best = best_folder(checkpoint.parent, best_epoch)
+        damage = damage_of(best)
+        return None if damage is None else f"in {best.name}, which it names, {damage}"
     return damage
 
 
@@ -326,7 +336,7 @@ def _damage_with_best(checkpoint: Path) -> str | None:
 
 
 def _check_finite(weights: dict[str, torch.Tensor], folder: Path, state: TrainState) -> None:
-    """A finite loss can have a gradient that is not: its step must not become the checkpoint to go on from."""
+    """Raise UserError if a weight is not finite: a finite loss can have a gradient that is not."""
     bad = next((name for name, weight in weights.items() if not weight.isfinite().all()), None)
     if bad is not None:
         raise UserError(
@@ -344,52 +354,24 @@ def _candidates(folder: Path) -> list[Path]:
     return sorted(folder.glob("step-????????"), reverse=True)
 
 
-def _write_folder(target: Path, tensors: dict[str, dict[str, torch.Tensor]], position: dict[str, Any]) -> None:
-    temporary = target.with_name(target.name + ".tmp")
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir(parents=True)
-    try:
-        files = [temporary / f"{name}.safetensors" for name in tensors]
-        with ThreadPoolExecutor() as pool:  # one file is hashed while others go to the disk
-            list(pool.map(save_file, tensors.values(), files))
-            digests = dict(zip((file.name for file in files), pool.map(_synced_sha256, files), strict=True))
-        text = json.dumps({"position": position, "sha256": digests}, indent=2)
-        (temporary / "state.json").write_text(text)
-        (temporary / "DONE").write_text(hashlib.sha256(text.encode()).hexdigest())
-        for file in (temporary / "state.json", temporary / "DONE"):
-            flush(file)
-        replace_folder(target, temporary)
-    except BaseException:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise
+def _write_tensors(target: Path, tensors: dict[str, dict[str, torch.Tensor]], position: dict[str, Any]) -> None:
+    with checked_folder(target) as folder:
+        (folder / "state.json").write_text(json.dumps({"position": position}, indent=2))
+        with ThreadPoolExecutor() as pool:
+            list(pool.map(save_file, tensors.values(), [folder / f"{name}.safetensors" for name in tensors]))
 
 
-def _synced_sha256(file: Path) -> str:
-    flush(file)
-    return _sha256(file)
+def _write_on_main(write: Callable[[], None], target: Path) -> None:
+    """Write on rank 0 (collective). Raises UserError on every rank if that fails, or if the run folder is lost."""
 
-
-_digests: dict[tuple[int, ...], str] = {}
-"""Of files that this process has read: an older checkpoint is looked at in every save, and is the same file as then."""
-
-
-def _sha256(file: Path) -> str:
-    stat = file.stat()
-    key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)  # the same when its folder is renamed
-    if key not in _digests:
-        _digests[key] = sha256_of(file)
-    return _digests[key]
-
-
-def _on_main_or_stop(write: Any, what: Path) -> None:
-    def attempt() -> None:
-        run_lock.check()  # a start that was cut off must not write into what a later one has saved
+    def write_or_stop() -> None:
+        run_lock.check()  # another start may have taken the run folder
         try:
             write()
         except (OSError, SafetensorError) as error:
             raise UserError(
-                f"{what} cannot be written ({error}); what was saved before is untouched: free some space "
-                "or mend the folder, then start the same command again"
+                f"{target} cannot be written ({error}); what was saved before is untouched: free some space "
+                "or fix the folder, then start the same command again"
             ) from error
 
-    dist.on_main(attempt)
+    dist.on_main(write_or_stop)

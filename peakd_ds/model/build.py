@@ -3,22 +3,23 @@
 B rows, T tokens of packed rows, C classes, Hs and Ht hidden sizes of student and teacher.
 """
 
+import functools
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
-from transformers import (
-    BertConfig,
-    BertModel,
-)
+from transformers import BertConfig, BertModel
 
 from peakd_ds.config import RunConfig
 from peakd_ds.data.tasks import Task
 from peakd_ds.errors import UserError, first_line
+from peakd_ds.files import damage_of, damaged, has_checksums
 from peakd_ds.model import contract
 from peakd_ds.ptp import NUM_PTP_LABELS
+from peakd_ds.ranks import dist
 from peakd_ds.sps import SPSBertConfig, SPSBertForSequenceClassification, Take, init_from_encoder
 
 # -- Building ----------------------------------------------------------------------------------------------------------
@@ -61,16 +62,55 @@ def student_config(config: RunConfig, encoder: BertConfig, head: dict[str, Any])
 def load_teacher(
     config: RunConfig, task: Task, source: contract.Pretrained, folder: Path
 ) -> SPSBertForSequenceClassification:
-    """The trained teacher: the user's classifier, or the one that this run has saved in `folder`."""
-    return build_teacher(
-        config, task, source if source.is_classifier else contract.find_encoder(str(folder), "run_dir")
-    )
+    """The trained teacher: the user's classifier, or the one that this run has saved in `folder`.
+
+    Raises:
+        UserError: the saved one is damaged or cannot be read.
+    """
+    if not source.is_classifier:
+        check_saved_teacher(folder)
+        source = contract.find_encoder(str(folder), "run_dir")
+    return build_teacher(config, task, source)
 
 
 def load_student_body(student: SPSBertForSequenceClassification, folder: Path) -> None:
-    """Copy embeddings, layers and pooler from a saved student, without its head (Pea-KD, PTP)."""
-    pretrained = SPSBertForSequenceClassification.from_pretrained(folder)
+    """Copy embeddings, layers and pooler from the saved PTP student, without its head (Pea-KD).
+
+    Raises:
+        UserError: the saved student is damaged or cannot be read.
+    """
+    _check_saved_model(folder, "ptp", folder.parent)
+    pretrained = load_pretrained(SPSBertForSequenceClassification, str(folder), "run_dir")
     student.bert.load_state_dict(pretrained.bert.state_dict())
+
+
+def check_saved_teacher(folder: Path) -> None:
+    """Raise UserError if the teacher that this run has saved is damaged."""
+    _check_saved_model(folder, "teacher", folder.parent / "checkpoints" / "teacher")
+
+
+def _check_saved_model(folder: Path, stage: str, checkpoints: Path) -> None:
+    """Raise UserError if a stage's model is not what the stage saved.
+
+    Earlier versions saved models without checksums. Rank 0 says so once, and the model is read as it is.
+    """
+    if folder.is_dir() and not has_checksums(folder):
+        _note_once(f"{folder} has no checksums (made by an earlier version); it is read as it is")
+        return
+    damage = damage_of(folder) if folder.is_dir() else "it is missing"
+    if damage is not None:
+        raise damaged(
+            folder,
+            damage,
+            f"delete it and {checkpoints / 'FINISHED.json'}, and the same command (with the {stage} stage) writes it "
+            "again from its checkpoint",
+        )
+
+
+@functools.cache
+def _note_once(text: str) -> None:
+    if dist.is_main():
+        print(text, file=sys.stderr, flush=True)
 
 
 def task_head(task: Task) -> dict[str, Any]:

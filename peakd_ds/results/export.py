@@ -6,7 +6,6 @@ the effective depth, which transformers loads on its own.
 
 import copy
 import importlib
-import shutil
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +16,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from peakd_ds.files import flush, hidden_sibling, replace_folder, whole_file
+from peakd_ds.files import checked_folder, whole_file, whole_folder
 from peakd_ds.results import markdown
 from peakd_ds.sps import SPSBertConfig, SPSBertForSequenceClassification, execution_order
 
@@ -61,16 +60,22 @@ def _unrolled_state(state: Mapping[str, torch.Tensor], order: tuple[tuple[int, b
     return unrolled
 
 
-def export_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path, card: str) -> None:
-    """Write config, safetensors weights, tokenizer and README.md to `folder`.
+def export_model(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    card: str,
+    with_checksums: bool = False,
+) -> None:
+    """Write config, safetensors weights, tokenizer and README.md to `folder`, which is complete as soon as it exists.
 
-    The files go to a hidden folder that is then renamed, so `folder` is complete as soon as it exists. An earlier
-    export is moved aside and deleted after the renaming; a process that dies in between leaves it as `.NAME.old-*`.
+    An earlier export there is replaced, see `files.whole_folder`.
 
     Args:
         model: A model whose parameters are not sharded.
         folder: Its parents are created.
         card: Text of README.md, see `model_card`.
+        with_checksums: Write SHA256SUMS too, for a model that later stages read and nobody edits.
 
     Raises:
         ValueError: `folder` holds something other than an export, which would be deleted.
@@ -81,20 +86,14 @@ def export_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fol
             f"{folder} holds files that are not an exported model (no config.json), and an export replaces "
             "its folder; choose a new folder or empty this one"
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new = hidden_sibling(folder, "new")
-    try:
+    with (checked_folder if with_checksums else whole_folder)(folder) as new:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
         (new / "README.md").write_text(card, encoding="utf-8")
-        for file in new.iterdir():
-            flush(file)
-        replace_folder(folder, new)
-    finally:
-        shutil.rmtree(new, ignore_errors=True)  # only there if something failed
 
 
 def _is_replaceable(folder: Path) -> bool:
+    """Whether a path holds an exported model or an empty folder."""
     return folder.is_dir() and ((folder / "config.json").is_file() or not any(folder.iterdir()))
 
 

@@ -37,7 +37,17 @@ from peakd_ds.data.batches import NUM_SHARDS
 from peakd_ds.data.tasks import Task
 from peakd_ds.data.tokens import Split, TeacherOutputs, tokenizer_digest
 from peakd_ds.errors import UserError, first_line
-from peakd_ds.files import sha256_of, whole_file, write_atomically
+from peakd_ds.files import (
+    damage_of_file,
+    damaged,
+    is_written,
+    remove_leftovers,
+    sha256_of,
+    write_atomically,
+    write_checked,
+    written_sha256,
+)
+from peakd_ds.model.build import check_saved_teacher
 from peakd_ds.ranks import dist, preempt
 from peakd_ds.ranks.device import to_device
 from peakd_ds.teacher.online import OnlineTeacher
@@ -196,6 +206,8 @@ class TeacherCache:
         source = self.teacher.folder
         if self.teacher.source.is_classifier:
             source = Path(self.teacher.source.path)
+        else:
+            check_saved_teacher(source)
         if not source.is_dir():
             patterns = ["*.safetensors", "config.json"]
             source = Path(snapshot_download(str(self.teacher.source.path), allow_patterns=patterns))
@@ -270,7 +282,11 @@ def row_bytes(num_labels: int, num_layers: int, hidden_size: int, dtype: str) ->
 
 
 def _check_manifest(folder: Path, identity: Manifest, layers: list[int]) -> Manifest:
-    """The manifest there, which may hold more layers, or a new one. Raises UserError that says what differs."""
+    """The manifest in the folder, which may have more layers, or a new one.
+
+    Raises:
+        UserError: the folder holds other outputs; the message says what differs.
+    """
     file = folder / "manifest.json"
     if not file.exists():
         if any(folder.glob("part-*")):
@@ -283,7 +299,7 @@ def _check_manifest(folder: Path, identity: Manifest, layers: list[int]) -> Mani
         manifest = json.loads(file.read_text())
         found, stored = {name: manifest.get(name) for name in identity}, list(manifest["layers"])
     except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is damaged ({error}); delete {folder} or take another --teacher_cache") from error
+        raise damaged(file, str(error), f"delete {folder} or take another --teacher_cache") from error
     changed = [
         f"{name} {_short(found[name])} there, {_short(identity[name])} here"
         for name in identity
@@ -308,7 +324,11 @@ def _digest(manifest: Manifest) -> str:
 
 
 def _prepare(folder: Path, manifest: Manifest, num_rows: int, num_bytes: int, missing: list[int], say: Say) -> None:
-    """Say the size, check that it fits, and write the manifest."""
+    """Say the size, check that it fits, and write the manifest.
+
+    Raises:
+        UserError: it does not fit.
+    """
     num_parts, free = _num_parts(num_rows), _free_bytes(folder)
     kept = f", {num_parts - len(missing)} of {num_parts} parts are there" if len(missing) < num_parts else ""
     say(f"teacher cache {folder}: {num_rows:,} rows, {_mib(num_bytes)} to build, {_mib(free)} free{kept}")
@@ -317,18 +337,14 @@ def _prepare(folder: Path, manifest: Manifest, num_rows: int, num_bytes: int, mi
             f"the teacher cache needs {_mib(num_bytes)}, and {_mib(SPARE_BYTES)} to spare, but {folder} has "
             f"{_mib(free)} free; free some, set --teacher_cache to a larger disk, or take --teacher_mode online"
         )
-    for leftover in folder.glob(".part-*"):  # of a build that was killed
-        leftover.unlink()
+    remove_leftovers(folder, "part-*")
     write_atomically(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
 
 def _write_part(folder: Path, part: int, tensors: dict[str, Tensor], digest: str) -> None:
-    file = folder / f"part-{part:02d}.safetensors"
-    content = save(tensors, metadata={"manifest": digest})
+    file = _part_file(folder, part)
     try:
-        with whole_file(file) as temporary:
-            temporary.write_bytes(content)
-        write_atomically(_checksum_file(file), f"{hashlib.sha256(content).hexdigest()}  {file.name}\n")
+        write_checked(file, save(tensors, metadata={"manifest": digest}))
     except OSError as error:
         raise UserError(
             f"{file} cannot be written ({error.strerror or error}); free space or set --teacher_cache to another disk: "
@@ -336,8 +352,8 @@ def _write_part(folder: Path, part: int, tensors: dict[str, Tensor], digest: str
         ) from error
 
 
-def _checksum_file(file: Path) -> Path:
-    return file.with_suffix(".sha256")
+def _part_file(folder: Path, part: int) -> Path:
+    return folder / f"part-{part:02d}.safetensors"
 
 
 def _num_parts(num_rows: int) -> int:
@@ -349,8 +365,7 @@ def _bounds(num_rows: int) -> np.ndarray:
 
 
 def _missing(folder: Path, num_parts: int) -> list[int]:
-    files = [folder / f"part-{part:02d}.safetensors" for part in range(num_parts)]
-    return [part for part, file in enumerate(files) if not (file.exists() and _checksum_file(file).exists())]
+    return [part for part in range(num_parts) if not is_written(_part_file(folder, part))]
 
 
 def _free_bytes(folder: Path) -> int:
@@ -362,20 +377,25 @@ def _mib(num_bytes: int) -> str:
 
 
 def _open_parts(folder: Path, manifest: Manifest, bounds: np.ndarray) -> list[dict[str, Tensor]]:
-    """All parts, memory-mapped; this rank verifies the checksums of its share, other ranks those of theirs."""
+    """All parts, memory-mapped; each rank compares the checksums of its share of them.
+
+    Raises:
+        UserError: a part is damaged or does not belong to this cache.
+    """
     parts = []
     for part in range(len(bounds) - 1):
-        file = folder / f"part-{part:02d}.safetensors"
+        file = _part_file(folder, part)
         remedy = f"delete {file}, and the same command computes this part again"
-        is_verified_here = part % dist.world_size() == dist.rank()
-        if is_verified_here and _checksum_file(file).read_text().split()[:1] != [sha256_of(file)]:
-            raise UserError(f"{file} is damaged (its checksum differs); {remedy}")
+        if part % dist.world_size() == dist.rank():
+            damage = damage_of_file(file, written_sha256(file))
+            if damage is not None:
+                raise damaged(folder, damage, remedy)
         try:
             with safe_open(file, framework="pt") as opened:
                 tensors = {name: opened.get_tensor(name) for name in ("rows", "logits", "cls")}
                 made_from = (opened.metadata() or {}).get("manifest")
         except (OSError, SafetensorError) as error:
-            raise UserError(f"{file} is damaged ({first_line(error)}); {remedy}") from error
+            raise damaged(file, first_line(error), remedy) from error
         if made_from != _digest(manifest):
             raise UserError(f"{file} belongs to another cache than {folder / 'manifest.json'} describes; {remedy}")
         expected = torch.arange(int(bounds[part]), int(bounds[part + 1]))
