@@ -1,179 +1,69 @@
-"""The systems that ours is compared with, each written as its users would write it today.
+"""The systems that ours is compared with, each written the way its users would write it today.
 
     python benchmarks/baselines.py hf_trainer JOB.json RESULT.json
 
-All train the same student (peakd_ds.sps on padded rows, with torch's dropout, from the same encoder) from the same
-teacher on the same loss, with the recipe of cases.py, evaluate on dev after each epoch and keep the best weights. Each
-is timed from the moment when the tokenised rows are in memory, so with loading its models, to the end of the last
-epoch's evaluation with the best weights saved. What helps a system and costs its user a line is done: fused AdamW,
-teachers in bf16 without gradients, no hidden states in evaluation.
+All systems train the same student (peakd_ds.sps on padded rows, with torch's dropout, from the same encoder) with the
+same teacher, loss and recipe (cases.py), evaluate it on dev after each epoch and keep the best weights. The clock
+starts when the tokenised rows are in memory, before the models are loaded, and stops after the last epoch's evaluation,
+when the best weights are saved. Every speed-up that costs a user one line is used: fused AdamW, teachers in bf16
+without gradients, no hidden states in evaluation.
 """
 
+import itertools
 import json
 import math
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import cases as recipe
 import datasets
 import torch
 import torch.nn.functional as F
 import transformers
-from cases import (
-    ALPHA,
-    BATCH_SIZE,
-    BETA,
-    DROPOUT,
-    LR,
-    MAX_GRAD_NORM,
-    MAX_SEQ_LENGTH,
-    TEMPERATURE,
-    WARMUP_RATIO,
-    WEIGHT_DECAY,
-    Job,
-)
+from baseline_parts import Batch, Outcome, accuracy, cls_of, decay_groups, distillation_loss, load_data, load_models
+from cases import Job
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import DataLoader
 from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
     DataCollatorWithPadding,
+    PreTrainedTokenizerBase,
     Trainer,
     TrainingArguments,
     get_linear_schedule_with_warmup,
 )
+from transformers.modeling_outputs import SequenceClassifierOutput
 from transformers.trainer_pt_utils import LengthGroupedSampler
 
-from peakd_ds.config import RunConfig
-from peakd_ds.data.reading import load_splits
-from peakd_ds.data.tasks import get_task
-from peakd_ds.model.build import build_student, task_head
-from peakd_ds.model.contract import find_encoder
-
-Batch = dict[str, Tensor]
-
-
-@dataclass
-class Outcome:
-    """What a system tells of its run. It is made when the clock starts."""
-
-    began: float = field(default_factory=lambda: time.perf_counter())
-    dev_score: float | None = None
-    """Best accuracy on dev; None where too few steps were made to have one."""
-    steps: int = 0
-    positions: int = 0
-    """Tokens and padding that the student was trained on."""
-    tokens: int = 0
-    """Tokens among them."""
-    seconds: float | None = None
-    """Set by the system itself only where it is scaled up from fewer steps."""
-    extrapolated_from_steps: int | None = None
-
-
-# -- The same for all --------------------------------------------------------------------------------------------------
-
-
-def distillation_loss(
-    logits: Tensor, hidden: Sequence[Tensor], teacher_logits: Tensor, teacher_hidden: Sequence[Tensor], labels: Tensor
-) -> Tensor:
-    """(1 - alpha) CE + alpha T^2 KL + beta * squared error of normalised [CLS] vectors [B, H], mean over the pairs."""
-    logits, teacher_logits = logits.float(), teacher_logits.float()
-    hard = F.cross_entropy(logits, labels)
-    soft = F.kl_div(
-        F.log_softmax(logits / TEMPERATURE, -1), F.softmax(teacher_logits / TEMPERATURE, -1), reduction="batchmean"
-    )
-    student_cls = F.normalize(torch.stack(list(hidden)).float(), dim=-1)
-    teacher_cls = F.normalize(torch.stack(list(teacher_hidden)).float(), dim=-1)
-    return (1 - ALPHA) * hard + ALPHA * TEMPERATURE**2 * soft + BETA * F.mse_loss(student_cls, teacher_cls)
-
-
-def load_data(job: Job) -> tuple[datasets.Dataset, datasets.Dataset, Any]:
-    """Tokenised training and dev rows, in memory, and the tokenizer."""
-    task, tokenizer = get_task(job.task), AutoTokenizer.from_pretrained(job.encoder)
-    datasets.disable_progress_bars()
-
-    def encode(rows: dict[str, list]) -> dict[str, list]:
-        texts = [rows[name] for name in task.text_columns]
-        encoded = tokenizer(*texts, truncation=True, max_length=MAX_SEQ_LENGTH, return_token_type_ids=True)
-        return {**encoded, "labels": rows["label"]}
-
-    splits = load_splits(task, job.data_dir)
-    train, dev = (
-        splits[name].map(encode, batched=True, remove_columns=splits[name].column_names, keep_in_memory=True)
-        for name in ("train", task.eval_splits[0])
-    )
-    return train, dev, tokenizer
-
-
-def load_models(job: Job, dtype: torch.dtype) -> tuple[nn.Module, nn.Module]:
-    """The frozen teacher in `dtype` and a new student in fp32."""
-    teacher = AutoModelForSequenceClassification.from_pretrained(job.teacher, dtype=dtype).eval().requires_grad_(False)
-    torch.manual_seed(job.seed)
-    settings = RunConfig(num_hidden_layers=job.num_stored_layers, dropout=DROPOUT)
-    student = build_student(settings, find_encoder(job.encoder, "encoder"), task_head(get_task(job.task)))
-    for name, module in list(student.named_modules()):  # ours has a dropout of its own on CPUs, others have torch's
-        if isinstance(module, nn.Dropout):
-            student.set_submodule(name, nn.Dropout(module.p))
-    return teacher, student
-
-
-def decay_groups(model: nn.Module) -> list[dict[str, Any]]:
-    """As in BERT's own recipe: biases and LayerNorms are not decayed."""
-    return [
-        {"params": [p for p in model.parameters() if p.dim() > 1], "weight_decay": WEIGHT_DECAY},
-        {"params": [p for p in model.parameters() if p.dim() <= 1], "weight_decay": 0.0},
-    ]
-
-
-def cls_of(hidden_states: Sequence[Tensor], layers: Sequence[int]) -> list[Tensor]:
-    return [hidden_states[layer][:, 0] for layer in layers]
-
-
-@torch.no_grad()
-def accuracy(model: nn.Module, batches: Iterator[Batch] | DataLoader) -> float:
-    """Share of right classes; leaves the model in evaluation mode."""
-    model.eval()
-    right = total = 0
-    for batch in batches:
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        right += (model(**inputs).logits.argmax(-1) == batch["labels"]).sum().item()
-        total += len(batch["labels"])
-    return right / total
+if TYPE_CHECKING:  # an optional dependency
+    from textbrewer import DistillationConfig
 
 
 # -- The recipe as published -------------------------------------------------------------------------------------------
 
 
 def published_recipe(job: Job) -> Outcome:
-    """What the code of Pea-KD and Patient KD does: fp32, every row padded to 128, the teacher's logits and [CLS]
-    vectors of all rows first, then a plain loop; here with shuffled rows, SDPA attention and a current, fused AdamW."""
+    """The recipe of the published code of Pea-KD and Patient KD, with shuffled rows, SDPA attention and fused AdamW.
+
+    fp32, every row padded to 128; first the teacher's logits and [CLS] vectors of all rows, then a plain loop.
+    """
     train, dev, tokenizer = load_data(job)
     padded_train, padded_dev = (_padded(rows, tokenizer) for rows in (train, dev))
     outcome = Outcome()
     teacher, student = load_models(job, torch.float32)
     student_layers, teacher_layers = zip(*job.pairs, strict=True)
-    num_rows, steps_per_epoch = len(train), math.ceil(len(train) / BATCH_SIZE)
-    optimizer = torch.optim.AdamW(decay_groups(student), lr=LR, fused=True)
+    steps_per_epoch = math.ceil(len(train) / recipe.BATCH_SIZE)
+    optimizer = torch.optim.AdamW(decay_groups(student), lr=recipe.LR, fused=True)
     scheduler = _schedule(optimizer, steps_per_epoch * job.epochs)
-    loaded = time.perf_counter()
-
-    answers = []
-    with torch.no_grad():
-        for batch in _slices(padded_train, torch.arange(num_rows)):
-            inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-            output = teacher(**inputs, output_hidden_states=True)
-            answers.append((output.logits, torch.stack(cls_of(output.hidden_states, teacher_layers), 1)))
-            if job.max_steps is not None and len(answers) == job.max_steps:
-                break
-    teacher_logits, teacher_cls = (torch.cat(parts) for parts in zip(*answers, strict=True))
-    asked = time.perf_counter()
-
-    evaluation_s = 0.0
+    clock = _RecipeClock(outcome.began, loaded=time.perf_counter())
+    teacher_logits, teacher_cls = _teacher_outputs(teacher, padded_train, teacher_layers, job.max_steps)
+    clock.teacher_done = time.perf_counter()
     for _ in range(job.epochs):
-        for batch_rows in torch.randperm(len(teacher_logits)).split(BATCH_SIZE):
+        for batch_rows in torch.randperm(len(teacher_logits)).split(recipe.BATCH_SIZE):
             student.train()
             batch = {name: tensor[batch_rows] for name, tensor in padded_train.items()}
             labels = batch.pop("labels")
@@ -186,13 +76,13 @@ def published_recipe(job: Job) -> Outcome:
                 labels,
             )
             loss.backward()
-            nn.utils.clip_grad_norm_(student.parameters(), MAX_GRAD_NORM)
+            nn.utils.clip_grad_norm_(student.parameters(), recipe.MAX_GRAD_NORM)
             optimizer.step()
             scheduler.step()
             optimizer.zero_grad()
             outcome.steps += 1
             if outcome.steps == 1:
-                warmed_up = time.perf_counter()
+                clock.first_step_done = time.perf_counter()
             outcome.positions += batch["input_ids"].numel()
             outcome.tokens += int(batch["attention_mask"].sum())
         before = time.perf_counter()
@@ -200,38 +90,71 @@ def published_recipe(job: Job) -> Outcome:
         if outcome.dev_score is None or score > outcome.dev_score:
             outcome.dev_score = score
             torch.save(student.state_dict(), Path(job.folder) / "best.pt")
-        evaluation_s += time.perf_counter() - before
-        if job.max_steps is not None:  # the rows asked about are one short epoch
-            ended = time.perf_counter()
-            asking_s = (asked - loaded) / len(answers) * steps_per_epoch
-            first_s = warmed_up - asked  # what the first step makes is made once
-            step_s = (ended - warmed_up - evaluation_s) / (outcome.steps - 1) if outcome.steps > 1 else first_s
-            steps_s = first_s + step_s * (job.epochs * steps_per_epoch - 1)
-            outcome.seconds = loaded - outcome.began + asking_s + steps_s + job.epochs * evaluation_s
+        if job.max_steps is not None:  # the rows with teacher outputs make one short epoch
+            clock.ended, clock.evaluation_s = time.perf_counter(), time.perf_counter() - before
+            outcome.seconds = clock.scaled_up(outcome.steps, steps_per_epoch, job.epochs)
             outcome.extrapolated_from_steps, outcome.dev_score = outcome.steps, None
             break
     return outcome
 
 
-def _padded(rows: datasets.Dataset, tokenizer: Any) -> Batch:
-    columns = tokenizer.pad(rows[:], padding="max_length", max_length=MAX_SEQ_LENGTH, return_tensors="pt")
+@torch.no_grad()
+def _teacher_outputs(
+    teacher: nn.Module, columns: Batch, layers: Sequence[int], max_batches: int | None
+) -> tuple[Tensor, Tensor]:
+    """Logits [N, C] and [CLS] vectors [N, K, H] of the K layers, for all rows or those of the first batches."""
+    outputs = []
+    for batch in itertools.islice(_slices(columns, torch.arange(len(columns["labels"]))), max_batches):
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        output = teacher(**inputs, output_hidden_states=True)
+        outputs.append((output.logits, torch.stack(cls_of(output.hidden_states, layers), 1)))
+    logits, cls_vectors = zip(*outputs, strict=True)
+    return torch.cat(logits), torch.cat(cls_vectors)
+
+
+@dataclass
+class _RecipeClock:
+    """Times of the published recipe, of perf_counter [s], to scale up a run of one short epoch."""
+
+    began: float
+    loaded: float
+    teacher_done: float = 0.0
+    first_step_done: float = 0.0
+    ended: float = 0.0
+    evaluation_s: float = 0.0
+
+    def scaled_up(self, num_steps: int, steps_per_epoch: int, num_epochs: int) -> float:
+        """Seconds of the run with all its steps. What the first step sets up is counted once."""
+        teacher_s = (self.teacher_done - self.loaded) / num_steps * steps_per_epoch
+        first_s = self.first_step_done - self.teacher_done
+        step_s = first_s
+        if num_steps > 1:
+            step_s = (self.ended - self.first_step_done - self.evaluation_s) / (num_steps - 1)
+        steps_s = first_s + step_s * (num_epochs * steps_per_epoch - 1)
+        return self.loaded - self.began + teacher_s + steps_s + num_epochs * self.evaluation_s
+
+
+def _padded(rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase) -> Batch:
+    """All rows, padded to the longest length."""
+    columns = tokenizer.pad(rows[:], padding="max_length", max_length=recipe.MAX_SEQ_LENGTH, return_tensors="pt")
     return dict(columns)
 
 
 def _slices(columns: Batch, rows: Tensor) -> Iterator[Batch]:
-    for part in rows.split(BATCH_SIZE):
+    """Batches of the given rows, in this order."""
+    for part in rows.split(recipe.BATCH_SIZE):
         yield {name: tensor[part] for name, tensor in columns.items()}
 
 
-def _schedule(optimizer: torch.optim.Optimizer, num_steps: int) -> Any:
-    return get_linear_schedule_with_warmup(optimizer, round(WARMUP_RATIO * num_steps), num_steps)
+def _schedule(optimizer: torch.optim.Optimizer, num_steps: int) -> LambdaLR:
+    return get_linear_schedule_with_warmup(optimizer, round(recipe.WARMUP_RATIO * num_steps), num_steps)
 
 
 # -- Hugging Face Trainer ----------------------------------------------------------------------------------------------
 
 
 class DistillationTrainer(Trainer):
-    """Trainer with the loss overridden, the teacher run beside the student."""
+    """Trainer whose loss also runs the teacher on the batch."""
 
     def __init__(self, teacher: nn.Module, pairs: Sequence[tuple[int, int]], outcome: Outcome, **arguments: Any):
         super().__init__(**arguments)
@@ -240,18 +163,18 @@ class DistillationTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         labels = inputs["labels"]
-        if not model.training:  # an evaluation asks neither for the teacher nor for hidden states
+        if not model.training:  # evaluation needs neither the teacher nor hidden states
             outputs = model(**inputs)
             return (outputs.loss, outputs) if return_outputs else outputs.loss
         inputs = {name: tensor for name, tensor in inputs.items() if name != "labels"}
         outputs = model(**inputs, output_hidden_states=True)
         with torch.no_grad():
-            answer = self.teacher(**inputs, output_hidden_states=True)
+            teacher_outputs = self.teacher(**inputs, output_hidden_states=True)
         loss = distillation_loss(
             outputs.logits,
             cls_of(outputs.hidden_states, self.student_layers),
-            answer.logits,
-            cls_of(answer.hidden_states, self.teacher_layers),
+            teacher_outputs.logits,
+            cls_of(teacher_outputs.hidden_states, self.teacher_layers),
             labels,
         )
         self.outcome.steps += 1
@@ -261,24 +184,24 @@ class DistillationTrainer(Trainer):
 
 
 def hf_trainer(job: Job) -> Outcome:
-    """What most people do: dynamic padding, rows grouped by length, bf16 autocast where bf16 is fast."""
+    """The usual way: dynamic padding, rows grouped by length, bf16 autocast where bf16 is fast."""
     train, dev, tokenizer = load_data(job)
     outcome = Outcome()
     teacher, student = load_models(job, torch.bfloat16 if job.bf16 else torch.float32)
-    num_steps = math.ceil(len(train) / BATCH_SIZE) * job.epochs
+    num_steps = math.ceil(len(train) / recipe.BATCH_SIZE) * job.epochs
     arguments = TrainingArguments(
         output_dir=job.folder,
         use_cpu=True,
         bf16=job.bf16,
         num_train_epochs=job.epochs,
-        per_device_train_batch_size=BATCH_SIZE,
-        per_device_eval_batch_size=BATCH_SIZE,
+        per_device_train_batch_size=recipe.BATCH_SIZE,
+        per_device_eval_batch_size=recipe.BATCH_SIZE,
         train_sampling_strategy="group_by_length",
-        learning_rate=LR,
+        learning_rate=recipe.LR,
         lr_scheduler_type="linear",
-        warmup_steps=round(WARMUP_RATIO * num_steps),
-        weight_decay=WEIGHT_DECAY,
-        max_grad_norm=MAX_GRAD_NORM,
+        warmup_steps=round(recipe.WARMUP_RATIO * num_steps),
+        weight_decay=recipe.WEIGHT_DECAY,
+        max_grad_norm=recipe.MAX_GRAD_NORM,
         optim="adamw_torch_fused",
         eval_strategy="epoch",
         save_strategy="best",
@@ -312,17 +235,17 @@ def hf_trainer(job: Job) -> Outcome:
 
 
 def textbrewer(job: Job) -> Outcome:
-    """GeneralDistiller with a pkd match for each layer pair, as its README has it; it writes weights after each epoch.
+    """GeneralDistiller with a pkd match for each layer pair, as in its README; it saves the weights after each epoch.
 
-    Its cross-entropy is KL plus a constant and has no T^2, and its pkd loss sums over H: both go into the weights. bf16
-    it has none of its own (fp16 needs apex), so the forward passes are put under autocast.
+    Its cross-entropy is KL plus a constant without T^2, and its pkd loss sums over H; `textbrewer_settings` corrects
+    both by weights. It has no bf16 (and its fp16 needs apex), so the forward passes run under autocast.
     """
     from textbrewer import GeneralDistiller, TrainingConfig
 
     train, dev, tokenizer = load_data(job)
     outcome = Outcome()
     teacher, student = load_models(job, torch.bfloat16 if job.bf16 else torch.float32)
-    # around each forward pass: around the whole training, autocast would keep its bf16 copies of the first weights
+    # Around each forward pass: around all of training, autocast would keep bf16 copies of the first weights.
     student.forward = torch.autocast("cpu", torch.bfloat16, enabled=job.bf16)(student.forward)
     collate = DataCollatorWithPadding(tokenizer)
 
@@ -337,11 +260,11 @@ def textbrewer(job: Job) -> Outcome:
     torch.manual_seed(job.seed)
     train_batches = DataLoader(
         train,
-        BATCH_SIZE,
-        sampler=LengthGroupedSampler(BATCH_SIZE, lengths=lengths),
+        recipe.BATCH_SIZE,
+        sampler=LengthGroupedSampler(recipe.BATCH_SIZE, lengths=lengths),
         collate_fn=collate_for_both,
     )
-    dev_batches = DataLoader(dev, BATCH_SIZE, collate_fn=lambda rows: dict(collate(rows)))
+    dev_batches = DataLoader(dev, recipe.BATCH_SIZE, collate_fn=lambda rows: dict(collate(rows)))
 
     def evaluate(model: nn.Module, step: int) -> None:
         score = accuracy(model, dev_batches)
@@ -358,43 +281,49 @@ def textbrewer(job: Job) -> Outcome:
     num_steps = len(train_batches) * job.epochs
     with distiller:
         distiller.train(
-            torch.optim.AdamW(decay_groups(student), lr=LR, fused=True),
+            torch.optim.AdamW(decay_groups(student), lr=recipe.LR, fused=True),
             train_batches,
             num_epochs=job.epochs,
             scheduler_class=get_linear_schedule_with_warmup,
-            scheduler_args={"num_warmup_steps": round(WARMUP_RATIO * num_steps), "num_training_steps": num_steps},
-            max_grad_norm=MAX_GRAD_NORM,
+            scheduler_args={
+                "num_warmup_steps": round(recipe.WARMUP_RATIO * num_steps),
+                "num_training_steps": num_steps,
+            },
+            max_grad_norm=recipe.MAX_GRAD_NORM,
             callback=evaluate,
             output_hidden_states=True,
         )
     return outcome
 
 
-def textbrewer_settings(pairs: Sequence[tuple[int, int]], hidden_size: int) -> Any:
+def textbrewer_settings(pairs: Sequence[tuple[int, int]], hidden_size: int) -> "DistillationConfig":
+    """TextBrewer's loss with weights that make it `distillation_loss` plus a constant."""
     from textbrewer import DistillationConfig
 
-    weight = BETA / (len(pairs) * hidden_size)
+    weight = recipe.BETA / (len(pairs) * hidden_size)
     return DistillationConfig(
-        temperature=TEMPERATURE,
-        hard_label_weight=1 - ALPHA,
+        temperature=recipe.TEMPERATURE,
+        hard_label_weight=1 - recipe.ALPHA,
         kd_loss_type="ce",
-        kd_loss_weight=ALPHA * TEMPERATURE**2,
+        kd_loss_weight=recipe.ALPHA * recipe.TEMPERATURE**2,
         intermediate_matches=[
             {"layer_T": j, "layer_S": i, "feature": "hidden", "loss": "pkd", "weight": weight} for i, j in pairs
         ],
     )
 
 
-def adaptor_of_teacher(batch: Batch, outputs: Any) -> dict[str, Any]:
+def adaptor_of_teacher(batch: Batch, outputs: SequenceClassifierOutput) -> dict[str, Any]:
+    """What TextBrewer reads from a teacher's outputs."""
     return {"logits": outputs.logits.float(), "hidden": [states[:, 0].float() for states in outputs.hidden_states]}
 
 
-def adaptor_of_student(batch: Batch, outputs: Any) -> dict[str, Any]:
+def adaptor_of_student(batch: Batch, outputs: SequenceClassifierOutput) -> dict[str, Any]:
+    """What TextBrewer reads from a student's outputs: also the loss on the labels."""
     hard = F.cross_entropy(outputs.logits.float(), batch["labels"])
     return adaptor_of_teacher(batch, outputs) | {"losses": hard}
 
 
-# -- A process for each run --------------------------------------------------------------------------------------------
+# -- The program -------------------------------------------------------------------------------------------------------
 
 FUNCTIONS: dict[str, Callable[[Job], Outcome]] = {
     "published_recipe": published_recipe,
@@ -404,6 +333,7 @@ FUNCTIONS: dict[str, Callable[[Job], Outcome]] = {
 
 
 def main() -> None:
+    """Run one system on a job and write its result as JSON."""
     system, job_file, result_file = sys.argv[1:]
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()

@@ -1,4 +1,4 @@
-"""What bench_train.py writes from its rows: bench.json, a table and a plot."""
+"""The results of bench_train.py: rows, and the files bench.json, bench.md and bench.png made from them."""
 
 import json
 import statistics
@@ -9,6 +9,7 @@ from typing import Any
 from cases import CASES, EPOCHS, STEP_CASE, SYSTEMS
 
 from peakd_ds.files import write_atomically
+from peakd_ds.results import markdown
 
 COLUMNS = (
     *("case", "system", "seconds: median (min to max)", "x ours", "samples/s", "tokens/s", "peak MiB", "padding"),
@@ -19,7 +20,7 @@ Row = dict[str, Any]
 
 
 def merge(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
-    """Rows by case and system, the new ones in place of old ones; in the order of cases.py."""
+    """All rows in the order of cases.py; a new row replaces the old one of the same case and system."""
     rows = {(row["case"], row["system"]): row for row in (*old, *new)}
     names, systems = list(CASES), list(SYSTEMS)
 
@@ -34,8 +35,10 @@ def merge(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
 
 
 def with_ratios(rows: Sequence[Row]) -> list[Row]:
-    """The rows with `ratio_to_ours`, the median over that of ours_cached in the same case, and `tflop_ratio_to_ours`,
-    where both ran."""
+    """The rows with `ratio_to_ours` and `tflop_ratio_to_ours`: seconds and TFLOP over those of ours_cached in the case.
+
+    A case in which one of the two did not run gets no ratios.
+    """
     ours = {row["case"]: row for row in rows if row["system"] == SYSTEMS[0] and "seconds" in row}
 
     def ratios(row: Row) -> Row:
@@ -51,50 +54,55 @@ def with_ratios(rows: Sequence[Row]) -> list[Row]:
     return [row | ratios(row) for row in kept]
 
 
-def table(result: Row) -> str:
-    """bench.md."""
+def to_markdown(result: Row) -> str:
+    """The content of bench.md, from that of bench.json."""
+    versions = ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
     lines = [
-        f"{result['machine']}; "
-        + ", ".join(f"{name} {version}" for name, version in result["versions"].items() if version)
-        + ".",
+        f"{result['machine']}; {versions}.",
         "",
-        "Seconds from tokenised rows in memory to the best weights saved, the teacher's answers included.",
-        "TFLOP: of the matrix products that the system computes; its ratio is what the seconds' would be at one rate.",
+        "Seconds from tokenised rows in memory to the saved best weights, including the teacher's outputs.",
+        "TFLOP: the matrix products of the system, and their ratio to ours: the ratio of the seconds if all systems",
+        "computed at the same rate.",
         "",
-        "| " + " | ".join(COLUMNS) + " |",
-        "|" + "---|" * len(COLUMNS),
+        markdown.table(COLUMNS, map(_cells, result["cases"])),
     ]
-    for row in result["cases"]:
-        if "error" in row:
-            lines.append(
-                f"| {row['case']} | {row['system']} | failed: {row['error'].replace('|', '/')} |"
-                + " |" * (len(COLUMNS) - 3)
-            )
-            continue
-        seconds, scaled = row["seconds"], row.get("extrapolated_from_steps")
-        spread = f"scaled up from {scaled} steps" if scaled else f"{seconds['min']:.1f} to {seconds['max']:.1f}"
-        score = f"{statistics.mean(row['dev_score']):.3f}" if row["dev_score"] else ""
-        ratio, arithmetic = "", f"{row['tflop']:.1f}"
-        if "ratio_to_ours" in row:
-            ratio, arithmetic = f"{row['ratio_to_ours']:.2f}", f"{arithmetic} ({row['tflop_ratio_to_ours']:.2f})"
-        lines.append(
-            f"| {row['case']} | {row['system']} | {seconds['median']:.1f} ({spread}) | {ratio} | "
-            f"{row['samples_per_s']:.0f} | {row['tokens_per_s']:.0f} | {row['peak_memory_mib']:.0f} | "
-            f"{row['padding_share']:.0%} | {arithmetic} | {score} | {row['runs']} | "
-            f"{row['commit']} |"
-        )
     if result.get("engine_overhead") is not None:
         lines += [
             "",
-            f"A step of {STEP_CASE} takes {result['engine_overhead']:+.1%} on DeepSpeed's engine against a bare "
-            f"PyTorch loop. It does {result['student_gflops']:.0f} GFLOP/s of needed arithmetic; a large bf16 matrix "
-            f"product does {result['bf16_matmul_gflops']:.0f}.",
+            f"A step of {STEP_CASE} takes {result['engine_overhead']:+.1%} on DeepSpeed's engine compared with a plain "
+            f"PyTorch loop. It computes {result['student_gflops']:.0f} GFLOP/s without padding; a large bf16 matrix "
+            f"product reaches {result['bf16_matmul_gflops']:.0f} GFLOP/s.",
         ]
     return "\n".join(lines) + "\n"
 
 
+def _cells(row: Row) -> list[object]:
+    """The table's cells for one row."""
+    key = [row["case"], row["system"]]
+    if "error" in row:
+        return [*key, f"failed: {row['error']}", *[""] * (len(COLUMNS) - 3)]
+    seconds, scaled = row["seconds"], row.get("extrapolated_from_steps")
+    spread = f"scaled up from {scaled} steps" if scaled else f"{seconds['min']:.1f} to {seconds['max']:.1f}"
+    ratio, tflop = "", f"{row['tflop']:.1f}"
+    if "ratio_to_ours" in row:
+        ratio, tflop = f"{row['ratio_to_ours']:.2f}", f"{tflop} ({row['tflop_ratio_to_ours']:.2f})"
+    return [
+        *key,
+        f"{seconds['median']:.1f} ({spread})",
+        ratio,
+        f"{row['samples_per_s']:.0f}",
+        f"{row['tokens_per_s']:.0f}",
+        f"{row['peak_memory_mib']:.0f}",
+        f"{row['padding_share']:.0%}",
+        tflop,
+        f"{statistics.mean(row['dev_score']):.3f}" if row["dev_score"] else "",
+        row["runs"],
+        row["commit"],
+    ]
+
+
 def plot(result: Row, file: Path) -> None:
-    """Bars of seconds, a panel for each case."""
+    """Write a bar chart of the seconds, with a panel for each case."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -130,7 +138,11 @@ def plot(result: Row, file: Path) -> None:
 
 
 def save(out: Path, rows: Sequence[Row], facts: Row) -> None:
-    """Merge the rows into OUT/bench.json, and write table and plot anew from all that is there."""
+    """Merge the rows into OUT/bench.json, and write bench.md and bench.png from all its rows.
+
+    Args:
+        facts: Entries of bench.json beside its rows: machine, versions, commit, and the results of bench_step.py.
+    """
     file = out / "bench.json"
     old = json.loads(file.read_text()) if file.exists() else {}
     result = {
@@ -145,5 +157,5 @@ def save(out: Path, rows: Sequence[Row], facts: Row) -> None:
     }
     result["cases"] = with_ratios(merge(old.get("cases", []), rows))
     write_atomically(file, json.dumps(result, indent=2) + "\n")
-    (out / "bench.md").write_text(table(result))
+    (out / "bench.md").write_text(to_markdown(result))
     plot(result, out / "bench.png")

@@ -1,4 +1,4 @@
-"""One timed run, and what it reads: rows, teacher and encoder; used by bench_train.py and bench_scaling.py."""
+"""One timed run, and its inputs (rows, teacher and encoder), for bench_train.py and bench_scaling.py."""
 
 import argparse
 import hashlib
@@ -23,17 +23,17 @@ from peakd_ds.files import sha256_of
 
 HERE = Path(__file__).parent
 STARTS, ENDS = "task ", "stage distill is over"
-"""What our program's lines begin with where the clock starts (rows are tokenised, no model is loaded yet) and stops."""
+"""How the lines of our program begin at which the clock starts (rows tokenised, no model loaded yet) and stops."""
 NO_GPU = {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}
 
 
 class RunFailed(Exception):
-    """A run ended with an error; the message is the last line that it printed."""
+    """A run failed; the message is the last line that it printed."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What all runs of a case read."""
+    """The inputs of all runs of a case."""
 
     case: Case
     data_dir: Path
@@ -43,29 +43,29 @@ class Prepared:
     """Tokens of each training row."""
 
 
-# -- Preparing, which is not timed -------------------------------------------------------------------------------------
+# -- Preparation, which is not timed -----------------------------------------------------------------------------------
 
 
 def check_inputs(parser: argparse.ArgumentParser, encoder: Path, data_dir: str, tasks: Sequence[str]) -> None:
-    """Leave with code 2 where encoder or data are not there."""
+    """Exit with code 2 if the encoder or the data are missing."""
     if not (encoder / "config.json").exists():
         parser.error(
-            f"--encoder {encoder}: there is no config.json; make one with "
-            "`python -P -m peakd_ds.demo_data --out demo`, or name the folder of another 6 x 384 BERT"
+            f"--encoder {encoder}: there is no config.json; fetch one with `peakd-demo --out demo`, or give the folder "
+            "of another 6 x 384 BERT"
         )
     for name in tasks:
         if data_dir and not any((Path(data_dir) / name).glob("train-*.parquet")):
             parser.error(
                 f"--data_dir {data_dir}: there is no {name}/train-*.parquet; give the folder that has it, or "
-                "leave it and PEAKD_DATA_DIR unset to read from the hub"
+                "leave out --data_dir and unset PEAKD_DATA_DIR to read from the hub"
             )
 
 
 def prepare(case: Case, encoder: Path, data_dir: str, work: Path, teacher_of: str | None = None) -> Prepared:
-    """Rows, teacher and encoder of a case under `work`, made where they are not there yet.
+    """Rows, teacher and encoder of a case under `work`; what is missing there is made.
 
     Args:
-        teacher_of: Name of the rows that the teacher is fine-tuned on; None: the case's own.
+        teacher_of: Name of the rows that the teacher is fine-tuned on; None for the case's own.
     """
     from datasets import disable_progress_bars
     from transformers import AutoTokenizer
@@ -93,7 +93,7 @@ def prepare(case: Case, encoder: Path, data_dir: str, work: Path, teacher_of: st
 
 
 def _fine_tuned(data_name: str, encoder: Path, work: Path) -> Path:
-    """The encoder fine-tuned for the task by our teacher stage, once."""
+    """The encoder fine-tuned by our teacher stage, which runs only once."""
     run_dir = _teacher_folder(data_name, encoder, work)
     if not (run_dir / "results.json").exists():
         shutil.rmtree(run_dir, ignore_errors=True)
@@ -115,14 +115,14 @@ def _fine_tuned(data_name: str, encoder: Path, work: Path) -> Path:
 
 
 def _teacher_folder(name: str, encoder: Path, work: Path) -> Path:
-    """Of this very encoder's teacher, not of one whose files lay in the same place before."""
+    """The folder of a teacher made from this encoder; its name has a digest of the encoder's files."""
     files = sorted(file for file in encoder.iterdir() if file.is_file())
     digest = hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest()
     return work / "teachers" / f"{name}-{digest[:8]}"
 
 
 def _wide_model(case: Case, encoder: Path, work: Path) -> Path:
-    """A classifier of 12 x 768 with random weights and the encoder's vocabulary: teacher, and source of the student."""
+    """A 12 x 768 classifier with random weights and the encoder's vocabulary: the teacher, and the student's source."""
     import torch
     from transformers import AutoConfig, AutoTokenizer, BertConfig, BertForSequenceClassification, logging
 
@@ -134,7 +134,7 @@ def _wide_model(case: Case, encoder: Path, work: Path) -> Path:
         logging.disable_progress_bar()
         torch.manual_seed(0)
         vocabulary = AutoConfig.from_pretrained(encoder).vocab_size
-        sizes = BertConfig(vocab_size=vocabulary, **task_head(get_task(case.task)))  # the rest is bert-base
+        sizes = BertConfig(vocab_size=vocabulary, **task_head(get_task(case.task)))  # other sizes: bert-base
         BertForSequenceClassification(sizes).save_pretrained(folder)
         AutoTokenizer.from_pretrained(encoder).save_pretrained(folder)
     return folder
@@ -144,10 +144,17 @@ def _wide_model(case: Case, encoder: Path, work: Path) -> Path:
 
 
 def watch(command: list[str], log: Path, threads: int | None = None) -> tuple[list[tuple[float, str]], float]:
-    """Run a program to its end: what it printed, each line with the second at which it came, and its peak memory, MiB.
+    """Run a program to its end.
+
+    Args:
+        log: Receives its output.
+        threads: For OMP_NUM_THREADS; None for one on each core.
+
+    Returns:
+        The lines that it printed, each with its time by perf_counter [s], and its peak memory [MiB].
 
     Raises:
-        RunFailed: it ended with another code than 0.
+        RunFailed: its exit code is not 0.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
     lines, peak = [], log.with_suffix(".peak")
@@ -166,13 +173,13 @@ def watch(command: list[str], log: Path, threads: int | None = None) -> tuple[li
             file.write(line)
             file.flush()
     if process.wait() != 0:
-        told = [line for _, line in lines if line.strip()]
-        raise RunFailed(told[-1] if told else f"exit code {process.returncode}")
+        printed = [line for _, line in lines if line.strip()]
+        raise RunFailed(printed[-1] if printed else f"exit code {process.returncode}")
     return lines, int(peak.read_text()) / 2**20
 
 
 def _environment(threads: int) -> dict[str, str]:
-    """The same for all systems."""
+    """The environment of a run; the same for all systems."""
     fixed = {
         **NO_GPU,
         "OMP_NUM_THREADS": str(threads),
@@ -183,15 +190,17 @@ def _environment(threads: int) -> dict[str, str]:
 
 
 def machine_here() -> str:
+    """The CPU of this machine with the number of cores that runs may use."""
     return f"{machine('cpu').rsplit(',', 1)[0]}, {num_cores()} threads"
 
 
 def num_cores() -> int:
+    """Cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def train_command(settings: dict[str, Any], *flags: str, num_ranks: int = 1) -> list[str]:
-    """Our program with these options; of more than one rank, by way of torchrun."""
+    """The command of our program with these options and flags; torchrun starts several ranks."""
     program = ["-m", "peakd_ds.train"]
     if num_ranks > 1:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_ranks}"]
@@ -200,11 +209,12 @@ def train_command(settings: dict[str, Any], *flags: str, num_ranks: int = 1) -> 
 
 
 def words_of(options: dict[str, Any]) -> list[str]:
+    """Options as command-line words."""
     return [word for name, value in options.items() for word in (f"--{name}", str(value))]
 
 
 def run_ours(prepared: Prepared, teacher_mode: str, seed: int, work: Path) -> Row:
-    """One run of our program; the time between two of its lines."""
+    """Time one run of our program. Raises RunFailed as `watch` and `read_our_run`."""
     run_dir = work / "runs" / f"{prepared.case.name}-{teacher_mode}-{seed}"
     shutil.rmtree(run_dir, ignore_errors=True)
     settings = {
@@ -242,11 +252,20 @@ def run_ours(prepared: Prepared, teacher_mode: str, seed: int, work: Path) -> Ro
 
 
 def read_our_run(lines: Sequence[tuple[float, str]], metrics: Path, score: str) -> Row:
-    """Seconds between the two lines that mark the timed part, best score and padding of a run of ours."""
+    """Seconds, best score and share of padding of a run of ours.
+
+    Args:
+        lines: As `watch` returns them.
+        metrics: The run's metrics.jsonl.
+        score: The metric to take from it.
+
+    Raises:
+        RunFailed: a line at which the clock starts or stops is missing.
+    """
     marks = {mark: [at for at, line in lines if line.startswith(mark)] for mark in (STARTS, ENDS)}
     for mark, found in marks.items():
         if not found:
-            raise RunFailed(f"its output has no line that begins with {mark!r}, where the clock starts or stops")
+            raise RunFailed(f"no line of the output begins with {mark!r}, where the clock starts or stops")
     records = [json.loads(line) for line in metrics.read_text().splitlines()]
     records = [record for record in records if record["stage"] == "distill"]
     return {
@@ -258,7 +277,7 @@ def read_our_run(lines: Sequence[tuple[float, str]], metrics: Path, score: str) 
 
 
 def run_baseline(system: str, prepared: Prepared, seed: int, work: Path, max_steps: int | None) -> Row:
-    """One run of baselines.py, which times itself."""
+    """One run of baselines.py, which times itself. Raises RunFailed as `watch`."""
     from peakd_ds.engine.ds_config import has_fast_bf16
 
     folder = work / "runs" / f"{prepared.case.name}-{system}-{seed}"

@@ -1,10 +1,10 @@
-"""How the cost of our distillation grows with samples, sequence length, effective layers and ranks.
+"""Measure how the cost of our distillation grows with samples, sequence length, effective layers and ranks.
 
     python benchmarks/bench_scaling.py --encoder demo/encoder [--axes samples,ranks]
 
-Runs of our program on mrpc, in turn, each a process of its own with a cached teacher; one thing differs at a time from
-2,048 rows, 3 stored layers run as 6, and one rank on all cores. Ranks share the cores. For sequence length, rows are
-joined until they are longer than the limit, so that all of it is tokens. Writes scaling.csv and scaling.png.
+Our program runs on mrpc with a cached teacher, each run in its own process. The base is 2,048 rows, 3 stored layers run
+as 6, and one rank on all cores; each axis varies one of these. Several ranks share the cores. For the sequence length,
+rows are joined to be longer than the limit, so that no position is padding. Writes scaling.csv and scaling.png.
 """
 
 import argparse
@@ -32,13 +32,13 @@ AXES = {
 }
 UNITS = {"samples": "rows", "sequence length": "tokens a row", "effective layers": "layers that run", "ranks": "ranks"}
 STORED = {2: 1, 4: 2, 6: 3, 9: 6}
-"""Stored layers n of an SPS student by the layers that it runs."""
+"""Stored layers of an SPS student, by the number of layers that it runs."""
 NUM_ROWS, NUM_LONG_ROWS, NUM_DEV_ROWS = 2048, 512, 64
 
 
 @dataclass(frozen=True)
 class Point:
-    """One setting to run."""
+    """One value on an axis."""
 
     axis: str
     value: int
@@ -63,7 +63,7 @@ class Point:
 
 
 def write_long_rows(data_dir: Path, source: str) -> None:
-    """mrpc_long: each row's sentences are those of several rows, more tokens than any limit here."""
+    """Write the task SOURCE_long, whose sentences are joined from eight rows and longer than every limit here."""
     name = f"{source}_long"
     from datasets import Dataset, disable_progress_bars
 
@@ -86,7 +86,7 @@ def write_long_rows(data_dir: Path, source: str) -> None:
 
 
 def run(point: Point, prepared: dict[int, bench_runs.Prepared], work: Path, repeat: int) -> Row:
-    """One run of our program at a point: one epoch."""
+    """Time one epoch of our program at a point. Raises RunFailed as `watch`."""
     inputs = prepared.get(point.num_rows, prepared[NUM_ROWS])
     is_long = point.axis == "sequence length"
     run_dir = work / "runs" / f"scaling-{point.axis.replace(' ', '-')}-{point.value}"
@@ -104,7 +104,7 @@ def run(point: Point, prepared: dict[int, bench_runs.Prepared], work: Path, repe
         "num_hidden_layers": point.num_stored_layers,
         "max_seq_length": point.max_seq_length,
         "distill_epochs": 1,
-        "layer_map": "last" if point.num_stored_layers < 6 else "1:1,3:2,5:4",  # 9 layers are more than the teacher's
+        "layer_map": "last" if point.num_stored_layers < 6 else "1:1,3:2,5:4",  # the teacher has fewer than 9 layers
         "dropout": recipe.DROPOUT,
         "log_steps": 4,
         "save_steps": 0,
@@ -114,13 +114,13 @@ def run(point: Point, prepared: dict[int, bench_runs.Prepared], work: Path, repe
     lines, _ = bench_runs.watch(command, work / "logs" / f"{run_dir.name}.log", threads)
     outcome = bench_runs.read_our_run(lines, run_dir / "metrics.jsonl", "eval_accuracy")
     records = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    speeds = [record["samples_per_s"] for record in records if "samples_per_s" in record][1:]  # the first step warms up
+    speeds = [record["samples_per_s"] for record in records if "samples_per_s" in record][1:]  # the first is a warm-up
     shutil.rmtree(run_dir, ignore_errors=True)
     return {"seconds": outcome["seconds"], "samples_per_s": statistics.median(speeds)}
 
 
 def plot(rows: Sequence[Row], title: str, file: Path) -> None:
-    """A panel for each axis: seconds of a run for samples, milliseconds a sample for the others."""
+    """Write a plot with a panel for each axis: seconds of a run for samples, milliseconds per sample for the others."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -144,6 +144,7 @@ def plot(rows: Sequence[Row], title: str, file: Path) -> None:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Checked options; argparse exits with code 2 if one is wrong."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -166,12 +167,13 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
+    """Run all points in turn, and write scaling.csv and scaling.png."""
     arguments = parse(argv)
     work, encoder = arguments.work_dir.absolute(), arguments.encoder.absolute()
     points = [Point(axis, value) for axis in arguments.axes for value in AXES[axis]]
     numbers = {NUM_ROWS, *(point.num_rows for point in points if point.axis == "samples")}
     prepared = {}
-    for number in sorted(numbers, key=lambda number: number != NUM_ROWS):  # first those that the teacher learns from
+    for number in sorted(numbers, key=lambda number: number != NUM_ROWS):  # the teacher's rows first
         case = Case(f"scaling_{number}", "mrpc", 3, number, NUM_DEV_ROWS)
         prepared[number] = bench_runs.prepare(case, encoder, arguments.data_dir, work, teacher_of=f"mrpc_{NUM_ROWS}")
     if "sequence length" in arguments.axes:

@@ -1,12 +1,12 @@
-"""Train the same student with ours and with what people use instead, in turn, and write how long each took.
+"""Train the same student with our program and with the alternatives, in turn, and compare the times.
 
     python benchmarks/bench_train.py --encoder demo/encoder                      every case, three times each
     python benchmarks/bench_train.py --encoder demo/encoder --cases mrpc_n1 --minutes 15
 
-Each run is a process of its own, one at a time, on all cores of this process as threads, without a GPU. Runs take
-turns, round after round, so that what else the machine does falls on all alike; the seed of a round is its number.
-Writes bench.json, a table (bench.md) and a plot (bench.png); a row that was there is replaced only by the same case and
-system. cases.py has the recipe, bench_runs.py one run, baselines.py the other systems.
+Each run has its own process; one runs at a time, on all cores that this process may use, without a GPU. The systems
+take turns in rounds, so that other load on the machine affects them equally; the seed is the number of the round.
+Writes bench.json, a table (bench.md) and a plot (bench.png); a new row replaces the old one of the same case and
+system. cases.py has the recipe, bench_runs.py runs one system once, baselines.py has the other systems.
 """
 
 import argparse
@@ -53,9 +53,17 @@ def take_turns(
     most_repeats: Callable[[str], int],
     seconds_left: Callable[[], float],
 ) -> dict[str, list[Row] | str]:
-    """Runs of each system, or the error that ended them, round after round.
+    """Run the systems in rounds.
 
-    The first round is always made; later a system runs again only if its last run fits into the seconds left.
+    All systems run in the first round. Later a system runs again only if its last run would fit into the time left.
+
+    Args:
+        run: Runs a system with a seed; raises RunFailed.
+        most_repeats: Most runs of a system.
+        seconds_left: Time left [s].
+
+    Returns:
+        The runs of each system, or the message of the one that failed.
     """
     rows: dict[str, list[Row]] = {system: [] for system in systems}
     errors: dict[str, str] = {}
@@ -66,11 +74,11 @@ def take_turns(
                 continue
             if seed >= most_repeats(system):
                 if seed == most_repeats(system):
-                    print(f"  {system}: slow, so it runs {seed} of {repeats} times", flush=True)
+                    print(f"  {system}: slow, so it runs only {seed} of {repeats} times", flush=True)
                 continue
             if seed and taken[system] > seconds_left():
                 print(
-                    f"  {system}, run {seed + 1} of {repeats}: left out, since it takes {taken[system]:.0f} s and "
+                    f"  {system}, run {seed + 1} of {repeats}: skipped, because it takes {taken[system]:.0f} s and "
                     f"--minutes leaves {max(0, seconds_left()):.0f} s",
                     flush=True,
                 )
@@ -92,7 +100,7 @@ def take_turns(
 
 
 def summarize(prepared: Prepared, system: str, runs: list[Row] | str, where: Row) -> Row:
-    """One row of bench.json from the runs of a system."""
+    """The row of bench.json for a system's runs, or for the message of the one that failed."""
     key = {"case": prepared.case.name, "system": system}
     if isinstance(runs, str):
         return {**key, "error": runs, **where}
@@ -116,7 +124,7 @@ def summarize(prepared: Prepared, system: str, runs: list[Row] | str, where: Row
 
 
 def tflop(prepared: Prepared, system: str, padding_share: float) -> float:
-    """10^12 multiplications and additions of the matrix products that a run of the system computes."""
+    """Multiplications and additions in the matrix products of a run of the system [10^12]."""
     from transformers import AutoConfig
 
     from peakd_ds.sps import execution_order
@@ -130,7 +138,7 @@ def tflop(prepared: Prepared, system: str, padding_share: float) -> float:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Options, all checked; argparse leaves with code 2 where one is wrong."""
+    """Checked options; argparse exits with code 2 if one is wrong."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
     )
@@ -141,12 +149,12 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--minutes",
         type=float,
         default=0,
-        help="for each case: after the first round nothing is started that would end later; default 0, no limit",
+        help="for each case: after the first round, no run starts that would end later; default 0, no limit",
     )
     parser.add_argument(
         "--recipe_steps",
         type=int,
-        help="the published recipe makes so many steps and is scaled up; 0: all, once; default 0, but "
+        help="the published recipe stops after this many steps and is scaled up; 0: all steps, once; default 0, but "
         f"{CASES['wide_n3'].recipe_steps} in wide_n3, and {BUDGET_RECIPE_STEPS} with --minutes",
     )
     parser.add_argument("--encoder", type=Path, default=Path("demo/encoder"), help="6 x 384; default demo/encoder")
@@ -175,7 +183,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def _problem_with(out: Path) -> str | None:
-    """Why results cannot go into the folder: they would mix machines, or what is there cannot be read."""
+    """Why results cannot go into the folder, if its rows are of another machine or cannot be read; else None."""
     file = out / "bench.json"
     if not file.exists():
         return None
@@ -192,7 +200,7 @@ def _problem_with(out: Path) -> str | None:
 
 
 def measure_case(arguments: argparse.Namespace, case: Case, where: Row, began: float) -> list[Row]:
-    """All rows of a case, whose minutes count from `began`."""
+    """Run a case and return its rows. The --minutes count from `began`, a time by perf_counter [s]."""
     limit_s = arguments.minutes * 60 or float("inf")
     work = arguments.work_dir.absolute()
     print(f"{case.name}:", flush=True)
@@ -206,7 +214,9 @@ def measure_case(arguments: argparse.Namespace, case: Case, where: Row, began: f
             return run_baseline(system, prepared, seed, work, max_steps)
         return run_ours(prepared, system.removeprefix("ours_"), seed, work)
 
-    def most_repeats(system: str) -> int:  # all its steps, in fp32 and padded to 128, take many times as long
+    def most_repeats(
+        system: str,
+    ) -> int:  # all its steps take too long to repeat
         return 1 if system == "published_recipe" and max_steps is None else arguments.repeats
 
     runs = take_turns(
@@ -216,7 +226,7 @@ def measure_case(arguments: argparse.Namespace, case: Case, where: Row, began: f
 
 
 def measure_step(arguments: argparse.Namespace) -> Row:
-    """bench_step.py in a process of its own."""
+    """Run bench_step.py in its own process and return its result. Raises RunFailed as `watch`."""
     work = arguments.work_dir.absolute()
     prepared = prepare(CASES[STEP_CASE], arguments.encoder.absolute(), arguments.data_dir, work)
     file = work / "step.json"
@@ -233,10 +243,11 @@ def measure_step(arguments: argparse.Namespace) -> Row:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the cases and write the results. Returns the exit code: 1 if a system failed."""
     arguments = parse(argv)
     with contextlib.suppress(AttributeError):
         sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
-    os.environ |= NO_GPU  # what is asked here about the machine has the answer that runs get
+    os.environ |= NO_GPU  # so that this process sees the same machine as the runs
     facts: Row = {
         "machine": machine_here(),
         "versions": {name: version_of(name) for name in VERSIONS},
@@ -254,7 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for name in arguments.cases:
         rows = measure_case(arguments, CASES[name], where, began)
         has_failed |= any("error" in row for row in rows)
-        save(arguments.out, rows, facts)  # after each case, so that a stop loses one at most
+        save(arguments.out, rows, facts)  # after each case, so that a stop loses at most one
         began = time.perf_counter()
     print((arguments.out / "bench.md").read_text())
     return 1 if has_failed else 0

@@ -1,4 +1,4 @@
-"""Where a measurement was made: machine, versions and commit, which every result carries."""
+"""Machine, versions and commit of a measurement; every result records them."""
 
 import platform
 import subprocess
@@ -8,6 +8,7 @@ import torch
 
 
 def machine(device: str) -> str:
+    """Name of the GPU (device "cuda"), or of the CPU with its number of threads."""
     if device == "cuda":
         return torch.cuda.get_device_name()
     text = Path("/proc/cpuinfo").read_text() if Path("/proc/cpuinfo").exists() else ""
@@ -16,7 +17,7 @@ def machine(device: str) -> str:
 
 
 def commit() -> str:
-    """Of this repository, with a + where files differ from it."""
+    """The commit of this repository, with a + if files differ from it; "unknown" outside of a repository."""
     try:
         here = Path(__file__).parent
         command = ["git", "describe", "--always", "--dirty=+", "--abbrev=10"]
@@ -26,6 +27,7 @@ def commit() -> str:
 
 
 def version_of(name: str) -> str:
+    """The version of an installed package, "" if it is not installed."""
     from importlib.metadata import PackageNotFoundError, version
 
     try:

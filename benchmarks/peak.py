@@ -1,7 +1,7 @@
 """Run a program and write its peak resident memory, in bytes: python benchmarks/peak.py FILE PROGRAM [ARGUMENT ...]
 
-A process starts with the peak of the one that forked it. This one is small, so the number is the program's own, which
-that of a child of bench_runs.py, with torch inside, would not be.
+A process inherits the peak of the one that forked it. This one is small, so the number is the program's own;
+bench_runs.py has imported torch, and its children would inherit a large peak.
 """
 
 import os

@@ -235,7 +235,7 @@ def test_a_failure_on_a_cluster_is_listed(make_run: MakeRun, runs: Path) -> None
 
 
 def test_a_failed_start_before_the_results_does_not_count(make_run: MakeRun, runs: Path) -> None:
-    """A second start of a running job is refused and the first one finishes. The times in the files decide, not theirs."""
+    """A second start of a running job is refused; the first one finishes. The times noted in the files decide."""
     for seed, began, counts in ((1, 90.0, True), (2, 110.0, False)):
         folder = make_run(f"rte/kd/seed-{seed}")
         edit(folder, lambda results: results.update(at=100.0))
