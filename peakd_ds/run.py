@@ -3,9 +3,7 @@
 Every user error is found here, on all ranks together, before anything saved is touched.
 """
 
-import json
 import math
-import os
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,7 +15,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from peakd_ds.command_line import differences, to_yaml
+from peakd_ds.cluster import run_folder
 from peakd_ds.config import RunConfig
 from peakd_ds.config.optimisation import EVAL_BATCH_FACTOR
 from peakd_ds.data import reading
@@ -29,7 +27,6 @@ from peakd_ds.data.tokens import Split, tokenize, used_tokens
 from peakd_ds.engine import checkpoint
 from peakd_ds.engine.ds_config import batch_plan, has_fast_bf16, resolve, zero_stage
 from peakd_ds.errors import UserError
-from peakd_ds.files import write_atomically
 from peakd_ds.kernels import check_backend, choose_backend
 from peakd_ds.model import contract
 from peakd_ds.model.build import layer_pairs
@@ -150,7 +147,7 @@ def open_run(config: RunConfig) -> Run:
     dist.agree(lambda: _check_equal_on_ranks(config, names, fingerprints, fingerprints_of_rank_0))
     train = None if checked.shards is None else shard_files.load(config, checked.shards)
     if not config.dry_run:
-        dist.on_main(lambda: _create_run_folder(config, fingerprints))
+        dist.on_main(lambda: run_folder.create(config, fingerprints))
 
     cache = None if config.dry_run else Path(config.run_dir) / "cache"
     wanted = task.eval_splits if train is not None else names
@@ -203,7 +200,7 @@ def _check(config: RunConfig, is_bf16_fast: bool) -> _Checked:
     task = get_task(config.task)
     dtype, student_ds_config, teacher_ds_config = resolve(config, is_bf16_fast)
     config = replace(config, dtype=dtype)
-    check_run_folder(config)
+    run_folder.check(config)
     _check_loss_backend(config)
     _batch_plan(config)
     teacher = contract.find_encoder(config.teacher, "teacher")
@@ -223,7 +220,7 @@ def _check(config: RunConfig, is_bf16_fast: bool) -> _Checked:
         fingerprints["train"] = shards.data_fingerprint
     elif config.select_on == "holdout":
         check_holdout(task, len(splits["train"]))
-    _check_same_data(config, fingerprints)
+    run_folder.check_data(config, fingerprints, config.data_dir or reading.HUB_DATASET)
     return _Checked(
         config,
         task,
@@ -276,44 +273,11 @@ def _loss_reads_teacher(config: RunConfig, pairs: Sequence[tuple[int, int]]) -> 
 # -- Checks ------------------------------------------------------------------------------------------------------------
 
 
-def check_run_folder(config: RunConfig) -> None:
-    """Raise UserError if the run folder holds a run with other settings, or cannot be written."""
-    folder = Path(config.run_dir)
-    saved = folder / "config.yaml"
-    if saved.exists():
-        changed = differences(config, saved.read_text())
-        if changed:
-            raise UserError(
-                f"--run_dir {folder} holds a run with other settings ({'; '.join(changed)}); nothing was "
-                "changed there: take another --run_dir, or the settings it was started with"
-            )
-    elif any((folder / name).exists() for name in ("teacher", "student", "checkpoints")):
-        raise UserError(
-            f"--run_dir {folder} holds models or checkpoints but no config.yaml that says what made them; "
-            "take another --run_dir"
-        )
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-        raise UserError(
-            f"--run_dir {folder} cannot be written ({nearest} is no folder you may write to); take another --run_dir"
-        )
-
-
 def _check_loss_backend(config: RunConfig) -> None:
     try:
         check_backend(config.loss_backend, device())
     except ValueError as error:
         raise UserError(f"--loss_backend {config.loss_backend}: {error}") from error
-
-
-def _check_same_data(config: RunConfig, fingerprints: dict[str, str]) -> None:
-    """Raise UserError if the run folder's labels and checkpoints were made from other rows."""
-    saved = Path(config.run_dir) / "data.json"
-    if saved.exists() and json.loads(saved.read_text()) != fingerprints:
-        raise UserError(
-            f"--run_dir {config.run_dir} holds a run on other rows than {config.data_dir or reading.HUB_DATASET} has "
-            "now; nothing was changed there: take another --run_dir, or the data it was started with"
-        )
 
 
 def _check_equal_on_ranks(
@@ -345,13 +309,6 @@ def _check_stages(config: RunConfig, task: Task, teacher: Pretrained) -> None:
             f"--stages {','.join(config.stages)} distils a PTP student, but the ptp stage has not run in "
             f"{folder}; add it, or set --no_ptp"
         )
-
-
-def _create_run_folder(config: RunConfig, fingerprints: dict[str, str]) -> None:
-    folder = Path(config.run_dir)
-    for name, text in (("data.json", json.dumps(fingerprints)), ("config.yaml", to_yaml(config))):
-        if not (folder / name).exists():
-            write_atomically(folder / name, text)
 
 
 # -- The plan ----------------------------------------------------------------------------------------------------------

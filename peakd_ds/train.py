@@ -21,7 +21,7 @@ from pathlib import Path
 from deepspeed import DeepSpeedEngine
 
 from peakd_ds import report, stages
-from peakd_ds.cluster import run_lock
+from peakd_ds.cluster import run_folder, run_lock
 from peakd_ds.command_line import to_yaml
 from peakd_ds.config import RunConfig
 from peakd_ds.data.batches import GlobalBatch, epoch_slots, global_batches
@@ -33,7 +33,7 @@ from peakd_ds.ranks import dist, preempt
 from peakd_ds.ranks.outcome import noted
 from peakd_ds.results.log import RunLog
 from peakd_ds.results.meter import StepMeter
-from peakd_ds.run import Run, check_run_folder, open_run, plan
+from peakd_ds.run import Run, open_run, plan
 from peakd_ds.stages import Stage
 
 
@@ -52,7 +52,7 @@ def main(config: RunConfig) -> None:
     if config.dry_run:
         return
     with run_lock.owned(run.folder):
-        dist.on_main(lambda: check_run_folder(run.config))  # another start may have written there meanwhile
+        dist.on_main(lambda: run_folder.check(run.config))  # another start may have written there meanwhile
         for name in stages.names_to_run(run, log.say):
             train(stages.build_stage(name, run, log), run, log)
         report.write(run, log)

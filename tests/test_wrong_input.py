@@ -50,7 +50,6 @@ class Program:
         self.run_dir, self.new_dir = folder / "run", folder / "new"
         (self.run_dir / "notes").mkdir(parents=True)
         (self.run_dir / "notes" / "mine.bin").write_bytes(b"precious")
-        (self.run_dir / "metrics.jsonl").write_text('{"stage": "teacher", "step": 1}\n')
         self.settings = {
             "task": "rte",
             "teacher": str(teacher),

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TypedDict
 
 from peakd_ds import __version__
+from peakd_ds.cluster import run_folder
 from peakd_ds.command_line import parse, to_yaml
 from peakd_ds.config.outputs import STAGES
 from peakd_ds.errors import UserError, exit_with
@@ -61,13 +62,14 @@ def open_start(argv: Sequence[str]) -> Path:
     """Check the options of train.py and make the folder of this start.
 
     Raises:
-        UserError: an option is wrong, or the run folder is not given or not writable.
+        UserError: an option is wrong, or the run folder is not given, not a run's or not writable.
     """
     config = parse(argv)
     env = os.environ
     job, restart, run_dir = str(job_name()), int(env.get("SLURM_RESTART_COUNT", "0")), Path(config.run_dir).absolute()
     teacher_cache = Path(config.teacher_cache or run_dir / "teacher_cache").absolute()
     folder = run_dir / "logs" / f"{job}-{restart}"
+    run_folder.check_owner(run_dir)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for old in folder.glob("rank-*.json"):
