@@ -1,17 +1,19 @@
-"""A task's training rows as 64 tokenised shards: what files there are, copied to each node's scratch, read by train.py.
+"""A task's training rows as 64 tokenised shards: their files, the copy on each node's scratch disk, and reading them.
 
     train.py --data_placement sharded --shard_dir shards/mnli --scratch_dir /scratch ...
 
-shard.py makes them. They are the canonical ones of data.py, so which rows a file holds depends on the data alone, and
-its bytes do not depend on the workers. With n nodes, node i holds shards i * 64 / n up to (i + 1) * 64 / n, from which
-its ranks' slots of every global batch come.
+programs/shard.py makes them. The shards are those of data/batches.py, so the rows of a file depend on the data alone,
+and its bytes do not depend on the number of workers. With n nodes, node i holds shards i * 64 / n up to
+(i + 1) * 64 / n, and its ranks take their slots of every global batch from these.
 
     SHARD_DIR/
       shard-00.safetensors .. shard-63.safetensors   rows, labels, lengths [n], input_ids, token_type_ids [tokens]
       holdout.safetensors    the same, of rows that only pick epochs; no rows with --select_on dev
       index.safetensors      lengths and labels of all training rows, which every rank needs
       manifest.json          what the files were made from, and the checksum of each; written last
-      shard-00.json ..       until the manifest is there, the checksums of finished files: a later start goes on
+    until manifest.json is there, so that a later start can continue:
+      made_from.json         what the files are made from
+      shard-00.sha256 ..     checksums of finished files (files.py)
 """
 
 import hashlib
@@ -33,7 +35,7 @@ from peakd_ds.data.batches import NUM_SHARDS, shard_bounds, split_holdout
 from peakd_ds.data.tasks import Task
 from peakd_ds.data.tokens import ON_ALL_NODES, Split, TokenRows, tokenizer_digest
 from peakd_ds.errors import UserError
-from peakd_ds.files import sha256_of, whole_file
+from peakd_ds.files import damage_of_file, damaged, whole_file
 from peakd_ds.ranks import dist, launch
 
 FORMAT = 1
@@ -44,7 +46,7 @@ MIB = 2**20
 
 @dataclass(frozen=True)
 class FileRecord:
-    """What the manifest says about one file."""
+    """The manifest's entry for one file."""
 
     sha256: str
     num_bytes: int
@@ -54,12 +56,12 @@ class FileRecord:
 
 @dataclass(frozen=True)
 class Manifest:
-    """A whole folder of shards."""
+    """A complete folder of shards."""
 
     folder: Path
     made_from: dict[str, Any]
     num_rows: int
-    """Training rows, held out ones included."""
+    """Training rows, including those held out."""
     files: dict[str, FileRecord]
 
     @property
@@ -74,7 +76,7 @@ class Manifest:
 def describe(
     task: Task, data_fingerprint: str, tokenizer: PreTrainedTokenizerBase, max_seq_length: int, select_on: str
 ) -> dict[str, Any]:
-    """All that the bytes of the shards depend on."""
+    """Everything that the bytes of the shards depend on."""
     return {
         "format": FORMAT,
         "num_shards": NUM_SHARDS,
@@ -87,7 +89,7 @@ def describe(
 
 
 def rows_of_files(num_rows: int, select_on: str) -> dict[str, np.ndarray]:
-    """Which of so many training rows each file holds: int64, sorted. The shards hold the rows trained on."""
+    """Numbers of the rows in each file, int64, sorted, for `num_rows` training rows. Shards hold the trained rows."""
     trained, held_out = np.arange(num_rows), np.arange(0)
     if select_on == "holdout":
         trained, held_out = split_holdout(num_rows)
@@ -113,18 +115,18 @@ def shards_of_node(node: int, num_nodes: int) -> list[str]:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """The manifest of a folder of shards. Raises UserError where there is none, or it cannot be read."""
+    """The manifest of a folder of shards. Raises UserError if there is none or it cannot be read."""
     file = folder / "manifest.json"
     if not file.exists():
         raise UserError(
-            f"--shard_dir {folder} holds no whole set of shards (no manifest.json); make it with peakd-shard"
+            f"--shard_dir {folder} is not a complete set of shards (no manifest.json); make it with peakd-shard"
         )
     try:
         content = json.loads(file.read_text())
         files = {name: FileRecord(**record) for name, record in content["files"].items()}
         return Manifest(folder, dict(content["made_from"]), int(content["num_rows"]), files)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(f"{file} is damaged ({error}); run peakd-shard again, which makes what is missing") from error
+        raise damaged(file, str(error), "run peakd-shard again, which makes it again") from error
 
 
 def _shard_name(number: int) -> str:
@@ -132,6 +134,7 @@ def _shard_name(number: int) -> str:
 
 
 def check_made_from(folder: Path, found: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """Raise UserError, naming each difference, if a folder's shards were made from other data or settings."""
     differing = [
         f"{name}: {found.get(name)} there, {wanted.get(name)} here"
         for name in sorted(found.keys() | wanted.keys())
@@ -144,17 +147,17 @@ def check_made_from(folder: Path, found: dict[str, Any], wanted: dict[str, Any])
         )
 
 
-# -- Reading them: train.py --------------------------------------------------------------------------------------------
+# -- Reading -----------------------------------------------------------------------------------------------------------
 
 
 def find(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, data_fingerprint: str | None) -> Manifest:
     """The shards of `--shard_dir`, checked against the settings and the nodes of this run; nothing is copied yet.
 
     Args:
-        data_fingerprint: of the train split; None on ranks that have not read it and leave this check to others.
+        data_fingerprint: Fingerprint of the train split; None on ranks that have not read it, which skip this check.
 
     Raises:
-        UserError: no whole set of shards there, made from something else, or not for so many nodes.
+        UserError: the shards are incomplete, were made from other data or settings, or do not fit the number of nodes.
     """
     manifest = read_manifest(Path(config.shard_dir))
     wanted = describe(
@@ -175,10 +178,10 @@ def find(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, data
 def load(config: RunConfig, manifest: Manifest) -> Split:
     """The train split (collective), with the tokens of this node's shards and of the held out rows.
 
-    One rank of each node copies its files to scratch and verifies them; a dry run verifies them where they are.
+    One rank of each node copies its files to scratch and verifies the copies. A dry run verifies the originals.
 
     Raises:
-        UserError: a damaged file, or a scratch that is full or cannot be written; with its name and host.
+        UserError: a file is damaged, or a scratch disk is full or cannot be written; the message names it.
     """
     node, num_nodes = dist.node_rank(), dist.num_nodes()
     names = [*shards_of_node(node, num_nodes), HOLDOUT]
@@ -206,24 +209,24 @@ def _rows_of(file: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
     return tensors["rows"].numpy(), {name: tensors[name].numpy() for name in TokenRows.COLUMNS}
 
 
-# -- Staging: to each node's scratch -----------------------------------------------------------------------------------
+# -- Staging -----------------------------------------------------------------------------------------------------------
 
 
 def stage(manifest: Manifest, names: Sequence[str], scratch: Path | None) -> None:
-    """Copy files to this node's scratch and verify each copy; whole ones that are there already are kept.
+    """Copy files to this node's scratch disk and verify each copy; intact copies are kept.
 
-    Without a scratch the files are verified where they are.
+    Without a scratch disk the originals are verified.
 
     Raises:
-        UserError: a damaged file, named; a scratch that is full or cannot be written, with the host.
+        UserError: a file is damaged, or the scratch disk is full or cannot be written; names file and host.
     """
     if scratch is None:
         for name in names:
-            _check_whole(manifest, name)
+            _check_intact(manifest, name)
         return
     folder, host = _staged_folder(manifest, scratch), socket.gethostname()
     try:
-        missing = [name for name in names if not is_whole(folder / name, manifest.files[name])]
+        missing = [name for name in names if damage_of_file(folder / name, manifest.files[name].sha256) is not None]
         folder.mkdir(parents=True, exist_ok=True)
         needed, free = sum(manifest.files[name].num_bytes for name in missing), shutil.disk_usage(folder).free
         if needed > free:
@@ -234,10 +237,10 @@ def stage(manifest: Manifest, names: Sequence[str], scratch: Path | None) -> Non
         for name in missing:
             with whole_file(folder / name) as copy:
                 shutil.copyfile(manifest.folder / name, copy)
-                if not is_whole(copy, manifest.files[name]):
-                    _check_whole(manifest, name)
+                if damage_of_file(copy, manifest.files[name].sha256) is not None:
+                    _check_intact(manifest, name)
                     raise UserError(
-                        f"{name} was copied to {scratch} on {host} and came out different; the disk or the network is "
+                        f"{name} changed while it was copied to {scratch} on {host}; the disk or the network is "
                         "failing: give another --scratch_dir or leave this host out"
                     )
     except OSError as error:
@@ -248,24 +251,19 @@ def stage(manifest: Manifest, names: Sequence[str], scratch: Path | None) -> Non
 
 
 def scratch_of(scratch_dir: str) -> Path | None:
-    """The folder that the user or the site named, or the one that was made for the job, if any."""
+    """The scratch folder that the user, the site or Slurm chose; None if there is none."""
     chosen = scratch_dir or os.environ.get("PEAKD_SCRATCH") or os.environ.get("SLURM_TMPDIR")
     return Path(chosen) if chosen else None
 
 
 def _staged_folder(manifest: Manifest, scratch: Path | None) -> Path:
-    """Where staged files lie: a folder for each content, so that runs on the same shards share them."""
+    """Folder of the staged files. Its name follows from the content, so runs on the same shards share it."""
     if scratch is None:
         return manifest.folder
     return scratch / f"peakd-shards-{hashlib.sha256(manifest.to_json().encode()).hexdigest()[:16]}"
 
 
-def is_whole(file: Path, record: FileRecord) -> bool:
-    return file.exists() and file.stat().st_size == record.num_bytes and sha256_of(file) == record.sha256
-
-
-def _check_whole(manifest: Manifest, name: str) -> None:
-    file = manifest.folder / name
-    if not is_whole(file, manifest.files[name]):
-        state = "is damaged (its SHA-256 is not the manifest's)" if file.exists() else "is missing"
-        raise UserError(f"{file} {state}; run peakd-shard again, which makes it anew")
+def _check_intact(manifest: Manifest, name: str) -> None:
+    damage = damage_of_file(manifest.folder / name, manifest.files[name].sha256)
+    if damage is not None:
+        raise damaged(manifest.folder, damage, "run peakd-shard again, which makes the file again")

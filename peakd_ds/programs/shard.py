@@ -7,12 +7,10 @@ Started again, it keeps intact files and makes the others.
 
 import argparse
 import contextlib
-import hashlib
 import json
 import os
 import socket
-from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
@@ -20,6 +18,7 @@ import datasets
 import numpy as np
 import numpy.typing as npt
 import safetensors.numpy
+from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
 from peakd_ds.data import reading
@@ -32,7 +31,6 @@ from peakd_ds.data.shards import (
     Manifest,
     check_made_from,
     describe,
-    is_whole,
     read_manifest,
     rows_of_files,
     scratch_of,
@@ -42,11 +40,20 @@ from peakd_ds.data.shards import (
 from peakd_ds.data.tasks import Task, get_task
 from peakd_ds.data.tokens import encoder_of, label_dtype
 from peakd_ds.errors import UserError, first_line
-from peakd_ds.files import whole_file, write_atomically
+from peakd_ds.files import (
+    checksum_file,
+    damage_of_file,
+    write_atomically,
+    write_checked,
+    write_checksum,
+    written_sha256,
+)
 from peakd_ds.model import contract
 from peakd_ds.programs import scripts
 
 T = TypeVar("T")
+
+MADE_FROM = "made_from.json"
 
 
 class Workers(Protocol):
@@ -91,23 +98,19 @@ def make(
         )
     made_from = describe(task, rows._fingerprint, tokenizer, max_seq_length, select_on)
     files = rows_of_files(len(rows), select_on)
-    records = _agree(workers, lambda: _records_in(folder, made_from, files))
+    _agree(workers, lambda: _claim(folder, made_from) if workers.rank == 0 else None)
+    digests = _agree(workers, lambda: _digests_in(folder, list(files)))
     encode = encoder_of(task, tokenizer, max_seq_length)
 
     def make_files() -> dict[str, tuple[str, FileRecord]]:
         """Why each of this worker's files was made, "" if it was kept, and its record."""
         made = {}
         for name in list(files)[workers.rank :: workers.size]:
-            if name in records and is_whole(folder / name, records[name]):
-                made[name] = "", records[name]
-                continue
-            reason = "made"
-            if name in records:
-                reason = f"{'damaged' if (folder / name).exists() else 'missing'}, made again"
-            columns = encode_file(rows, files[name], encode, label_dtype(task))
-            record = _write(folder / name, columns)
-            write_atomically(_sidecar(folder, name), json.dumps({"made_from": made_from, "record": asdict(record)}))
-            made[name] = reason, record
+            file, digest = folder / name, digests[name]
+            reason = _why_made(file, digest)
+            if reason:
+                digest = _write(file, encode_file(rows, files[name], encode, label_dtype(task)))
+            made[name] = reason, _record(file, digest)
         return made
 
     done: dict[str, tuple[str, FileRecord]] = {}
@@ -116,11 +119,11 @@ def make(
 
     def write_index_and_manifest() -> None:
         finished = {name: done[name][1] for name in files}
-        finished[INDEX] = _write_index(folder, files, label_dtype(task))
+        finished[INDEX] = _record(folder / INDEX, _write_index(folder, files, label_dtype(task)))
         manifest = Manifest(folder, made_from, len(rows), finished)
         write_atomically(folder / "manifest.json", manifest.to_json() + "\n")
-        for name in files:
-            _sidecar(folder, name).unlink(missing_ok=True)
+        for file in (folder / MADE_FROM, *(checksum_file(folder / name) for name in finished)):
+            file.unlink(missing_ok=True)
 
     _agree(workers, lambda: write_index_and_manifest() if workers.rank == 0 else None)
     notes = sorted(f"{name}: {reason}" for name, (reason, _) in done.items() if reason)
@@ -156,47 +159,64 @@ def encode_file(
     }
 
 
-def _records_in(folder: Path, made_from: dict[str, Any], files: Iterable[str]) -> dict[str, FileRecord]:
-    """Records of the finished files: those of the manifest, and those of an earlier start that did not write one.
-
-    A record that cannot be read is left out, and its file is made again.
+def _claim(folder: Path, made_from: dict[str, Any]) -> None:
+    """Write what this folder's shards are made from, unless it holds shards of other data or settings.
 
     Raises:
-        UserError: the files are shards of other data or settings.
+        UserError: it does; nothing is changed there.
     """
-    found: dict[str, FileRecord] = {}
-    if (folder / "manifest.json").exists():
-        with contextlib.suppress(UserError):
-            manifest = read_manifest(folder)
-            found = {name: record for name, record in manifest.files.items() if name in files}
-        if found:
-            check_made_from(folder, manifest.made_from, made_from)
-    for name in files:
+    for file in sorted(folder.glob("*.json")):
         try:
-            content = json.loads(_sidecar(folder, name).read_text())
-            found[name], source = FileRecord(**content["record"]), content["made_from"]
-        except (FileNotFoundError, ValueError, TypeError, KeyError):
+            content = json.loads(file.read_text())
+            found, record = dict(content["made_from"]), content.get("record", {})
+        except (ValueError, TypeError, KeyError):  # a damaged manifest, which is written again
             continue
-        check_made_from(folder, source, made_from)
-    return found
+        check_made_from(folder, found, made_from)
+        if "sha256" in record:
+            _convert_earlier_checksum(file, record["sha256"])
+    write_atomically(folder / MADE_FROM, json.dumps({"made_from": made_from}) + "\n")
 
 
-def _sidecar(folder: Path, name: str) -> Path:
-    return (folder / name).with_suffix(".json")
+def _convert_earlier_checksum(file: Path, digest: str) -> None:
+    """Earlier versions noted the checksum of a finished shard-NN.safetensors in shard-NN.json."""
+    write_checksum(file.with_suffix(".safetensors"), digest)
+    file.unlink()
 
 
-def _write(file: Path, columns: dict[str, np.ndarray]) -> FileRecord:
-    content = safetensors.numpy.save(columns)
+def _digests_in(folder: Path, names: list[str]) -> dict[str, str]:
+    """SHA-256 of each finished file, from its own checksum or else the manifest; "" for files that are not finished."""
+    records: dict[str, FileRecord] = {}
+    with contextlib.suppress(UserError):  # no manifest, or a damaged one
+        records = read_manifest(folder).files
+    in_manifest = {name: record.sha256 for name, record in records.items()}
+    return {name: written_sha256(folder / name) or in_manifest.get(name, "") for name in names}
+
+
+def _why_made(file: Path, digest: str) -> str:
+    """Why a file must be made; "" if it is intact."""
+    if not digest:
+        return "made"
+    if damage_of_file(file, digest) is None:
+        return ""
+    return "damaged, made again" if file.exists() else "missing, made again"
+
+
+def _write(file: Path, columns: dict[str, np.ndarray]) -> str:
+    """Write arrays; return the SHA-256 of the file."""
     try:
-        with whole_file(file) as temporary:
-            temporary.write_bytes(content)
+        return write_checked(file, safetensors.numpy.save(columns))
     except OSError as error:
         raise UserError(f"{file} cannot be written ({error}); free space or give another --shard_dir") from error
-    num_tokens = int(columns["lengths"].sum())
-    return FileRecord(hashlib.sha256(content).hexdigest(), len(content), len(columns["lengths"]), num_tokens)
 
 
-def _write_index(folder: Path, files: dict[str, np.ndarray], label_dtype: npt.DTypeLike) -> FileRecord:
+def _record(file: Path, digest: str) -> FileRecord:
+    with safe_open(file, framework="numpy") as opened:
+        lengths = opened.get_tensor("lengths")
+    return FileRecord(digest, file.stat().st_size, len(lengths), int(lengths.sum()))
+
+
+def _write_index(folder: Path, files: dict[str, np.ndarray], label_dtype: npt.DTypeLike) -> str:
+    """Write lengths and labels of all rows; return the SHA-256 of the file."""
     num_rows = sum(map(len, files.values()))
     index = {"lengths": np.zeros(num_rows, np.int32), "labels": np.zeros(num_rows, label_dtype)}
     for name in files:
@@ -274,7 +294,7 @@ def main(args: argparse.Namespace) -> None:
     if workers.rank == 0:
         for note in notes:
             print(note)
-        num_tokens = sum(record.num_tokens for record in manifest.files.values())
+        num_tokens = manifest.files[INDEX].num_tokens
         num_bytes = sum(record.num_bytes for record in manifest.files.values())
         print(
             f"{manifest.folder}: {manifest.num_rows:,} rows of {task.name}, {num_tokens:,} tokens, "

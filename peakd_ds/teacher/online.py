@@ -63,7 +63,7 @@ class OnlineTeacher:
 
     def is_trained(self) -> bool:
         """Whether there is a trained teacher (collective): the user's classifier, or the one of this run."""
-        return self.source.is_classifier or dist.on_main((self.folder / "config.json").exists)
+        return self.source.is_classifier or dist.on_main(self.folder.exists)
 
     def engine(self) -> DeepSpeedEngine:
         """The teacher's engine (collective when it starts)."""
