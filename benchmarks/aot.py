@@ -1,10 +1,10 @@
-"""Compile every kernel of the fused loss for GPUs that are not here, and read what the compiler made of it.
+"""Compile the kernels of the fused loss for GPUs that need not be present, and report the resources they take.
 
     python benchmarks/aot.py [--targets sm_90 gfx942] [--output benchmarks/results/aot_budget.csv]
 
-Each case calls the launching code with CPU tensors and records the launch in place of making it, so what is compiled
-(argument types, constants, alignments, warps) is what a GPU would be given. Triton's wheel carries the assemblers and
-disassemblers. TRITON_INTERPRET must not be set: the decorator decides when the kernels are imported.
+Each case runs the launching code on CPU tensors with the launches recorded, not made, so the compiled kernels have the
+argument types, constants, alignments and warps that a GPU would get. Triton's wheel contains the assemblers and
+disassemblers. TRITON_INTERPRET must not be set: kernels are either compiled or interpreted from their import on.
 """
 
 import argparse
@@ -15,19 +15,20 @@ import os
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 from unittest import mock
 
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 
-from peakd_ds.kernels import triton_backend, triton_kernels
-from peakd_ds.kernels.fused import LossCall
+from peakd_ds.kernels import triton_backend, triton_kernels, triton_streaming
+from peakd_ds.kernels.fused import LossInputs
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -53,21 +54,21 @@ def _case(
     teacher_padding: int = 0,
     has_labels: bool = True,
     counts: int | None = 32,
-) -> LossCall:
-    """A call of 32 rows; nothing in it is ever computed with."""
+) -> LossInputs:
+    """Inputs of 32 rows, of which only dtypes, shapes and strides matter."""
     rows = 32
     teacher = torch.empty(rows, num_classes + teacher_padding, dtype=teacher_dtype or dtype)[:, :num_classes]
     is_token = len(hidden) == 3
-    return LossCall(
-        student_logits=torch.empty(rows, num_classes, dtype=dtype),
-        teacher_logits=teacher,
-        labels=torch.zeros(rows, dtype=torch.int64) if has_labels else None,
-        student_hidden=tuple(torch.empty(hidden, dtype=dtype) for _ in range(num_pairs)),
-        teacher_hidden=tuple(torch.empty(hidden, dtype=dtype) for _ in range(num_pairs)),
+    return LossInputs(
+        student_logits_NC=torch.empty(rows, num_classes, dtype=dtype),
+        teacher_logits_NC=teacher,
+        labels_N=torch.zeros(rows, dtype=torch.int64) if has_labels else None,
+        student_hidden_BSH=tuple(torch.empty(hidden, dtype=dtype) for _ in range(num_pairs)),
+        teacher_hidden_BSH=tuple(torch.empty(hidden, dtype=dtype) for _ in range(num_pairs)),
         temperature=temperature,
         alpha=alpha,
         beta=100.0,
-        attention_mask=torch.ones(hidden[:2], dtype=torch.int64) if is_token and num_pairs else None,
+        attention_mask_BS=torch.ones(hidden[:2], dtype=torch.int64) if is_token and num_pairs else None,
         normalize=normalize,
         reduction="batchmean",
         ignore_index=-100,
@@ -78,11 +79,12 @@ def _case(
 
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
-CASES: dict[str, functools.partial[LossCall]] = {
+CASES: dict[str, functools.partial[LossInputs]] = {
     "C=30522 bf16 T=10": functools.partial(_case, 30522),
     "C=30522 bf16 T=4": functools.partial(_case, 30522, temperature=4.0),
     "C=30522 bf16 T=20": functools.partial(_case, 30522, temperature=20.0),
     "C=30522 bf16 T=3.3": functools.partial(_case, 30522, temperature=3.3),
+    "C=30522 bf16 T=50, precise KL": functools.partial(_case, 30522, temperature=50.0),
     "C=30522 fp16 T=10": functools.partial(_case, 30522, FP16),
     "C=30522 fp32 T=10": functools.partial(_case, 30522, FP32),
     "C=30522 fp32 T=3.3": functools.partial(_case, 30522, FP32, temperature=3.3),
@@ -112,38 +114,40 @@ CASES: dict[str, functools.partial[LossCall]] = {
 
 @dataclass(frozen=True)
 class Launch:
-    """One recorded kernel launch."""
+    """A recorded kernel launch."""
 
-    kernel: Any
+    kernel: triton.JITFunction
     arguments: dict[str, Any]
-    """By parameter name, constants among them."""
+    """By parameter name, constants included."""
     num_warps: int
 
 
-def launches(call: LossCall, warp_size: int) -> list[Launch]:
-    """What a forward and backward pass of `call` would launch, in order, on a GPU of that warp size."""
+def launches(inputs: LossInputs, warp_size: int) -> list[Launch]:
+    """The launches of a forward and backward pass on a GPU of that warp size, in order."""
     recorded: list[Launch] = []
 
     class Recorder:
-        def __init__(self, kernel: Any) -> None:
+        def __init__(self, kernel: triton.JITFunction) -> None:
             self.kernel = kernel
 
-        def __getitem__(self, grid: Any) -> Any:
+        def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
             def record(*values: Any, num_warps: int = 4, **constants: Any) -> None:
                 names = self.kernel.arg_names
                 recorded.append(Launch(self.kernel, dict(zip(names, values, strict=False)) | constants, num_warps))
 
             return record
 
-    names = [name for name in vars(triton_kernels) if name.endswith("_kernel")]
-    recorders = {name: Recorder(getattr(triton_kernels, name)) for name in names}
+    def recorders(module: ModuleType) -> dict[str, Recorder]:
+        return {name: Recorder(kernel) for name, kernel in vars(module).items() if name.endswith("_kernel")}
+
     with (
-        mock.patch.multiple(triton_kernels, **recorders),
+        mock.patch.multiple(triton_kernels, **recorders(triton_kernels)),
+        mock.patch.multiple(triton_streaming, **recorders(triton_streaming)),
         mock.patch.object(triton_backend, "WARP_SIZE", warp_size),
     ):
-        computed = triton_backend.compute(call, True, True)
-        gradients = [gradient for gradient in (computed.logits_grad, *computed.hidden_grads) if gradient is not None]
-        triton_backend.rescale(gradients, computed.total, call.grad_scale)
+        result = triton_backend.compute(inputs, True, True)
+        grads = [grad for grad in (result.grad_logits_NC, *result.grad_hidden_KBSH) if grad is not None]
+        triton_backend.rescale(grads, result.total, inputs.grad_scale)
     return recorded
 
 
@@ -156,9 +160,9 @@ _TYPES = {
 }
 
 
-def compile_for(launch: Launch, target: GPUTarget) -> Any:
-    """The kernel that Triton's JIT would make of a launch: it specialises on alignment by 16 and on the number 1."""
-    signature: dict[str, Any] = {}
+def compile_for(launch: Launch, target: GPUTarget) -> CompiledKernel:
+    """The kernel that Triton's JIT compiles for a launch; it specialises on alignment by 16 and on the number 1."""
+    signature: dict[str, str | tuple[str, ...]] = {}
     constants: dict[str, Any] = {}
     attributes: dict[tuple[int, ...], list] = {}
     divisible = [["tt.divisibility", 16]]
@@ -184,12 +188,12 @@ def compile_for(launch: Launch, target: GPUTarget) -> Any:
     return triton.compile(source, target=target, options={"num_warps": launch.num_warps, "enable_fp_fusion": True})
 
 
-# -- What the compiler made of it --------------------------------------------------------------------------------------
+# -- From a compiled kernel to its resources ---------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Loop:
-    """An innermost loop of NVIDIA machine code, and how many instructions of each kind one turn has."""
+    """An innermost loop of NVIDIA machine code: counts of instructions per iteration."""
 
     num_instructions: int
     loads: dict[int, int]
@@ -207,7 +211,7 @@ class Report:
     registers: int
     stack_bytes: int
     spills: int
-    """To memory, in load and store instructions (NVIDIA) or registers (AMD)."""
+    """To memory: load and store instructions (NVIDIA), or registers (AMD)."""
     shared_bytes: int
     num_instructions: int
     loads: dict[int, int]
@@ -217,7 +221,8 @@ class Report:
     """NVIDIA only."""
 
 
-def report(kernel: Any) -> Report:
+def report(kernel: CompiledKernel) -> Report:
+    """Resources of a kernel, read from its machine code."""
     return _nvidia_report(kernel) if "cubin" in kernel.asm else _amd_report(kernel)
 
 
@@ -226,7 +231,7 @@ def _tool(name: str, *arguments: str) -> str:
     return subprocess.run([str(tool), *arguments], capture_output=True, text=True, check=True).stdout
 
 
-def _nvidia_report(kernel: Any) -> Report:
+def _nvidia_report(kernel: CompiledKernel) -> Report:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()
@@ -255,7 +260,7 @@ def _nvidia_report(kernel: Any) -> Report:
 
 
 def _loops(instructions: list[tuple[str, str]], labels: dict[str, int]) -> Iterator[Loop]:
-    """Backward branches, each with the instructions from its target on; Triton's kernels nest no loops."""
+    """Loops: a backward branch and the instructions from its target to it; these kernels have no nested loops."""
     for position, (name, rest) in enumerate(instructions):
         target = re.search(r"\.L_x_\d+", rest)
         if not name.startswith("BRA") or target is None:
@@ -273,7 +278,7 @@ def _loops(instructions: list[tuple[str, str]], labels: dict[str, int]) -> Itera
             )
 
 
-def _amd_report(kernel: Any) -> Report:
+def _amd_report(kernel: CompiledKernel) -> Report:
     text = kernel.asm["amdgcn"]
 
     def number(key: str) -> int:
@@ -283,7 +288,7 @@ def _amd_report(kernel: Any) -> Report:
     return Report(
         registers=number("vgpr_count"),
         stack_bytes=number("private_segment_fixed_size"),
-        spills=number("vgpr_spill_count"),  # scalar registers spill into lanes of vector registers, not to memory
+        spills=number("vgpr_spill_count"),  # scalar registers spill to vector registers, not to memory
         shared_bytes=kernel.metadata.shared,
         num_instructions=len(names),
         loads=_widths(names, "global_load", "buffer_load"),
@@ -296,7 +301,7 @@ def _count(names: list[str], *prefixes: str) -> int:
 
 
 def _widths(names: list[str], *prefixes: str) -> dict[int, int]:
-    """Number of memory instructions by bits per thread: LDG.E.128 or global_load_dwordx4, LDG.E.U16 or ..._ushort."""
+    """Memory instructions counted by bits per thread, read from names like LDG.E.128 or global_load_dwordx4."""
     bits = {"128": 128, "64": 64, "U16": 16, "S16": 16, "U8": 8, "S8": 8}
     bits |= {"dwordx4": 128, "dwordx3": 96, "dwordx2": 64, "ushort": 16, "short": 16, "ubyte": 8, "byte": 8, "b8": 8}
     counts: collections.Counter[int] = collections.Counter()
@@ -310,7 +315,7 @@ def _widths(names: list[str], *prefixes: str) -> dict[int, int]:
 
 
 def rows(case: str, target: str, skip_common: bool) -> Iterator[tuple[str, Launch, Report]]:
-    """(kernel, launch, report) of each launch of a case, unless it is one that all cases have in common."""
+    """(kernel name, launch, report) of each launch of a case; skip_common leaves out kernels that all cases share."""
     for launch in launches(CASES[case](), TARGETS[target].warp_size):
         name = launch.kernel.__name__
         if not (skip_common and name in ("finish_kernel", "rescale_kernel")):
@@ -326,13 +331,13 @@ def main() -> None:
         table = csv.writer(file)
         table.writerow(
             "triton kernel case target warps registers stack spills shared_bytes instructions loads stores".split()
-            + ["loops (instructions an element / exponentials / barriers / shuffles)"]
+            + ["loops (instructions per element / exponentials / barriers / shuffles)"]
         )
         for target in arguments.targets:
             for case in CASES:
                 for name, launch, made in rows(case, target, skip_common=case != next(iter(CASES))):
-                    per_turn = launch.arguments.get("LANES", 0) * launch.arguments.get("WIDTH", 0)
-                    per_thread = per_turn / (TARGETS[target].warp_size * launch.num_warps) or 1
+                    per_iteration = launch.arguments.get("LANES", 0) * launch.arguments.get("WIDTH", 0)
+                    per_thread = per_iteration / (TARGETS[target].warp_size * launch.num_warps) or 1
                     loops = [
                         f"{loop.num_instructions / per_thread:.1f}/{loop.num_exponentials / per_thread:.2f}"
                         f"/{loop.num_barriers}/{loop.num_shuffles}"

@@ -1,12 +1,12 @@
-"""Time the fused loss against what people use instead, all in one run, and check it against float64 in the same run.
+"""Time the fused loss and its alternatives in one run, and check each against float64.
 
-    python benchmarks/bench_loss.py                     every case that fits the device; a GPU if there is one
+    python benchmarks/bench_loss.py                     all cases, on a GPU if there is one
     python benchmarks/bench_loss.py --case "GLUE bf16"  one case
     python benchmarks/bench_loss.py --tune              also other tiles of the streaming kernel (GPU)
 
-Forward and backward together. Systems take turns, round after round, so that what else the machine does falls on all
-alike. Writes a row for each case and system to benchmarks/results/loss_DEVICE.csv and a plot beside it. Needs only
-torch (and triton, on a GPU) and this package, installed with `pip install --no-deps .`; Liger-Kernel joins in where it
+A measurement is a forward and a backward pass. Systems take turns in each round, so other load on the machine affects
+all of them. Writes a row per case and system to benchmarks/results/loss_DEVICE.csv, and a plot next to it. Needs only
+torch (and triton, on a GPU) and this package, installed with `pip install --no-deps .`; Liger-Kernel is included if it
 is installed.
 """
 
@@ -19,7 +19,6 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -29,7 +28,7 @@ from peakd_ds.kernels import distillation_loss
 
 RESULTS = Path(__file__).parent / "results"
 TEMPERATURE, ALPHA, BETA = 4.0, 0.7, 100.0
-SETTINGS: dict[str, Any] = {"temperature": TEMPERATURE, "alpha": ALPHA, "beta": BETA}
+SETTINGS = {"temperature": TEMPERATURE, "alpha": ALPHA, "beta": BETA}
 CHECKED_ROWS = 64
 
 Systems = dict[str, Callable[[], torch.Tensor]]
@@ -37,7 +36,7 @@ Systems = dict[str, Callable[[], torch.Tensor]]
 
 @dataclass
 class Case:
-    """Inputs of one comparison, and the least number of bytes that must move."""
+    """Inputs of one comparison."""
 
     name: str
     student_logits: torch.Tensor
@@ -46,7 +45,7 @@ class Case:
     student_hidden: list[torch.Tensor]
     teacher_hidden: list[torch.Tensor]
     is_launch_bound: bool = False
-    """So small that the launches are what takes time; also timed in a CUDA graph."""
+    """So small that kernel launches dominate the time; on a GPU it is also timed in a CUDA graph."""
 
     @property
     def leaves(self) -> list[torch.Tensor]:
@@ -54,7 +53,7 @@ class Case:
 
     @property
     def bytes_once(self) -> int:
-        """Each input read once, each gradient written once."""
+        """Least memory traffic in bytes: each input read once, each gradient written once."""
         inputs = [self.student_logits, self.teacher_logits, *self.student_hidden, *self.teacher_hidden]
         return sum(tensor.nbytes for tensor in inputs) + sum(leaf.nbytes for leaf in self.leaves)
 
@@ -85,7 +84,7 @@ def make_case(
 
 
 def case_makers(device: str) -> dict[str, Callable[[], Case]]:
-    """Cases by name. The hidden-state cases have the logits of a GLUE task beside them, as in training."""
+    """Cases by name. Those with hidden states also have the logits of a GLUE task, as in training."""
     makers: dict[str, Callable[[], Case]] = {}
     for dtype, word in ((torch.bfloat16, "bf16"), (torch.float32, "fp32")):
         makers |= {
@@ -106,7 +105,7 @@ def case_makers(device: str) -> dict[str, Callable[[], Case]]:
 
 
 def eager_loss(case: Case) -> torch.Tensor:
-    """What people write: cross-entropy, kl_div and a loop of normalised squared errors, in fp32 as autocast has it."""
+    """The usual code: cross-entropy, kl_div and a loop of normalised squared errors, in fp32 as under autocast."""
     student, teacher = case.student_logits.float(), case.teacher_logits.float()
     soft = F.kl_div((student / TEMPERATURE).log_softmax(1), (teacher / TEMPERATURE).softmax(1), reduction="batchmean")
     total = (1 - ALPHA) * F.cross_entropy(student, case.labels) + ALPHA * TEMPERATURE**2 * soft
@@ -134,13 +133,13 @@ def fused_loss(case: Case, backend: str = "auto") -> torch.Tensor:
 
 
 def liger_loss(case: Case) -> torch.Tensor:
-    """Liger-Kernel's own cross-entropy and KL kernels; it has none for the softmaxes before KL or for hidden states."""
+    """Liger-Kernel's cross-entropy and KL kernels; it has none for the softmaxes before KL, or for hidden states."""
     from liger_kernel.transformers import LigerCrossEntropyLoss, LigerKLDIVLoss
 
     soft = LigerKLDIVLoss(reduction="batchmean")(
         (case.student_logits / TEMPERATURE).log_softmax(1), (case.teacher_logits / TEMPERATURE).softmax(1)
     )
-    # its cross-entropy writes the gradient over the logits, which the KL term still needs
+    # its cross-entropy overwrites the logits with their gradient, and the KL term still needs them
     hard = LigerCrossEntropyLoss()(case.student_logits.clone(), case.labels)
     return (1 - ALPHA) * hard + ALPHA * TEMPERATURE**2 * soft + _eager_hidden(case)
 
@@ -160,7 +159,7 @@ def systems_for(case: Case, tune: bool) -> Systems:
 
 
 def _other_tiles(case: Case) -> Systems:
-    """More lanes a program and fewer programs at a time: do the two passes then meet in the L2 cache?"""
+    """Tiles with more lanes per program: fewer rows at a time, which may stay in the L2 cache for both passes."""
     from peakd_ds.kernels import triton_backend
 
     def with_tile(lanes: int, num_warps: int) -> Callable[[], torch.Tensor]:
@@ -188,7 +187,7 @@ def step(case: Case, loss: Callable[[], torch.Tensor]) -> None:
 
 
 def check(case: Case, loss: Callable[[], torch.Tensor]) -> float:
-    """Relative error of the gradients of the first rows against float64, which the caller reads in the table."""
+    """Relative error of the gradients of the first rows against float64."""
     step(case, loss)
     rows = slice(0, CHECKED_ROWS)
     exact = [
@@ -207,21 +206,21 @@ def check(case: Case, loss: Callable[[], torch.Tensor]) -> float:
         backend="reference",
     ).total.backward()
     squared_error = squared_norm = 0.0
-    for leaf, wanted in zip((case.student_logits, *case.student_hidden), exact, strict=True):
-        squared_error += (leaf.grad[rows].cpu().double() - wanted.grad).square().sum().item()
-        squared_norm += wanted.grad.square().sum().item()
+    for leaf, expected in zip((case.student_logits, *case.student_hidden), exact, strict=True):
+        squared_error += (leaf.grad[rows].cpu().double() - expected.grad).square().sum().item()
+        squared_norm += expected.grad.square().sum().item()
     return (squared_error / squared_norm) ** 0.5
 
 
 def times_ms(case: Case, systems: Systems, rounds: int) -> dict[str, list[float]]:
-    """Milliseconds of forward and backward, `rounds` of each system, in turn."""
+    """Milliseconds of forward and backward by system, one per round; systems take turns."""
     on_gpu = case.leaves[0].is_cuda
     for loss in systems.values():  # compile, allocate, fill caches
         for _ in range(3):
             step(case, loss)
     flushed = torch.empty(2**28 if on_gpu else 0, dtype=torch.uint8, device=case.leaves[0].device)
     taken: dict[str, list[float]] = {name: [] for name in systems}
-    steps = 100 if case.is_launch_bound else 1  # on a CPU: a step of a millisecond is not timed alone
+    steps = 100 if case.is_launch_bound else 1  # on a CPU: a single step of a millisecond is too short to time
     for _ in range(rounds):
         for name, loss in systems.items():
             if on_gpu:
@@ -242,7 +241,7 @@ def times_ms(case: Case, systems: Systems, rounds: int) -> dict[str, list[float]
 
 
 def graph_ms(case: Case, loss: Callable[[], torch.Tensor], rounds: int) -> list[float]:
-    """Milliseconds of a captured forward and backward, without launches from Python."""
+    """Milliseconds of forward and backward in a CUDA graph, so without launches from Python; one per round."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -267,7 +266,7 @@ def graph_ms(case: Case, loss: Callable[[], torch.Tensor], rounds: int) -> list[
 
 
 def peak_mib(case: Case, loss: Callable[[], torch.Tensor]) -> float | None:
-    """Device memory that a step needs on top of its inputs; None on a CPU, which does not tell."""
+    """Peak device memory of a step, without its inputs, in MiB; None on a CPU, where torch does not count it."""
     if not case.leaves[0].is_cuda:
         return None
     for leaf in case.leaves:
@@ -281,7 +280,7 @@ def peak_mib(case: Case, loss: Callable[[], torch.Tensor]) -> float | None:
 
 
 def copy_bytes_per_s(device: str) -> float:
-    """Bytes read and written per second by the copy of a large tensor, the best of ten."""
+    """Bytes read plus written per second in the copy of a large tensor, the best of ten."""
     source = torch.empty(2**30 if device == "cuda" else 2**28, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     best = float("inf")
@@ -299,8 +298,8 @@ def copy_bytes_per_s(device: str) -> float:
 # -- Rows and plot -----------------------------------------------------------------------------------------------------
 
 
-def measure(case: Case, tune: bool, rounds: int, bandwidth: float) -> list[dict[str, Any]]:
-    """One row for each system."""
+def measure(case: Case, tune: bool, rounds: int, bandwidth: float) -> list[dict[str, str]]:
+    """A row of the table for each system."""
     systems = systems_for(case, tune)
     errors = {name: check(case, loss) for name, loss in systems.items()}
     memory = {name: peak_mib(case, loss) for name, loss in systems.items()}
@@ -334,12 +333,12 @@ def measure(case: Case, tune: bool, rounds: int, bandwidth: float) -> list[dict[
     return rows
 
 
-def plot(rows: list[dict[str, Any]], title: str, file: Path) -> None:
-    """Bars of milliseconds, a panel for each case; left out where matplotlib is not installed."""
+def plot(rows: list[dict[str, str]], title: str, file: Path) -> None:
+    """Bars of milliseconds, one panel per case; skipped, with a message, if matplotlib is not installed."""
     try:
         import matplotlib
     except ImportError:
-        print(f"{file} is not drawn: matplotlib is not installed")
+        print(f"{file} is skipped: matplotlib is not installed")
         return
 
     matplotlib.use("Agg")
@@ -360,7 +359,9 @@ def plot(rows: list[dict[str, Any]], title: str, file: Path) -> None:
         panel.set_xlim(0, max(values) * 1.3)
         panel.set_title(case, fontsize=10, loc="left")
         panel.spines[["top", "right"]].set_visible(False)
-    panels[-1, 0].set_xlabel("milliseconds, forward and backward (red: each byte once, at the speed of a copy)")
+    panels[-1, 0].set_xlabel(
+        "milliseconds, forward and backward (red line: least memory traffic at the bandwidth of a copy)"
+    )
     figure.suptitle(title, fontsize=11)
     figure.tight_layout()
     figure.savefig(file, dpi=110)
@@ -372,14 +373,14 @@ def main() -> None:
     parser.add_argument(
         "--case", action="append", choices=list(case_makers("cpu")), help="may be repeated; default all"
     )
-    parser.add_argument("--rounds", type=int, help="how often each system runs; default 100 on a GPU, 10 on a CPU")
-    parser.add_argument("--tune", action="store_true", help="also other tiles of the streaming kernel (GPU)")
+    parser.add_argument("--rounds", type=int, help="runs of each system; default 100 on a GPU, 10 on a CPU")
+    parser.add_argument("--tune", action="store_true", help="also time other tiles of the streaming kernel (GPU)")
     parser.add_argument("--output", type=Path, help="CSV file; default benchmarks/results/loss_DEVICE.csv")
     arguments = parser.parse_args()
     if arguments.device == "cuda" and not torch.cuda.is_available():
         parser.error("--device cuda: there is no GPU here; use --device cpu")
     if arguments.rounds is not None and arguments.rounds < 2:
-        parser.error(f"--rounds {arguments.rounds}: a spread needs at least 2")
+        parser.error(f"--rounds {arguments.rounds}: quantiles need at least 2")
     rounds = arguments.rounds or (100 if arguments.device == "cuda" else 10)
     bandwidth = copy_bytes_per_s(arguments.device)
     print(f"{machine(arguments.device)}, copy {bandwidth / 1e9:.0f} GB/s, {rounds} rounds")
@@ -404,7 +405,7 @@ def main() -> None:
     plot(
         rows, f"Distillation loss on {machine(arguments.device)}, torch {torch.__version__}", output.with_suffix(".png")
     )
-    print(f"{output} is written")
+    print(f"wrote {output}")
 
 
 if __name__ == "__main__":

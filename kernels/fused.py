@@ -1,39 +1,43 @@
-"""The fused loss as autograd sees it, whichever backend computes it.
+"""The fused loss as an autograd function, for any backend.
 
-Loss and gradients are computed together in the forward pass, while a row is in cache or registers, and the backward
-pass hands the gradients out. A backend is a module with two functions:
+A backend computes loss and gradients together in the forward pass, while a row is in registers or cache. The backward
+pass only hands the gradients out, rescaled if the upstream gradient is not the expected one.
 
-    compute(call, logits_grad, hidden_grad) -> Computed
-    rescale(gradients, upstream, grad_scale)   multiplies them in place by upstream / grad_scale
+Shape suffixes as in `reference.py`. Hidden states are [B, H] or [B, S, H]; the suffix BSH stands for both.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from types import ModuleType
-from typing import Any, NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.autograd.function import FunctionCtx
 
 from peakd_ds.kernels.reference import DistillationLoss
 
+FEW_CLASSES = 256
+"""Largest C whose soft loss always takes the precise form. In Triton, such a row fits the registers of one warp."""
+PRECISE_KL_ABOVE = 20.0
+"""T above which the soft loss of more classes takes the precise form too: the error of the plain one grows with T^2."""
+
 
 @dataclass(frozen=True, slots=True)
-class LossCall:
-    """The checked arguments of one `distillation_loss`, teacher tensors detached. The derived numbers are Python's."""
+class LossInputs:
+    """The checked arguments of one `distillation_loss`, teacher tensors detached, and numbers derived from them."""
 
-    student_logits: Tensor
-    """[N, C]"""
-    teacher_logits: Tensor | None
-    labels: Tensor | None
-    """[N]"""
-    student_hidden: tuple[Tensor, ...]
-    """K of [B, H] or [B, S, H]"""
-    teacher_hidden: tuple[Tensor, ...]
+    student_logits_NC: Tensor
+    teacher_logits_NC: Tensor | None
+    labels_N: Tensor | None
+    """int64 class ids; with C = 1 int64, fp32 or fp64 scores."""
+    student_hidden_BSH: tuple[Tensor, ...]
+    """One tensor per layer pair."""
+    teacher_hidden_BSH: tuple[Tensor, ...]
     temperature: float
     alpha: float
     beta: float
-    attention_mask: Tensor | None
-    """[B, S], only with [B, S, H]"""
+    attention_mask_BS: Tensor | None
+    """None with [B, H] states."""
     normalize: bool
     reduction: str
     ignore_index: int
@@ -43,94 +47,134 @@ class LossCall:
 
     @property
     def num_classes(self) -> int:
-        return self.student_logits.shape[1]
+        return self.student_logits_NC.shape[1]
 
     @property
     def is_regression(self) -> bool:
         return self.num_classes == 1
 
     @property
+    def needs_precise_kl(self) -> bool:
+        """Whether the KL divergence is summed without cancellation, which is slower; see `distillation_loss`."""
+        return self.num_classes <= FEW_CLASSES or self.temperature > PRECISE_KL_ABOVE
+
+    @property
     def soft_factor(self) -> float:
-        """What turns a sum of KL divergences over rows into `soft` times rows: T^2, over C with reduction "mean"."""
+        """`soft` = this * (KL divergences summed over rows) / rows: T^2, divided by C with reduction "mean"."""
         factor = 1.0 if self.is_regression else self.temperature**2
         return factor / self.num_classes if self.reduction == "mean" else factor
 
     @property
     def soft_grad_factor(self) -> float:
-        """The same for its gradient with respect to the logits: d KL(T) / d logits has a factor 1 / T."""
+        """The same factor for the gradient with respect to the logits, which are divided by T."""
         return self.soft_factor if self.is_regression else self.soft_factor / self.temperature
 
     @property
     def hidden_factor(self) -> float:
-        """What turns a sum of squares over pairs, vectors and H into `hidden` times vectors: 1 / (K * H)."""
-        return 1.0 / (len(self.student_hidden) * self.student_hidden[0].shape[-1]) if self.student_hidden else 0.0
+        """`hidden` = this * (squared differences summed over pairs, vectors and H) / vectors: 1 / (K * H)."""
+        states = self.student_hidden_BSH
+        return 1.0 / (len(states) * states[0].shape[-1]) if states else 0.0
 
     @property
-    def rows_given(self) -> int | Tensor | None:
-        """Rows to divide `hard` and `soft` by, unless they must be counted (None): those whose label is not ignored."""
+    def row_divisor(self) -> int | Tensor | None:
+        """Rows to divide `hard` and `soft` by; None: the backend counts the rows whose label is not ignored."""
         if self.num_items is not None:
             return self.num_items
-        return len(self.student_logits) if self.labels is None else None
+        return len(self.student_logits_NC) if self.labels_N is None else None
 
     @property
-    def vectors_given(self) -> int | Tensor | None:
-        """Vectors to divide `hidden` by, unless they must be counted (None): the tokens that are not padded."""
-        if not self.student_hidden:
+    def vector_divisor(self) -> int | Tensor | None:
+        """Vectors to divide `hidden` by; None: the backend counts the tokens that are not padding."""
+        if not self.student_hidden_BSH:
             return 0
-        shape = self.student_hidden[0].shape
-        given = self.num_tokens if len(shape) == 3 else self.num_items
-        if given is not None or self.attention_mask is not None:
-            return given
+        shape = self.student_hidden_BSH[0].shape
+        divisor = self.num_tokens if len(shape) == 3 else self.num_items
+        if divisor is not None or self.attention_mask_BS is not None:
+            return divisor
         return shape[:-1].numel()
 
 
-class Computed(NamedTuple):
-    """What a backend returns."""
+class LossAndGrads(NamedTuple):
+    """The result of a backend's `compute`."""
 
     total: Tensor
-    """0-dim, in a storage of its own, so that `loss /= n` works in place."""
+    """0-dim, with its own storage, so `loss /= n` works in place."""
     terms: tuple[Tensor, Tensor, Tensor]
-    """hard, soft, hidden: 0-dim."""
-    logits_grad: Tensor | None
-    """[N, C] in the dtype of the student's logits, times grad_scale; None if not asked for, or zero."""
-    hidden_grads: tuple[Tensor, ...]
-    """The same for the student's hidden states: in order, blocks [k, ...] of one or several pairs; or none."""
+    """hard, soft, hidden: 0-dim, unweighted."""
+    grad_logits_NC: Tensor | None
+    """In the dtype of the student's logits, times grad_scale; None if not needed, or zero everywhere."""
+    grad_hidden_KBSH: tuple[Tensor, ...]
+    """In the dtype of the student's states, times grad_scale: blocks of one or more layer pairs, in order; or empty."""
 
 
-def fused_loss(backend: ModuleType, call: LossCall) -> DistillationLoss:
-    """Loss with gradients computed in the forward pass; under `torch.no_grad` none are."""
-    total, *terms = _FusedLoss.apply(backend, call, torch.is_grad_enabled(), call.student_logits, *call.student_hidden)
+class Backend(Protocol):
+    """The functions of a backend module: `torch_backend` or `triton_backend`."""
+
+    def compute(self, inputs: LossInputs, needs_grad_logits: bool, needs_grad_hidden: bool) -> LossAndGrads:
+        """Loss, and the gradients that are needed."""
+
+    def rescale(self, grads: Sequence[Tensor], grad_total: Tensor, grad_scale: float | Tensor) -> None:
+        """Multiply gradients in place by grad_total / grad_scale, unless that is 1 up to rounding.
+
+        Args:
+            grads: At most grad_logits_NC and the blocks of grad_hidden_KBSH.
+            grad_total: Gradient with respect to `total`, 0-dim.
+            grad_scale: The factor that `compute` put into the gradients.
+        """
+
+
+def fused_loss(backend: Backend, inputs: LossInputs) -> DistillationLoss:
+    """The loss, with gradients computed at once unless under `torch.no_grad`."""
+    student = (inputs.student_logits_NC, *inputs.student_hidden_BSH)
+    total, *terms = _FusedLoss.apply(backend, inputs, torch.is_grad_enabled(), *student)
     return DistillationLoss(total, *terms)
+
+
+class _Context(FunctionCtx):
+    """What autograd sets, and what the forward pass leaves for the backward pass."""
+
+    needs_input_grad: tuple[bool, ...]
+    saved_tensors: tuple[Tensor, ...]
+    backend: Backend
+    grad_scale: float | Tensor
+    has_grad_logits: bool
+    needs_grad_hidden: list[bool]
+    is_used: bool
 
 
 class _FusedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, backend: ModuleType, call: LossCall, is_grad_enabled: bool, *student: Tensor
+        ctx: _Context, backend: Backend, inputs: LossInputs, is_grad_enabled: bool, *student: Tensor
     ) -> tuple[Tensor, ...]:
-        needs_logits, *needs_hidden = (is_grad_enabled and needed for needed in ctx.needs_input_grad[3:])
-        computed = backend.compute(call, needs_logits, any(needs_hidden))
-        ctx.save_for_backward(computed.logits_grad, *computed.hidden_grads)
-        ctx.backend, ctx.grad_scale, ctx.needs_hidden, ctx.is_used = backend, call.grad_scale, needs_hidden, False
-        ctx.mark_non_differentiable(*computed.terms)
+        needs_grad_logits, *needs_grad_hidden = (is_grad_enabled and needed for needed in ctx.needs_input_grad[3:])
+        result = backend.compute(inputs, needs_grad_logits, any(needs_grad_hidden))
+        grad_logits = () if result.grad_logits_NC is None else (result.grad_logits_NC,)
+        ctx.save_for_backward(*grad_logits, *result.grad_hidden_KBSH)
+        ctx.backend, ctx.grad_scale, ctx.is_used = backend, inputs.grad_scale, False
+        ctx.has_grad_logits, ctx.needs_grad_hidden = bool(grad_logits), needs_grad_hidden
+        ctx.mark_non_differentiable(*result.terms)
         ctx.set_materialize_grads(False)
-        return computed.total, *computed.terms
+        return result.total, *result.terms
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, upstream: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: _Context, grad_total: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
         if ctx.is_used:
             raise RuntimeError(
-                "a second backward through distillation_loss: its gradients were computed in the forward pass and "
-                "given away by the first; call distillation_loss again, or use backend='reference'"
+                "second backward through distillation_loss: its gradients are computed in the forward pass and freed "
+                "after one backward; call distillation_loss again, or use backend='reference'"
             )
         ctx.is_used = True
-        logits_grad, *blocks = ctx.saved_tensors
-        if upstream is None:
-            logits_grad, blocks = None, []
-        gradients = [gradient for gradient in (logits_grad, *blocks) if gradient is not None]
-        if gradients:
-            ctx.backend.rescale(gradients, upstream, ctx.grad_scale)
-        hidden_grads = [gradient for block in blocks for gradient in block.unbind(0)] or [None] * len(ctx.needs_hidden)
-        wanted = (grad if need else None for grad, need in zip(hidden_grads, ctx.needs_hidden, strict=True))
-        return None, None, None, logits_grad, *wanted
+        grads = list(ctx.saved_tensors)
+        grad_logits_NC: Tensor | None = None
+        grad_hidden_BSH: list[Tensor | None] = [None] * len(ctx.needs_grad_hidden)
+        if grads and grad_total is not None:
+            ctx.backend.rescale(grads, grad_total, ctx.grad_scale)
+            if ctx.has_grad_logits:
+                grad_logits_NC = grads.pop(0)
+            if grads:
+                pairs = (grad_BSH for block_KBSH in grads for grad_BSH in block_KBSH.unbind(0))
+                needed = zip(pairs, ctx.needs_grad_hidden, strict=True)
+                grad_hidden_BSH = [grad_BSH if is_needed else None for grad_BSH, is_needed in needed]
+        return None, None, None, grad_logits_NC, *grad_hidden_BSH

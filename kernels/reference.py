@@ -1,8 +1,8 @@
-"""Distillation loss in plain autograd PyTorch, computed in fp64: the ground truth for every other backend.
+"""Distillation loss in plain autograd PyTorch and fp64: the ground truth for the other backends.
 
-Inputs are checked in `peakd_ds.kernels`; here is only the mathematics.
+`peakd_ds.kernels` checks the inputs; this file holds only the mathematics.
 
-Suffixes: B batch, S tokens, H hidden size, C classes, N rows of logits, K pairs of hidden states.
+Shape suffixes: B batch, S tokens, H hidden size, C classes, N rows of logits, K layer pairs.
 """
 
 from collections.abc import Sequence
@@ -14,16 +14,16 @@ from torch import Tensor
 
 
 class DistillationLoss(NamedTuple):
-    """Loss of one micro-batch, four 0-dim tensors in the dtype of the computation (fp32 or fp64)."""
+    """Loss of one micro-batch: four 0-dim tensors in the dtype of the computation, fp32 or fp64."""
 
     total: Tensor
-    """(1 - alpha) * hard + alpha * soft + beta * hidden: the one to back-propagate."""
+    """(1 - alpha) * hard + alpha * soft + beta * hidden; the only term that carries a gradient."""
     hard: Tensor
-    """Student against labels, unweighted, detached."""
+    """Cross-entropy with the labels (squared error when C = 1), before the weight, detached."""
     soft: Tensor
-    """Student against teacher logits, unweighted, T^2 included, detached."""
+    """T^2 * KL(teacher || student) (squared error when C = 1), before the weight, detached."""
     hidden: Tensor
-    """Student against teacher hidden states, unweighted, detached."""
+    """Mean squared distance of hidden states, before the weight, detached."""
 
 
 def reference_loss(
@@ -43,22 +43,23 @@ def reference_loss(
     num_items: int | Tensor | None,
     num_tokens: int | Tensor | None,
 ) -> DistillationLoss:
-    """See `peakd_ds.kernels.distillation_loss`."""
+    """The loss of `peakd_ds.kernels.distillation_loss`, with the same arguments, through autograd."""
     dtype = torch.float64
     hard = soft = hidden = zero = student_logits.new_zeros((), dtype=dtype)
 
-    # An ignored row becomes all zeros in student and teacher alike, so whatever it holds, it adds exactly 0
-    # to value and gradient. Masking its loss instead would leave 0 * NaN in the gradient of a NaN row.
-    ignored_N = torch.zeros_like(student_logits[:, 0], dtype=torch.bool)
+    # Setting ignored rows to zero, rather than their loss, keeps NaN and inf in them out of the gradient (0 * NaN).
+    is_ignored_N = torch.zeros_like(student_logits[:, 0], dtype=torch.bool)
     if labels is not None:
-        ignored_N = labels == ignore_index
-    num_rows = at_least_one((~ignored_N).sum() if num_items is None else num_items)
-    student_NC = student_logits.to(dtype).masked_fill(ignored_N[:, None], 0)
+        # Compared in a wide type: in uint8, ignore_index -100 would be 156.
+        labels = labels.to(dtype if student_logits.shape[1] == 1 else torch.int64)
+        is_ignored_N = labels == ignore_index
+    num_rows = at_least_one((~is_ignored_N).sum() if num_items is None else num_items)
+    student_NC = student_logits.to(dtype).masked_fill(is_ignored_N[:, None], 0)
 
     if labels is not None:
         hard = _hard_sum(student_NC, labels, ignore_index) / num_rows
     if teacher_logits is not None:
-        teacher_NC = teacher_logits.detach().to(dtype).masked_fill(ignored_N[:, None], 0)
+        teacher_NC = teacher_logits.detach().to(dtype).masked_fill(is_ignored_N[:, None], 0)
         soft = _soft_sum(student_NC, teacher_NC, temperature) / num_rows
         if reduction == "mean":
             soft = soft / student_NC.shape[1]
@@ -72,7 +73,7 @@ def reference_loss(
             num_tokens,
         )
 
-    # A term of weight 0 stays out of the sum: 0 * inf, the weighted loss of a masked class, would be NaN.
+    # Terms of weight 0 are skipped: the loss of a masked class is inf, and 0 * inf is NaN.
     weighted_terms = ((1 - alpha, hard), (alpha, soft), (beta, hidden))
     total = sum((weight * term for weight, term in weighted_terms if weight != 0), zero)
     returned = compute_dtype(student_logits, teacher_logits, *student_hidden, *teacher_hidden)
@@ -80,15 +81,15 @@ def reference_loss(
 
 
 def _hard_sum(student_NC: Tensor, labels_N: Tensor, ignore_index: int) -> Tensor:
-    """Sum over rows of cross-entropy, or of squared error when C = 1."""
+    """Cross-entropy summed over rows; squared error when C = 1."""
     if student_NC.shape[1] == 1:
-        error_N = student_NC[:, 0] - labels_N.to(student_NC.dtype)
+        error_N = student_NC[:, 0] - labels_N
         return error_N.masked_fill(labels_N == ignore_index, 0).square().sum()
-    return F.cross_entropy(student_NC, labels_N.long(), ignore_index=ignore_index, reduction="sum")
+    return F.cross_entropy(student_NC, labels_N, ignore_index=ignore_index, reduction="sum")
 
 
 def _soft_sum(student_NC: Tensor, teacher_NC: Tensor, temperature: float) -> Tensor:
-    """Sum over rows of T^2 * KL(softmax(teacher / T) || softmax(student / T)); squared error when C = 1."""
+    """T^2 * KL(softmax(teacher / T) || softmax(student / T)) summed over rows; squared error when C = 1."""
     if student_NC.shape[1] == 1:
         return (student_NC - teacher_NC).square().sum()
     log_student_NC = _log_softmax(student_NC, temperature)
@@ -99,7 +100,7 @@ def _soft_sum(student_NC: Tensor, teacher_NC: Tensor, temperature: float) -> Ten
 
 
 def _log_softmax(logits_NC: Tensor, temperature: float) -> Tensor:
-    # Shifting before the division, not after it, keeps the difference of large logits exact.
+    # The maximum is subtracted before the division by T, so differences between large logits stay exact.
     shifted_NC = logits_NC - logits_NC.detach().amax(dim=1, keepdim=True)
     return (shifted_NC / temperature).log_softmax(dim=1)
 
@@ -112,19 +113,19 @@ def _hidden_mean(
     num_items: int | Tensor | None,
     num_tokens: int | Tensor | None,
 ) -> Tensor:
-    """Squared difference of [B, H] or [B, S, H] states, averaged over pairs, vectors and H."""
+    """Squared difference of [B, H] or [B, S, H] states, averaged over layer pairs, vectors and H."""
     first = student_states[0]
-    is_per_token = first.ndim == 3
-    padded = first.new_zeros(first.shape[:-1], dtype=torch.bool)
-    if is_per_token and attention_mask_BS is not None:
-        padded = attention_mask_BS == 0
-    given = num_tokens if is_per_token else num_items
-    num_vectors = at_least_one((~padded).sum() if given is None else given)
+    has_tokens = first.ndim == 3
+    is_padding = first.new_zeros(first.shape[:-1], dtype=torch.bool)
+    if has_tokens and attention_mask_BS is not None:
+        is_padding = attention_mask_BS == 0
+    divisor = num_tokens if has_tokens else num_items
+    num_vectors = at_least_one((~is_padding).sum() if divisor is None else divisor)
 
     total = first.new_zeros(())
     for student, teacher in zip(student_states, teacher_states, strict=True):
-        student = student.masked_fill(padded[..., None], 0)  # as for ignored rows: adds exactly 0
-        teacher = teacher.masked_fill(padded[..., None], 0)
+        student = student.masked_fill(is_padding[..., None], 0)  # as ignored rows above
+        teacher = teacher.masked_fill(is_padding[..., None], 0)
         if normalize:
             student = F.normalize(student, dim=-1, eps=1e-12)
             teacher = F.normalize(teacher, dim=-1, eps=1e-12)
@@ -133,11 +134,11 @@ def _hidden_mean(
 
 
 def compute_dtype(*tensors: Tensor | None) -> torch.dtype:
-    """fp64 where any tensor is, else fp32."""
+    """fp64 if any of the tensors is fp64, else fp32."""
     is_double = any(tensor is not None and tensor.dtype == torch.float64 for tensor in tensors)
     return torch.float64 if is_double else torch.float32
 
 
 def at_least_one(count: int | Tensor) -> int | Tensor:
-    """At least one, so that a mean over nothing is 0."""
+    """The count, or 1 if it is 0, so that a mean over no elements is 0."""
     return count.clamp(min=1) if isinstance(count, Tensor) else max(count, 1)

@@ -1,9 +1,11 @@
-"""The distillation loss against explicit float64 loops, its gradients, and how micro-batches add up."""
+"""Values of the distillation loss against float64 loops, its gradients, sums over micro-batches, and errors."""
 
+import ast
 import math
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,8 +22,8 @@ PEAKD = {"temperature": 10.0, "alpha": 0.7, "beta": 100.0}
 
 @pytest.fixture(params=["reference", "torch"], autouse=True)
 def backend(request, monkeypatch):
-    """Every test runs on both backends of a CPU; Triton's has its own in tests/interpreted."""
-    monkeypatch.setattr(kernels, "choose_backend", lambda device_type: (request.param, "the test says so"))
+    """Each test runs on both CPU backends; tests of Triton's are in tests/interpreted."""
+    monkeypatch.setattr(kernels, "choose_backend", lambda device_type: (request.param, "set by the test"))
     return request.param
 
 
@@ -41,7 +43,7 @@ def expected_loss(
     num_items=None,
     num_tokens=None,
 ):
-    """The four terms, row by row and class by class, in Python floats."""
+    """total, hard, soft, hidden, computed row by row and class by class in Python floats."""
     num_rows, num_classes = student_logits.shape
     kept = [n for n in range(num_rows) if labels is None or labels[n] != -100]
     rows = max(1, len(kept) if num_items is None else num_items)
@@ -82,7 +84,7 @@ def expected_loss(
 
 
 def make_batch(num_rows, num_classes, num_pairs=2, num_tokens=None, hidden=5, dtype=torch.float64, seed=0):
-    """The five inputs in order of `distillation_loss`; those of the student require gradients."""
+    """Positional arguments of `distillation_loss`; the student's tensors require gradients."""
     generator = torch.Generator().manual_seed(seed)
 
     def draw(*shape, scale=1.0):
@@ -116,7 +118,7 @@ def assert_terms(loss, expected, rtol=1e-12, atol=1e-12):
 
 
 def gradients(loss, batch):
-    """d total / d (student logits, student hidden states...); zero where there is no dependence."""
+    """Gradients of `total` with respect to the student's logits and hidden states."""
     leaves = [batch[0], *batch[3]]
     return torch.autograd.grad(loss.total, leaves, materialize_grads=True)
 
@@ -167,7 +169,7 @@ def test_tokens_without_mask_all_count():
     assert_terms(distillation_loss(*batch, **PEAKD, attention_mask=torch.ones(3, 4)), [x.item() for x in loss])
 
 
-def test_cls_states_take_no_notice_of_the_mask():
+def test_mask_is_ignored_with_cls_states():
     batch = make_batch(3, 2)
     masked = distillation_loss(*batch, **PEAKD, attention_mask=torch.tensor([[1, 0], [0, 0], [1, 1]]))
     assert_terms(masked, expected_loss(*as_numpy(batch), **PEAKD))
@@ -267,7 +269,7 @@ def test_uneven_micro_batches_add_up_to_the_global_mean(num_tokens, as_tensor, n
     labels, mask = batch[2], torch.ones(9, 4, dtype=torch.int64)
     counts = {"num_items": 9}
     if num_tokens is not None:  # with [B, H] states one count serves labels and states alike
-        labels[torch.tensor([0, 1, 2, 7])] = -100  # the whole first micro-batch
+        labels[torch.tensor([0, 1, 2, 7])] = -100  # all of the first micro-batch
         mask = (torch.arange(4) < torch.tensor([4, 1, 2, 3, 4, 2, 1, 1, 3])[:, None]).long()
         counts = {"num_items": 5, "num_tokens": 21}
     if as_tensor:
@@ -301,7 +303,7 @@ def test_given_counts_replace_the_local_ones():
 
 
 @pytest.mark.parametrize("num_classes", [1, 3])
-def test_ignored_rows_leave_hard_and_soft_but_stay_in_hidden(num_classes):
+def test_ignored_rows_count_in_hidden_only(num_classes):
     batch = make_batch(5, num_classes)
     full = distillation_loss(*batch, **PEAKD)
     batch[2][torch.tensor([1, 4])] = -100
@@ -311,9 +313,9 @@ def test_ignored_rows_leave_hard_and_soft_but_stay_in_hidden(num_classes):
     assert_terms(loss[1:3], [term.item() for term in without[1:3]])
     assert loss.hidden == full.hidden
     assert_terms(loss, expected_loss(*as_numpy(batch), **PEAKD))
-    logits_grad, *hidden_grads = gradients(loss, batch)
-    assert (logits_grad[[1, 4]] == 0).all() and (logits_grad[kept] != 0).all()
-    assert all((grad != 0).all() for grad in hidden_grads)
+    grad_logits, *grad_hidden = gradients(loss, batch)
+    assert (grad_logits[[1, 4]] == 0).all() and (grad_logits[kept] != 0).all()
+    assert all((grad != 0).all() for grad in grad_hidden)
 
 
 def test_another_ignore_index():
@@ -327,7 +329,7 @@ def test_another_ignore_index():
 
 @pytest.mark.parametrize("num_classes", [1, 3])
 @pytest.mark.parametrize("filler", [math.nan, INF, -INF])
-def test_what_ignored_rows_and_padding_hold_does_not_matter(num_classes, filler):
+def test_values_in_ignored_rows_and_padding_have_no_effect(num_classes, filler):
     batch = make_batch(3, num_classes, num_tokens=2)
     batch[2][2] = -100
     mask = torch.tensor([[1, 1], [1, 0], [1, 1]])
@@ -367,7 +369,7 @@ def test_empty_batch(num_classes, num_tokens, num_items):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
-def test_masked_classes_are_as_if_absent(dtype):
+def test_masked_classes_count_as_absent(dtype):
     student, teacher, labels, *_ = make_batch(4, 3, dtype=dtype)
     loss = distillation_loss(student, teacher, labels, [], [], **PEAKD)
     (grad,) = torch.autograd.grad(loss.total, student)
@@ -392,7 +394,7 @@ def test_class_masked_in_the_teacher_only():
     torch.testing.assert_close(grad, 0.3 * hard + 0.7 * soft)
 
 
-def test_infinite_hard_loss_of_weight_zero_stays_out_of_the_total():
+def test_infinite_hard_loss_of_weight_zero_is_not_in_the_total():
     logits = torch.tensor([[0.0, 1.0, -INF]], dtype=torch.float64, requires_grad=True)
     teacher = torch.tensor([[1.0, 0.0, -INF]], dtype=torch.float64)
     loss = distillation_loss(logits, teacher, torch.tensor([2]), [], [], temperature=1.0, alpha=1.0, beta=0.0)
@@ -470,7 +472,7 @@ def test_low_precision_matches_fp64_on_the_same_numbers(dtype, num_tokens, num_c
     loss, exact_loss = distillation_loss(*batch, **PEAKD), distillation_loss(*exact, **PEAKD)
     assert all(term.dtype == torch.float32 for term in loss)
     assert_terms(loss, [term.item() for term in exact_loss], rtol=2e-5)
-    # the computation is fp32; only the gradient handed back is rounded to the input's dtype
+    # computed in fp32; only the returned gradient is rounded to the input's dtype
     for grad, exact_grad in zip(gradients(loss, batch), gradients(exact_loss, exact), strict=True):
         assert grad.dtype == dtype
         rtol = max(torch.finfo(dtype).eps, 1e-5)
@@ -523,7 +525,7 @@ VALID = {
         ({"student_logits": LOGITS.long()}, "student_logits are torch.int64; pass bf16"),
         ({"teacher_logits": LOGITS.int()}, "teacher_logits are torch.int32"),
         ({"teacher_logits": LOGITS.to("meta")}, "teacher_logits are on meta, student_logits on cpu"),
-        ({"labels": LABELS[:3]}, r"labels \[3\] do not fit student_logits \[4, 3\]"),
+        ({"labels": LABELS[:3]}, r"labels \[3\] do not match student_logits \[4, 3\]"),
         ({"labels": LABELS[:, None]}, r"labels \[4, 1\]"),
         ({"labels": LABELS.float()}, r"labels are torch.float32 but student_logits \[4, 3\] have classes"),
         ({"labels": LABELS.to("meta")}, "labels are on meta"),
@@ -542,7 +544,7 @@ VALID = {
         ({"student_hidden": [CLS, CLS.to("meta")]}, r"student_hidden\[1\] are on meta"),
         (
             {"student_hidden": [TOKENS], "teacher_hidden": [TOKENS], "attention_mask": torch.ones(4, 3)},
-            r"attention_mask \[4, 3\] does not fit hidden states \[4, 2, 6\]; pass \[B, S\]",
+            r"attention_mask \[4, 3\] does not match hidden states \[4, 2, 6\]; pass \[B, S\]",
         ),
         (
             {
@@ -578,22 +580,33 @@ def test_errors(change, message):
 
 
 @pytest.mark.parametrize(("label", "ignore_index"), [(3, -100), (-1, -100), (-100, 2)])
-def test_class_id_out_of_range_is_never_silent(label, ignore_index):
+def test_class_id_out_of_range_raises(label, ignore_index):
     labels = torch.tensor([0, label, 1, 0])
     with pytest.raises(IndexError, match="out of bounds"):
         distillation_loss(LOGITS, LOGITS, labels, [], [], **PEAKD, ignore_index=ignore_index)
 
 
-def test_backends_of_this_build_agree():
+def test_auto_matches_the_reference():
     batch = make_batch(4, 3)
     reference = distillation_loss(*batch, **PEAKD, backend="reference")
     assert_terms(distillation_loss(*batch, **PEAKD, backend="auto"), [term.item() for term in reference], rtol=0)
 
 
+def test_kernels_import_nothing_else_of_the_package():
+    for file in Path(kernels.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):  # imports inside functions too
+            if isinstance(node, ast.ImportFrom):
+                assert node.level == 0, file
+                names = [f"{node.module}.{alias.name}" for alias in node.names]
+            else:
+                names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            assert all(f"{name}.".startswith("peakd_ds.kernels.") for name in names if "peakd_ds" in name), file
+
+
 def test_imports_and_runs_without_triton():
     code = (
         "import sys, torch\n"
-        "sys.modules['triton'] = None\n"  # any import of triton now fails
+        "sys.modules['triton'] = None\n"  # makes imports of triton fail
         "from peakd_ds.kernels import distillation_loss\n"
         "z = torch.zeros(1, 2)\n"
         "print(distillation_loss(z, z, None, [], [], temperature=1.0, alpha=1.0, beta=0.0).total.item())\n"

@@ -1,4 +1,4 @@
-"""The Triton loss on a real GPU: what its interpreter and the compilers cannot show."""
+"""The Triton loss on a GPU: values, races, synchronisation, CUDA graphs and memory."""
 
 import pytest
 import torch
@@ -58,7 +58,7 @@ def test_upstream_gradients(upstream, num_classes):
     assert_matches_reference(batch, upstream=upstream, grad_scale=torch.tensor(upstream, device="cuda"))
 
 
-def test_rows_that_are_not_aligned_alike():
+def test_rows_of_different_alignment():
     batch = on_gpu(64, 30522, torch.bfloat16)
     padded = torch.zeros(64, 30528, dtype=torch.bfloat16, device="cuda")
     padded[:, :30522] = batch.teacher_logits
@@ -66,8 +66,8 @@ def test_rows_that_are_not_aligned_alike():
     assert_matches_reference(batch)
 
 
-def test_every_row_right_among_many():
-    """Races show only where many programs run: each row of a large batch against PyTorch's own gradient."""
+def test_each_row_of_a_large_batch():
+    """Races need many programs: each row's gradient against the reference."""
     batch = on_gpu(4096, 30522, torch.bfloat16, ignored=0.1)
     backward(batch)
     fused = batch.student_logits.grad
@@ -82,7 +82,7 @@ def test_every_row_right_among_many():
 
 
 @pytest.mark.parametrize("num_classes", [2, 30522])
-def test_repeats_bit_for_bit(num_classes):
+def test_is_bitwise_reproducible(num_classes):
     batch = on_gpu(512, num_classes, torch.bfloat16, num_pairs=12, hidden=(768,))
     first = backward(batch)
     gradients = [leaf.grad.clone() for leaf in batch.leaves]
@@ -93,7 +93,7 @@ def test_repeats_bit_for_bit(num_classes):
 
 @pytest.mark.parametrize("num_classes", [2, 30522])
 @pytest.mark.parametrize("counts", [{}, {"num_items": 32, "num_tokens": 400}], ids=["counted", "given"])
-def test_the_host_never_waits(num_classes, counts):
+def test_never_synchronises(num_classes, counts):
     batch = on_gpu(32, num_classes, torch.bfloat16, num_pairs=3, hidden=(17, 768), ignored=0.3)
     backward(batch, **counts)  # compiles
     torch.cuda.synchronize()
@@ -106,7 +106,7 @@ def test_the_host_never_waits(num_classes, counts):
 
 @pytest.mark.parametrize("num_classes", [2, 30522])
 def test_cuda_graph(num_classes):
-    """A captured step replays on new numbers, and takes the branch of rescaling when the upstream gradient changes."""
+    """A captured step can be replayed with other inputs and with another upstream gradient."""
     batch = on_gpu(32, num_classes, num_pairs=3, hidden=(768,), ignored=0.3)
     upstream = torch.ones((), device="cuda")
 
@@ -137,8 +137,8 @@ def test_cuda_graph(num_classes):
     for factor in (1.0, 8.0):
         upstream.fill_(factor)
         graph.replay()
-        wanted = backward(new)
-        assert torch.equal(total, wanted)
+        expected = backward(new)
+        assert torch.equal(total, expected)
         for mine, leaf in zip(captured, new.leaves, strict=True):
             torch.testing.assert_close(mine, leaf.grad * factor, rtol=1e-6, atol=0)
 
@@ -146,7 +146,7 @@ def test_cuda_graph(num_classes):
 @pytest.mark.parametrize(
     ("rows", "num_classes", "num_pairs", "hidden"), [(2048, 30522, 0, (8,)), (32, 2, 12, (128, 768))], ids=str
 )
-def test_memory_is_one_gradient_each(rows, num_classes, num_pairs, hidden):
+def test_peak_memory_is_the_gradients(rows, num_classes, num_pairs, hidden):
     batch = on_gpu(rows, num_classes, torch.bfloat16, num_pairs=num_pairs, hidden=hidden)
     backward(batch)
     for leaf in batch.leaves:

@@ -1,7 +1,7 @@
-"""Triton's interpreter, mended where it differs from a GPU. Import this before the kernels.
+"""Triton's interpreter, patched where it differs from a GPU. Import this before the kernels.
 
-Two things differ that the loss can feel: the interpreter rounds a fused multiply-add twice (mended here), and it
-truncates what it casts to bf16 (allowed for in the tolerances).
+Two differences affect the loss: the interpreter rounds a fused multiply-add twice (patched here), and it truncates in
+casts to bf16 (allowed for by the tolerances).
 """
 
 import os

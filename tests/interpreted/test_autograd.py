@@ -1,5 +1,5 @@
-"""The promises to autograd again, on Triton in its interpreter."""
+"""tests/test_kernels_autograd.py again, on Triton in its interpreter."""
 
-import interpreter  # noqa: F401, I001 - first: mends Triton's interpreter, or skips
+import interpreter  # noqa: F401, I001 - first: patches Triton's interpreter, or skips
 
 from test_kernels_autograd import *  # noqa: F403

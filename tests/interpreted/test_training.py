@@ -1,6 +1,6 @@
-"""Training with the Triton loss, on a tiny model: the same curve as with the reference."""
+"""Training a tiny model with the Triton loss gives the same curve as with the reference."""
 
-import interpreter  # noqa: F401, I001 - first: mends Triton's interpreter, or skips
+import interpreter  # noqa: F401, I001 - first: patches Triton's interpreter, or skips
 
 import json
 from pathlib import Path

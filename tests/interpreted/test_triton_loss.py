@@ -1,6 +1,6 @@
-"""Values and gradients of the Triton loss against float64 autograd, and its promises to autograd."""
+"""Values and gradients of the Triton loss, in the interpreter, against the float64 reference."""
 
-import interpreter  # noqa: F401, I001 - first: mends Triton's interpreter, or skips
+import interpreter  # noqa: F401, I001 - first: patches Triton's interpreter, or skips
 
 import math
 
@@ -15,11 +15,11 @@ from peakd_ds.kernels import distillation_loss
 INF = math.inf
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 ROWS = {1: 9, 2: 33, 3: 7, 5: 70, 41: 11, 1024: 3, 1025: 3, 30522: 3, 32768: 2}
-"""Rows for each number of classes: the interpreter takes its time for each, however wide."""
+"""Number of rows by number of classes: the interpreter's time grows with the rows, not with their width."""
 
 
 def expected_upstream(dtype: torch.dtype) -> dict:
-    """fp16 gradients of these sizes vanish unless they are scaled, as training does."""
+    """Scales for fp16, whose gradients would vanish without them, as in training."""
     return {"upstream": 1024.0, "grad_scale": 1024.0} if dtype is torch.float16 else {}
 
 
@@ -55,7 +55,7 @@ def test_hidden_states(dtype, num_pairs, hidden, normalize):
 def test_hidden_sizes(size):
     batch = make_batch(3, 2, num_pairs=2, hidden=(2, size))
     assert_matches_reference(batch, normalize=False)
-    if size > 1:  # a unit vector of one number has no gradient, but for rounding
+    if size > 1:  # a unit vector of size 1 has no gradient, only rounding errors
         assert_matches_reference(batch)
 
 
@@ -133,7 +133,7 @@ def test_drawn_shapes(num_rows, num_classes, num_pairs, hidden, dtype, temperatu
 
 
 def in_storage(tensor: torch.Tensor, stride: int, offset: int) -> torch.Tensor:
-    """The same [N, C] numbers at another place and row stride of a larger storage, filled with NaN between them."""
+    """A copy [N, C] at an offset and row stride in a larger storage, which is NaN elsewhere."""
     storage = torch.full((offset + len(tensor) * stride + 16,), math.nan, dtype=tensor.dtype)
     view = storage.as_strided(tensor.shape, (stride, 1), offset)
     view.copy_(tensor)
@@ -145,7 +145,7 @@ def in_storage(tensor: torch.Tensor, stride: int, offset: int) -> torch.Tensor:
 @pytest.mark.parametrize("teacher", [(1501, 0), (1504, 3), (1509, 5)])
 @pytest.mark.parametrize("num_classes", [1501, 300])
 def test_rows_anywhere(dtype, student, teacher, num_classes):
-    """Aligned alike or not, at odd strides and offsets: nothing outside the rows is read or written."""
+    """Of the same alignment or not, at odd strides and offsets: nothing outside the rows is read or written."""
     batch = make_batch(4, num_classes, dtype, ignored=0.3)
     batch.labels[0] = num_classes - 1
     batch.student_logits = in_storage(batch.student_logits.detach(), *student).requires_grad_()
@@ -211,7 +211,7 @@ def test_nothing_counts(num_classes, hidden):
 
 @pytest.mark.parametrize("num_classes", [1, 3, 1500])
 @pytest.mark.parametrize("filler", [math.nan, INF, -INF])
-def test_what_ignored_rows_and_padding_hold_does_not_matter(num_classes, filler):
+def test_values_in_ignored_rows_and_padding_have_no_effect(num_classes, filler):
     batch = make_batch(3, num_classes, num_pairs=1, hidden=(4, 32))
     batch.labels[2] = -100
     batch.attention_mask[:] = torch.tensor([[1, 1, 1, 0], [1, 0, 1, 1], [1, 1, 1, 1]])
@@ -247,7 +247,7 @@ def test_extreme_logits(num_classes, temperature):
 
 @pytest.mark.parametrize("num_classes", [3, 1500])
 def test_infinite_terms(num_classes):
-    """As the reference has them: a masked label's hard loss, and KL where the student has no mass; never NaN."""
+    """inf, not NaN: the hard loss of a masked label, and the KL of a class where only the teacher has mass."""
     batch = make_batch(2, num_classes)
     with torch.no_grad():
         batch.student_logits[0, 1] = batch.teacher_logits[0, 1] = -INF
@@ -261,7 +261,7 @@ def test_infinite_terms(num_classes):
 
 
 @pytest.mark.parametrize("num_classes", [3, 1500])
-def test_nan_is_not_hidden(num_classes):
+def test_nan_reaches_the_loss(num_classes):
     for name in ("student_logits", "teacher_logits"):
         batch = make_batch(3, num_classes)
         with torch.no_grad():
@@ -312,7 +312,7 @@ def test_fp16_gradients_vanish_unless_scaled_before_they_are_rounded():
     assert share_of_zeros(65536.0) < 0.05
 
 
-def test_repeats_bit_for_bit():
+def test_is_bitwise_reproducible():
     for num_classes in (3, 1500):
         batch = make_batch(40, num_classes, torch.bfloat16, num_pairs=3, hidden=(4, 32))
         losses = [batch.loss(**SETTINGS, backend="triton") for _ in range(2)]
@@ -338,12 +338,12 @@ def test_only_what_needs_a_gradient_gets_one():
     assert batch.student_hidden[1].grad is not None
 
 
-def test_triton_refuses_fp64():
-    with pytest.raises(ValueError, match="computes in fp32 and was given fp64; use backend 'torch'"):
+def test_fp64_raises():
+    with pytest.raises(ValueError, match="computes in fp32, and a tensor is fp64; use backend 'torch'"):
         make_batch(3, 2, torch.float64).loss(**SETTINGS, backend="triton")
 
 
-def test_runs_where_asked_for():
+def test_all_inputs_zero():
     logits = torch.zeros(2, 3)
     loss = distillation_loss(logits, logits, None, [], [], **SETTINGS, backend="triton")
     assert loss.total == 0 and not loss.total.requires_grad
