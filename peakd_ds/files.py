@@ -8,15 +8,17 @@ the old content or the new content. Two kinds have checksums, in the format of `
 """
 
 import contextlib
+import errno
 import hashlib
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from peakd_ds.errors import UserError
+from peakd_ds.errors import UserError, first_line
 
 CHECKSUMS = "SHA256SUMS"
 DONE = "DONE"
@@ -91,6 +93,26 @@ def remove_leftovers(folder: Path, names: str) -> None:
 
 
 @contextlib.contextmanager
+def needs_space(path: Path) -> Iterator[None]:
+    """Turn a full disk or quota in the block into a UserError that names the path.
+
+    Python raises OSError for it, safetensors and tokenizers raise exceptions of their own that quote the system's.
+    """
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        is_full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+        if is_full or re.search(r"os error (28|122)\b|No space left on device|quota exceeded", str(error)):
+            raise UserError(
+                f"{path} cannot be written ({first_line(error)}); free some space, then start the same command again: "
+                "what is saved is kept"
+            ) from error
+        raise
+
+
+@contextlib.contextmanager
 def _new_folder(folder: Path) -> Iterator[Path]:
     new = hidden_sibling(folder, "new")
     new.mkdir(parents=True)
@@ -154,6 +176,17 @@ def damage_of_file(file: Path, digest: str, digest_of: Callable[[Path], str] = s
 def damaged(path: Path, damage: str, remedy: str) -> UserError:
     """The error for a damaged file or folder: what is wrong with it, and what the user can do."""
     return UserError(f"{path} is damaged ({damage}); {remedy}")
+
+
+@contextlib.contextmanager
+def damage_named(path: Path, remedy: str) -> Iterator[None]:
+    """Turn any exception in the block, which reads a file or folder of ours, into the error for its damage."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # every library has its own kinds for content that it cannot read
+        raise damaged(path, first_line(error), remedy) from error
 
 
 # -- Folders with checksums --------------------------------------------------------------------------------------------

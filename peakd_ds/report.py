@@ -12,12 +12,12 @@ from torch import nn
 from peakd_ds.engine import checkpoint
 from peakd_ds.engine.ds_config import DTYPES
 from peakd_ds.errors import UserError
-from peakd_ds.files import write_atomically
+from peakd_ds.files import damage_named, needs_space, write_atomically
 from peakd_ds.ranks import dist
 from peakd_ds.ranks.device import device
 from peakd_ds.results import evaluation, figures
 from peakd_ds.results.export import export_model, export_onnx, model_card, unroll
-from peakd_ds.results.log import RunLog
+from peakd_ds.results.log import RunLog, read_metrics
 from peakd_ds.results.markdown import table
 from peakd_ds.run import Run
 from peakd_ds.sps import SPSBertForSequenceClassification
@@ -37,7 +37,12 @@ def write(run: Run, log: RunLog) -> None:
         "teacher": teacher,
         "student": student,
     }
-    dist.on_main(lambda: _write_files(run, results, log))
+
+    def write_files() -> None:
+        with needs_space(run.folder):
+            _write_files(run, results, log)
+
+    dist.on_main(write_files)
 
 
 def _judge_teacher(run: Run) -> tuple[dict[str, Any] | None, dict[str, torch.Tensor]]:
@@ -68,7 +73,7 @@ def _judge_student(run: Run, teacher_logits: dict[str, torch.Tensor]) -> dict[st
 
     if not dist.on_main(exists):
         return None
-    student = SPSBertForSequenceClassification.from_pretrained(folder)
+    student = dist.agree(lambda: _load_student(run))
     nn.Module.to(student, device(), DTYPES[run.config.dtype]).eval()  # transformers' own `to` has no types
     metrics, logits, speed = evaluation.evaluate(
         lambda inputs: student(**inputs).logits, run.task, run.dev, run.eval_batch_size
@@ -88,11 +93,23 @@ def _judge_student(run: Run, teacher_logits: dict[str, torch.Tensor]) -> dict[st
     }
 
 
+def _load_student(run: Run) -> SPSBertForSequenceClassification:
+    folder, finished = run.folder / "student", run.checkpoint_folder("distill") / "FINISHED.json"
+    with damage_named(folder, f"delete it and {finished}, and the same command writes it again from its checkpoint"):
+        loaded: Any = SPSBertForSequenceClassification.from_pretrained(
+            folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True
+        )
+        student, report = loaded
+        if report["missing_keys"]:
+            raise ValueError(f"{len(report['missing_keys'])} weights are missing")
+        return student
+
+
 def _write_files(run: Run, results: dict[str, Any], log: RunLog) -> None:
     if results["student"] is not None:
         _export(run, results, log)
     if (run.folder / "metrics.jsonl").exists():
-        figures.loss_curves(run.folder / "metrics.jsonl", run.folder / "loss_curves.png")
+        figures.loss_curves(read_metrics(run.folder / "metrics.jsonl"), run.folder / "loss_curves.png")
     text = markdown_table(results)
     write_atomically(run.folder / "README.md", _readme(run, results, text))
     results["at"] = time.time()  # failed starts before this time no longer count
@@ -106,7 +123,7 @@ def _write_files(run: Run, results: dict[str, Any], log: RunLog) -> None:
 
 
 def _export(run: Run, results: dict[str, Any], log: RunLog) -> None:
-    student = SPSBertForSequenceClassification.from_pretrained(run.folder / "student")
+    student = _load_student(run)
     card: dict[str, Any] = dict(
         task=run.task.name,
         method=run.method,

@@ -154,8 +154,15 @@ def open_run(config: RunConfig) -> Run:
     tokenized = {
         name: tokenize(task, checked.splits[name], checked.tokenizer, config.max_seq_length, cache) for name in wanted
     }
-    train = tokenized.pop("train") if train is None else train
-    train_rows, selection = _select(config, task, train, tokenized)
+    run = _assemble(checked, tokenized.pop("train") if train is None else train, tokenized)
+    dist.on_main(run.teacher_cache.check_space)
+    return run
+
+
+def _assemble(checked: _Checked, train: Split, dev: dict[str, Split]) -> Run:
+    """The run of checked settings and tokenised rows (collective)."""
+    config, task = checked.config, checked.task
+    train_rows, selection = _select(config, task, train, dev)
     teacher = OnlineTeacher(
         config,
         task,
@@ -166,23 +173,24 @@ def open_run(config: RunConfig) -> Run:
     )
     reads_teacher = _loss_reads_teacher(config, checked.pairs)
     reads_teacher |= "ptp" in config.stages and config.runs_ptp(task.is_regression)
+    teacher_cache = TeacherCache(
+        config=config,
+        task=task,
+        teacher=teacher,
+        tokenizer=checked.tokenizer,
+        layers=tuple(teacher_layer for _, teacher_layer in checked.pairs),
+        is_needed=reads_teacher,
+        fingerprints=checked.fingerprints,
+        train=train,
+        selection_name=selection.name,
+        selection_split=selection.split,
+        eval_batch_size=_eval_batch_size(config),
+    )
     return Run(
         config=config,
         task=task,
         teacher=teacher,
-        teacher_cache=TeacherCache(
-            config=config,
-            task=task,
-            teacher=teacher,
-            tokenizer=checked.tokenizer,
-            layers=tuple(teacher_layer for _, teacher_layer in checked.pairs),
-            is_needed=reads_teacher,
-            fingerprints=fingerprints,
-            train=train,
-            selection_name=selection.name,
-            selection_split=selection.split,
-            eval_batch_size=_eval_batch_size(config),
-        ),
+        teacher_cache=teacher_cache,
         student_init=checked.student_init,
         tokenizer=checked.tokenizer,
         student_ds_config=checked.student_ds_config,
@@ -190,7 +198,7 @@ def open_run(config: RunConfig) -> Run:
         train=train,
         train_rows=train_rows,
         selection=selection,
-        dev=tokenized,
+        dev=dev,
         used_tokens=used_tokens((train, selection.split), max(checked.tokenizer.get_vocab().values()) + 1),
     )
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from deepspeed import DeepSpeedEngine
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from peakd_ds import ptp
@@ -22,7 +22,7 @@ from peakd_ds.data.batches import GlobalBatch
 from peakd_ds.data.tasks import compute_metrics
 from peakd_ds.data.tokens import MicroBatch, Split
 from peakd_ds.engine import checkpoint, engines
-from peakd_ds.files import whole_file
+from peakd_ds.files import damage_named, damage_of_file, damaged, is_written, needs_space, write_checked, written_sha256
 from peakd_ds.kernels import DistillationLoss, distillation_loss
 from peakd_ds.model import vocabulary
 from peakd_ds.model.build import MatchedStudent, build_student, build_teacher, load_student_body, ptp_head, task_head
@@ -313,17 +313,26 @@ def _ptp_labels(run: Run, log: RunLog) -> tuple[Tensor, Tensor]:
     if not dist.on_main(file.exists):
         _write_ptp_labels(run, log, file)
 
-    def read() -> tuple[dict[str, Tensor], dict[str, str]]:
-        with safe_open(file, framework="pt") as opened:
-            return {name: opened.get_tensor(name) for name in opened.keys()}, opened.metadata()  # noqa: SIM118
-
-    labels, thresholds = dist.on_main(read)
+    labels, thresholds = dist.on_main(lambda: _read_ptp_labels(file))
     counts = ptp.summarize(labels["train"][labels["train"] >= 0])
     log.say(
         f"ptp labels with t_correct {float(thresholds['t_correct']):.4f}, t_wrong "
         f"{float(thresholds['t_wrong']):.4f}: " + ", ".join(f"{name} {count:,}" for name, count in counts.items())
     )
     return labels["train"], labels["selection"]
+
+
+def _read_ptp_labels(file: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """The stored tensors and thresholds. Raises UserError if the file is damaged."""
+    remedy = f"delete {file}, and the same command computes it again"
+    if is_written(file):  # earlier versions wrote no checksum
+        damage = damage_of_file(file, written_sha256(file))
+        if damage is not None:
+            raise damaged(file, damage, remedy)
+    with damage_named(file, remedy), safe_open(file, framework="pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in ("train", "selection")}
+        metadata = opened.metadata()
+        return tensors, {name: str(float(metadata[name])) for name in ("t_correct", "t_wrong")}
 
 
 def _write_ptp_labels(run: Run, log: RunLog, file: Path) -> None:
@@ -344,14 +353,13 @@ def _write_ptp_labels(run: Run, log: RunLog, file: Path) -> None:
     selection_logits_NC = _teacher_logits(run, cached, name, split, rows)
     selection_labels_N = ptp.ptp_labels(selection_logits_NC, split.labels[rows], t_correct, t_wrong)
 
+    tensors = {"train": train_labels_N, "selection": selection_labels_N}
+    content = save(tensors, metadata={"t_correct": str(t_correct), "t_wrong": str(t_wrong)})
+
     def write() -> None:
         run_lock.check()
-        with whole_file(file) as temporary:
-            save_file(
-                {"train": train_labels_N, "selection": selection_labels_N},
-                temporary,
-                metadata={"t_correct": str(t_correct), "t_wrong": str(t_wrong)},
-            )
+        with needs_space(file):
+            write_checked(file, content)
 
     dist.on_main(write)
 

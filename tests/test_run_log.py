@@ -16,7 +16,7 @@ from peakd_ds.errors import UserError
 from peakd_ds.kernels import DistillationLoss
 from peakd_ds.ranks import dist
 from peakd_ds.results import figures
-from peakd_ds.results.log import RunLog
+from peakd_ds.results.log import RunLog, read_metrics
 from peakd_ds.results.meter import TERMS, StepMeter, TeacherClock
 
 METRICS = dict.fromkeys((*TERMS, "samples_per_s", "tokens_per_s", "padding_share"), 1.0)
@@ -194,7 +194,11 @@ def test_loss_curves_are_drawn_from_the_records(tmp_path: Path) -> None:
         write_steps(log, range(1, 4), loss=0.001 if stage == "teacher" else 1000.0)
         log.evaluation(3, 1, "dev", {"accuracy": 0.5})
         log.end_stage("accuracy", TrainState(best_score=0.5), "dev")
-    figures.loss_curves(tmp_path / "metrics.jsonl", tmp_path / "curves.png")
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(b'\xff\n1\n[]\n{"stage": "teacher"}\n{"step": 1}\n{"stage": 1, "step": 2, "split": "dev"}\n{"st')
+    read = read_metrics(tmp_path / "metrics.jsonl")
+    assert len(read) == 8, "damaged lines are left out"
+    figures.loss_curves(read, tmp_path / "curves.png")
     assert (tmp_path / "curves.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -16,7 +16,7 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
-from peakd_ds.files import checked_folder, whole_file, whole_folder
+from peakd_ds.files import checked_folder, needs_space, whole_file, whole_folder
 from peakd_ds.results import markdown
 from peakd_ds.sps import SPSBertConfig, SPSBertForSequenceClassification, execution_order
 
@@ -78,7 +78,7 @@ def export_model(
         with_checksums: Write SHA256SUMS too, for a model that later stages read and nobody edits.
 
     Raises:
-        ValueError: `folder` holds something other than an export, which would be deleted.
+        ValueError: `folder` holds something other than an export, which would be deleted; or the disk is full.
     """
     folder = Path(folder).resolve()  # renames act on the target of a link, not on the link
     if folder.exists() and not _is_replaceable(folder):
@@ -86,7 +86,7 @@ def export_model(
             f"{folder} holds files that are not an exported model (no config.json), and an export replaces "
             "its folder; choose a new folder or empty this one"
         )
-    with (checked_folder if with_checksums else whole_folder)(folder) as new:
+    with needs_space(folder), (checked_folder if with_checksums else whole_folder)(folder) as new:
         model.save_pretrained(new)
         tokenizer.save_pretrained(new)
         (new / "README.md").write_text(card, encoding="utf-8")
@@ -200,7 +200,7 @@ def export_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file
     reference = copy.deepcopy(model).cpu().float().eval()
     reference.config.return_dict = False  # the outputs of the graph are the tuple (logits,)
     traced = _random_inputs(tokenizer, reference.config, num_rows=2, num_tokens=8)
-    with whole_file(Path(file)) as new:
+    with needs_space(file), whole_file(Path(file)) as new:
         with warnings.catch_warnings():
             # All inputs have the same two axes, and the exporter warns for each repeated name.
             warnings.filterwarnings("ignore", message=".*axis name.*will not be used", category=UserWarning)

@@ -1,10 +1,10 @@
 """Figures, drawn without a display."""
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from matplotlib.axes import Axes
@@ -43,9 +43,8 @@ def confusion_matrix(names: Sequence[str], labels: torch.Tensor, predictions: to
     return figure
 
 
-def loss_curves(metrics_file: Path, target: Path) -> None:
-    """Write a PNG of every stage's training losses from metrics.jsonl: each term and their sum."""
-    records = [json.loads(line) for line in metrics_file.read_text().splitlines()]
+def loss_curves(records: Sequence[Mapping[str, Any]], target: Path) -> None:
+    """Write a PNG of every stage's training losses from the records of metrics.jsonl: each term and their sum."""
     stages = list(dict.fromkeys(record["stage"] for record in records))
     figure = Figure(figsize=(5 * len(stages), 4), layout="constrained")
     for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):

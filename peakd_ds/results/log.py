@@ -186,18 +186,23 @@ class RunLog:
 
     def _drop_metrics_after(self, stage: str, step: int) -> None:
         file = self.folder / "metrics.jsonl"
-        if not file.exists():
-            return
-        kept = [line for line in file.read_text().splitlines() if _is_kept(line, stage, step)]
-        write_atomically(file, "".join(line + "\n" for line in kept))
+        if file.exists():
+            kept = [record for record in read_metrics(file) if record["stage"] != stage or record["step"] <= step]
+            write_atomically(file, "".join(json.dumps(record) + "\n" for record in kept))
 
 
-def _is_kept(line: str, stage: str, step: int) -> bool:
-    try:
-        record = json.loads(line)
-    except json.JSONDecodeError:
-        return False  # a line cut off by a kill
-    return record["stage"] != stage or record["step"] <= step
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """The records of metrics.jsonl. Lines that are no record are left out: a kill may cut a line, a disk damage one."""
+    records = []
+    for line in file.read_text(errors="replace").splitlines():
+        try:
+            record = json.loads(line)
+            is_step = "loss" in record and all(isinstance(record[name], int | float) for name in TERMS)
+            if isinstance(record["stage"], str) and isinstance(record["step"], int) and (is_step or "split" in record):
+                records.append(record)
+        except (ValueError, TypeError, KeyError, RecursionError):
+            continue
+    return records
 
 
 def quiet_libraries() -> None:

@@ -136,6 +136,19 @@ class TeacherCache:
             self._outputs = {"train": train, self.selection_name: selection}
         return self._outputs
 
+    def check_space(self) -> None:
+        """Raise UserError if the disk has no room for the parts that are missing, before any stage runs."""
+        if self.config.teacher_mode != "cached" or not self.is_needed:
+            return
+        splits = {"train": (self.train, len(set(self.layers)))}
+        if self.selection_split is not self.train:
+            splits[self.task.eval_splits[0]] = (self.selection_split, 0)
+        needed = sum(
+            self._num_bytes(len(split), num_layers, len(_missing(self.folder_of(name), _num_parts(len(split)))))
+            for name, (split, num_layers) in splits.items()
+        )
+        _check_free(self.folder_of("train"), needed)
+
     def folder_of(self, split_name: str) -> Path:
         return Path(self.config.teacher_cache or Path(self.config.run_dir) / "teacher_cache") / split_name
 
@@ -329,16 +342,24 @@ def _prepare(folder: Path, manifest: Manifest, num_rows: int, num_bytes: int, mi
     Raises:
         UserError: it does not fit.
     """
-    num_parts, free = _num_parts(num_rows), _free_bytes(folder)
+    num_parts = _num_parts(num_rows)
     kept = f", {num_parts - len(missing)} of {num_parts} parts are there" if len(missing) < num_parts else ""
-    say(f"teacher cache {folder}: {num_rows:,} rows, {_mib(num_bytes)} to build, {_mib(free)} free{kept}")
+    say(
+        f"teacher cache {folder}: {num_rows:,} rows, {_mib(num_bytes)} to build, {_mib(_free_bytes(folder))} free{kept}"
+    )
+    _check_free(folder, num_bytes)
+    remove_leftovers(folder, "part-*")
+    write_atomically(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+
+
+def _check_free(folder: Path, num_bytes: int) -> None:
+    """Raise UserError if the disk has no room for this many bytes and some to spare."""
+    free = _free_bytes(folder)
     if num_bytes + SPARE_BYTES > free:
         raise UserError(
             f"the teacher cache needs {_mib(num_bytes)}, and {_mib(SPARE_BYTES)} to spare, but {folder} has "
             f"{_mib(free)} free; free some, set --teacher_cache to a larger disk, or take --teacher_mode online"
         )
-    remove_leftovers(folder, "part-*")
-    write_atomically(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
 
 
 def _write_part(folder: Path, part: int, tensors: dict[str, Tensor], digest: str) -> None:
