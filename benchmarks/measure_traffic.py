@@ -35,7 +35,7 @@ from peakd_ds.results.log import RunLog
 from peakd_ds.run import Run, open_run
 
 NUM_STEPS = 3
-"""Sharded engines learn the order of their layers in the first steps; later steps are all alike."""
+"""Sharded engines learn the order of their layers in the first steps; later steps are all the same."""
 
 
 @dataclass(frozen=True)

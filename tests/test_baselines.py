@@ -127,7 +127,7 @@ def test_loss_of_textbrewer_has_our_gradient(outputs: dict[str, Any], tmp_path: 
     assert loss.item() - constant == pytest.approx(reference(outputs)[0], rel=1e-4)
 
 
-# -- Whole runs of the baselines ---------------------------------------------------------------------------------------
+# -- Runs of the baselines ---------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")

@@ -172,7 +172,7 @@ def test_mpi_ranks_are_workers(made: Path, words: list[str], env: dict[str, str]
 def test_a_shard_holds_its_rows(made: Path, tiny_data: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     task = get_task("rte")
     raw = reading.load_splits(task, str(tiny_data))["train"]
-    whole = tokenize(task, raw, tokenizer, MAX_SEQ_LENGTH)
+    full = tokenize(task, raw, tokenizer, MAX_SEQ_LENGTH)
     trained, held_out = split_holdout(len(raw))
     held = [load_file(made / name) for name in [*SHARDS, "holdout.safetensors"]]
     assert torch.cat([tensors["rows"] for tensors in held]).tolist() == [*trained, *held_out]
@@ -181,7 +181,7 @@ def test_a_shard_holds_its_rows(made: Path, tiny_data: Path, tokenizer: PreTrain
     for tensors in held:
         tokens = iter(tensors["input_ids"].tolist())
         for row, label, length in zip(tensors["rows"], tensors["labels"], tensors["lengths"], strict=True):
-            assert [next(tokens) for _ in range(length)] == whole.rows[[int(row)]]["input_ids"][0].tolist()
+            assert [next(tokens) for _ in range(length)] == full.rows[[int(row)]]["input_ids"][0].tolist()
             assert label == raw[int(row)]["label"]
         assert next(tokens, None) is None
     manifest = json.loads((made / "manifest.json").read_text())
@@ -453,7 +453,7 @@ def test_a_node_composes_its_part_of_every_batch(
     made: Path, words: list[str], tiny_data: Path, tokenizer: PreTrainedTokenizerBase, as_node, num_nodes: int
 ) -> None:
     task = get_task("rte")
-    whole = tokenize(task, reading.load_splits(task, str(tiny_data))["train"], tokenizer, MAX_SEQ_LENGTH)
+    full = tokenize(task, reading.load_splits(task, str(tiny_data))["train"], tokenizer, MAX_SEQ_LENGTH)
     train_rows, held_out = split_holdout(NUM_TRAIN_ROWS)
     slots = epoch_slots(len(train_rows), 16, 3, 0)
     for node in range(num_nodes):
@@ -461,8 +461,8 @@ def test_a_node_composes_its_part_of_every_batch(
         config = sharded_config(words, made)
         with mock.patch.object(dist, "agree", lambda action: action()):
             part = shard_files.load(config, shard_files.find(config, task, tokenizer, None))
-        assert np.array_equal(part.lengths, whole.lengths) and torch.equal(part.labels, whole.labels)
-        elsewhere = dataclasses.replace(whole, node_of=part.node_of)  # all rows, dealt like the sharded ones
+        assert np.array_equal(part.lengths, full.lengths) and torch.equal(part.labels, full.labels)
+        elsewhere = dataclasses.replace(full, node_of=part.node_of)  # all rows, dealt like the sharded ones
         for ours, theirs in zip(
             global_batches(part, train_rows, slots, 2), global_batches(elsewhere, train_rows, slots, 2), strict=True
         ):
@@ -472,7 +472,7 @@ def test_a_node_composes_its_part_of_every_batch(
                 if mine.num_real:
                     assert torch.equal(mine.rows, other.rows)
                     assert_rows_equal(mine, other)
-        assert_rows_equal(part.micro_batch(held_out), whole.micro_batch(held_out))
+        assert_rows_equal(part.micro_batch(held_out), full.micro_batch(held_out))
         if num_nodes > 1:
             with pytest.raises(AssertionError, match="another node"):
                 part.micro_batch(train_rows)
@@ -542,8 +542,8 @@ def test_no_shards_there(words: list[str], tmp_path: Path, single_rank: None) ->
 
 
 def test_a_manifest_that_is_cut_off(words: list[str], copy: Path, tmp_path: Path, single_rank: None) -> None:
-    whole = (copy / "manifest.json").read_text()
-    for text in (whole[: len(whole) // 2], "[]", "{}"):
+    intact = (copy / "manifest.json").read_text()
+    for text in (intact[: len(intact) // 2], "[]", "{}"):
         (copy / "manifest.json").write_text(text)
         assert "manifest.json is damaged" in open_refusal(placed(words, copy, tmp_path))
 

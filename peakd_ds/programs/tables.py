@@ -342,13 +342,13 @@ def _differences(settings: dict[str, Any], rivals: Sequence[dict[str, Any]]) -> 
     return [f"{name}={_short(settings.get(name))}" for name in names]
 
 
-def _short(value: Any) -> str:
+def _short(value: object) -> str:
     if isinstance(value, dict):  # digests of the rows, by split
         return "+".join(f"{split} {str(digest)[:6]}" for split, digest in value.items())
     return ":".join(map(_short, value)) if isinstance(value, list) else str(value)
 
 
-def _without_seed(value: Any, seed: int) -> Any:
+def _without_seed(value: object, seed: int) -> object:
     return re.sub(rf"\bseed-{seed}\b", "seed-N", value) if isinstance(value, str) else value
 
 
