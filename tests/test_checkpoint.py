@@ -1,4 +1,4 @@
-"""Checkpoints of a real engine: exact, readable at every ZeRO stage, whole or not there, and no pickles."""
+"""Checkpoints of a real engine: exact, readable at every ZeRO stage, intact or skipped, and without pickles."""
 
 import errno
 import itertools
@@ -14,6 +14,8 @@ import pytest
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
+from test_files import DAMAGES as FILE_DAMAGES
+from test_files import damageable, flip
 from torch import nn
 
 from peakd_ds.command_line import parse
@@ -32,6 +34,7 @@ DTYPES = ("fp32", "bf16")
 CONFIGS = [f"zero{stage}_{dtype}" for dtype in DTYPES for stage in STAGES]
 NUM_STEPS = 12  # of the schedule
 MICRO, ACCUM = 4, 2
+FILES = ("weights.safetensors", "exp_avg.safetensors", "exp_avg_sq.safetensors", "state.json")
 
 
 @pytest.fixture
@@ -233,7 +236,7 @@ def three_saved(tiny_encoder: Path, tmp_path_factory: pytest.TempPathFactory, si
 
 @pytest.fixture
 def folder(three_saved: Path, tmp_path: Path) -> Path:
-    """A copy to spoil."""
+    """A copy that a test may damage."""
     return Path(shutil.copytree(three_saved, tmp_path / "teacher"))
 
 
@@ -255,7 +258,7 @@ def test_nothing_is_saved_yet(tmp_path: Path) -> None:
 
 def test_files_are_safetensors_and_json(folder: Path) -> None:
     files = [path for path in folder.rglob("*") if path.is_file()]
-    assert {path.suffix for path in files} == {".safetensors", ".json", ""}
+    assert {path.name for path in (folder / "step-00000003").iterdir()} == {*FILES, "SHA256SUMS", "DONE"}
     for file in files:
         content = file.read_bytes()
         assert not content.startswith(b"\x80") and not zipfile.is_zipfile(file), "a pickle, or torch.save's archive"
@@ -266,7 +269,6 @@ def test_files_are_safetensors_and_json(folder: Path) -> None:
             content.decode("ascii")
     state = json.loads((folder / "step-00000003" / "state.json").read_text())
     assert state["position"]["step"] == state["position"]["adam_step"] == 3
-    assert state["sha256"].keys() == {"weights.safetensors", "exp_avg.safetensors", "exp_avg_sq.safetensors"}
 
 
 def test_names_are_the_model_s(folder: Path, config: RunConfig) -> None:
@@ -276,10 +278,16 @@ def test_names_are_the_model_s(folder: Path, config: RunConfig) -> None:
         assert {name: tensor.shape for name, tensor in stored.items()} == expected
 
 
-def flip_a_byte(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[-3] ^= 1
-    file.write_bytes(content)
+@pytest.mark.parametrize("damage", FILE_DAMAGES)
+def test_damage_to_any_file_is_found_and_named(folder: Path, damage: Callable[[Path], None]) -> None:
+    for number, file in enumerate(damageable(folder / "step-00000003")):
+        copy = Path(shutil.copytree(folder / "step-00000003", folder / f"step-{number + 10:08d}"))
+        damage(copy / file.name)
+        found, (reason, *_) = checkpoint.newest(folder)
+        assert reason.startswith(f"checkpoint {copy.name} is skipped: ") and file.name in reason
+        assert found == folder / "step-00000003"
+        shutil.rmtree(copy)
+    assert number == 5, "four files, SHA256SUMS and DONE"
 
 
 def empty_folder(path: Path) -> None:
@@ -289,11 +297,10 @@ def empty_folder(path: Path) -> None:
 
 DAMAGES: dict[str, Callable[[Path], Any]] = {
     "DONE is missing": lambda path: (path / "DONE").unlink(),
-    "a file is missing": lambda path: (path / "exp_avg.safetensors").unlink(),
+    "SHA256SUMS is missing": lambda path: (path / "SHA256SUMS").unlink(),
     "state is missing": lambda path: (path / "state.json").unlink(),
     "all is missing": empty_folder,
-    "a byte": lambda path: flip_a_byte(path / "weights.safetensors"),
-    "truncated": lambda path: os.truncate(path / "exp_avg_sq.safetensors", 1000),
+    "a byte": lambda path: flip(path / "weights.safetensors"),
     "emptied": lambda path: os.truncate(path / "weights.safetensors", 0),
     "state changed": lambda path: (path / "state.json").write_text('{"position": {}, "sha256": {}}'),
     "state is no text": lambda path: (path / "state.json").write_bytes(b"\xff\xfe"),
@@ -313,15 +320,16 @@ def test_a_damaged_checkpoint_is_skipped_for_the_one_before(folder: Path, damage
 
 
 def test_what_a_kill_leaves_behind_is_no_checkpoint(folder: Path) -> None:
-    (folder / "step-00000003").rename(folder / "step-00000004.tmp")
-    (folder / "step-00000002").rename(folder / "step-00000009.old")
+    (folder / "step-00000003").rename(folder / ".step-00000004.new-00ff00ff")
+    (folder / "step-00000002").rename(folder / ".step-00000009.old-00ff00ff")
     assert checkpoint.newest(folder) == (None, [])
 
 
 def test_the_next_save_removes_what_a_kill_leaves_behind(
     folder: Path, config: RunConfig, new_engine: Callable[..., Any]
 ) -> None:
-    for name in ("step-00000009.tmp", "best-0001.tmp", ".step-00000003.old-00ff00ff"):
+    of_this_version = (".step-00000004.new-00ff00ff", ".best-0001.new-00ff00ff", ".step-00000003.old-00ff00ff")
+    for name in (*of_this_version, "step-00000009.tmp", "best-0001.tmp"):
         (folder / name).mkdir()
     checkpoint.save(folder, new_engine("zero1_fp32", build(config)), TrainState(step=4))
     assert names(folder) == ["latest", "step-00000003", "step-00000004"] and not list(folder.glob(".*"))
@@ -364,7 +372,7 @@ def resume_skipping(
 def test_a_damaged_one_is_replaced_when_its_step_comes_again(
     folder: Path, config: RunConfig, new_engine: Callable[..., Any]
 ) -> None:
-    flip_a_byte(folder / "step-00000003" / "weights.safetensors")
+    flip(folder / "step-00000003" / "weights.safetensors")
     engine, state = resume_skipping(folder, config, new_engine, "checkpoint step-00000003 is skipped")
     assert state.step == 2
     train(engine, 2, 1)
@@ -378,7 +386,7 @@ def test_a_damaged_one_is_replaced_when_its_step_comes_again(
 def test_weights_that_are_not_finite_are_not_saved(
     folder: Path, config: RunConfig, new_engine: Callable[..., Any], value: float, ds_config: str
 ) -> None:
-    """A finite loss can have a gradient that is not; who goes on from there never gets well."""
+    """A finite loss can have a gradient that is not; a run that continues from its step never recovers."""
     module = build(config)
     with torch.no_grad():
         module.bert.pooler.dense.weight[3, 4] = value  # type: ignore[union-attr, operator]
@@ -417,7 +425,7 @@ def test_a_failing_write_leaves_the_earlier_ones(
         with pytest.raises(UserError) as caught:
             write(folder, engine, TrainState(step=4))
         assert f"{folder}/" in str(caught.value) and "cannot be written (" in str(caught.value)
-        assert "what was saved before is untouched: free some space or mend the folder" in str(caught.value)
+        assert "what was saved before is untouched: free some space or fix the folder" in str(caught.value)
         assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
     monkeypatch.undo()
     checkpoint.save(folder, engine, TrainState(step=4))
@@ -426,7 +434,7 @@ def test_a_failing_write_leaves_the_earlier_ones(
 
 def test_a_marker_that_cannot_be_written(tmp_path: Path, single_rank: None) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match=r"cannot be written \(.*free some space or mend the folder"):
+    with pytest.raises(UserError, match=r"cannot be written \(.*free some space or fix the folder"):
         checkpoint.finish(tmp_path / "file", TrainState(), "accuracy", "dev")
 
 

@@ -1,0 +1,163 @@
+"""Run folders, caches and shards that commit 7503deb wrote are read, and runs continue as that commit continued them.
+
+fixtures/run_folders_of_7503deb.tar.xz holds an encoder, data, shards and three runs of one rank, each stopped in one
+stage. expected.json has the command line of each run and the records that the same commit logged when it continued.
+"""
+
+import json
+import shutil
+import socket
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from test_files import DAMAGES
+
+from peakd_ds import train
+from peakd_ds.command_line import parse
+from peakd_ds.engine import checkpoint
+from peakd_ds.files import damage_of, has_checksums, sha256_of
+from peakd_ds.model import build
+from peakd_ds.programs import scripts, shard
+
+ARCHIVE = Path(__file__).parent / "fixtures" / "run_folders_of_7503deb.tar.xz"
+STOPPED_AT = 10  # steps of the stage, half of its second epoch
+
+
+@pytest.fixture(scope="module")
+def extracted(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("earlier")
+    with tarfile.open(ARCHIVE) as archive:
+        archive.extractall(folder, filter="data")
+    return folder
+
+
+@pytest.fixture
+def here(extracted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the archive's content as the current directory, as if this host had written it."""
+    folder = Path(shutil.copytree(extracted, tmp_path / "here"))
+    for cache in folder.glob("stopped_in_*/cache/*"):
+        cache.rename(cache.with_name(socket.gethostname()))
+    monkeypatch.chdir(folder)
+    build._note_once.cache_clear()
+    return folder
+
+
+def records_of(run_dir: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("stage", ["teacher", "ptp", "distill"])
+def test_a_run_continues(here: Path, stage: str, single_rank: None, capsys: pytest.CaptureFixture[str]) -> None:
+    expected = json.loads((here / "expected.json").read_text())[stage]
+    run_dir = here / f"stopped_in_{stage}"
+    cache = run_dir / "cache" / socket.gethostname()
+    rows_before = {path.name for path in cache.iterdir()}
+    train.main(parse(expected["words"]))
+    output = capsys.readouterr().err
+    assert f"stage {stage}: 2 epochs, 16 steps, from step {STOPPED_AT}" in output
+    assert "built in" not in output, "the teacher's cached outputs are read"
+    saved = {"ptp": ["teacher"], "distill": ["teacher", "checkpoints/ptp/student"]}.get(stage, [])
+    for name in ("teacher", "checkpoints/ptp/student"):
+        note = f"stopped_in_{stage}/{name} has no checksums (made by an earlier version); it is read as it is"
+        assert output.count(note) == (name in saved)
+        assert has_checksums(run_dir / name) == (name not in saved)
+
+    found = records_of(run_dir)
+    assert [(r["stage"], r["step"]) for r in found] == [(r["stage"], r["step"]) for r in expected["records"]]
+    losses = [name for name in found[0] if "loss" in name]
+    for ours, theirs in zip(found, expected["records"], strict=True):
+        for name in losses if "loss" in theirs else ():
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-4, abs=1e-7), (name, ours, theirs)
+
+    assert {path.name for path in cache.iterdir()} == rows_before, "the same rows, under the same names"
+    assert all(damage_of(path) is None for path in cache.iterdir()), "made again, with checksums"
+    checkpoints = sorted((run_dir / "checkpoints" / stage).glob("step-*"))
+    assert [path.name for path in checkpoints] == ["step-00000014", "step-00000016"]
+    assert all(damage_of(path) is None for path in checkpoints)
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize(
+    "name", ["weights.safetensors", "exp_avg.safetensors", "exp_avg_sq.safetensors", "state.json", "DONE"]
+)
+def test_a_damaged_checkpoint_is_skipped(
+    here: Path, name: str, damage: Callable[[Path], None], single_rank: None
+) -> None:
+    folder = here / "stopped_in_distill" / "checkpoints" / "distill"
+    assert checkpoint.newest(folder) == (folder / "step-00000010", [])
+    damage(folder / "step-00000010" / name)
+    found, (reason,) = checkpoint.newest(folder)
+    assert found == folder / "step-00000008"
+    assert reason.startswith("checkpoint step-00000010 is skipped: ") and name in reason
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_damaged_best_weights_are_named(here: Path, damage: Callable[[Path], None], single_rank: None) -> None:
+    folder = here / "stopped_in_distill" / "checkpoints" / "distill"
+    damage(folder / "best-0001" / "weights.safetensors")
+    found, (reason, _) = checkpoint.newest(folder)
+    assert found is None and "in best-0001, which it names, weights.safetensors is" in reason
+
+
+def test_temporary_names_are_ignored_and_then_deleted(here: Path, single_rank: None) -> None:
+    run_dir = here / "stopped_in_distill"
+    folder, cache = run_dir / "checkpoints" / "distill", run_dir / "cache" / socket.gethostname()
+    leftovers = [
+        folder / "step-00000012.tmp",
+        folder / "best-0002.tmp",
+        folder / ".step-00000010.old-00ff00ff",
+        cache / f"{next(cache.iterdir()).name}.4711.tmp",
+    ]
+    for path in leftovers:
+        path.mkdir()
+    train.main(parse(json.loads((here / "expected.json").read_text())["distill"]["words"]))
+    assert [path.exists() for path in leftovers] == [False, False, False, True]
+
+
+# -- Shards ------------------------------------------------------------------------------------------------------------
+
+SHARD_WORDS = "--task sst2 --teacher encoder --data_dir data --max_seq_length 32 --shard_dir shards".split()
+
+
+def contents(folder: Path) -> dict[str, str]:
+    return {file.name: sha256_of(file) for file in folder.iterdir()}
+
+
+def test_shards_are_kept(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(here / "shards")
+    shard.main(scripts.shard_options(SHARD_WORDS))
+    assert "0 files made, the others kept" in capsys.readouterr().out
+    assert contents(here / "shards") == before
+
+
+def unfinished(folder: Path, num_finished: int) -> None:
+    """Turn a folder of shards into what the earlier version left when it was stopped."""
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for name in ("manifest.json", "index.safetensors", "holdout.safetensors"):
+        (folder / name).unlink()
+    for number in range(64):
+        file = folder / f"shard-{number:02d}.safetensors"
+        if number < num_finished:
+            record = {"made_from": manifest["made_from"], "record": manifest["files"][file.name]}
+            file.with_suffix(".json").write_text(json.dumps(record))
+        else:
+            file.unlink()
+
+
+def test_unfinished_shards_are_finished(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = contents(here / "shards")
+    unfinished(here / "shards", 40)
+    shard.main(scripts.shard_options(SHARD_WORDS))
+    assert "25 files made, the others kept" in capsys.readouterr().out
+    assert contents(here / "shards") == before
+
+
+def test_unfinished_shards_of_other_settings_are_refused(here: Path) -> None:
+    unfinished(here / "shards", 40)
+    before = contents(here / "shards")
+    with pytest.raises(ValueError, match="max_seq_length: 32 there, 16 here"):
+        shard.main(scripts.shard_options([*SHARD_WORDS, "--max_seq_length", "16"]))
+    assert contents(here / "shards") == before
