@@ -7,8 +7,8 @@ checks, and the command line wins. This module imports nothing heavy.
 import argparse
 import difflib
 import importlib
-import math
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, asdict, replace
@@ -18,9 +18,9 @@ from typing import Any, NoReturn
 import yaml
 
 from peakd_ds import __version__
-from peakd_ds.config import GROUPS, RESULT_NEUTRAL, SPECS, RunConfig, validate
-from peakd_ds.config.setting import shown_default
-from peakd_ds.errors import UserError, exit_with
+from peakd_ds.config import GROUPS, RESULT_NEUTRAL, SPECS, RunConfig, validate, yaml_file
+from peakd_ds.config.setting import Range, finite_number, shown_default, whole_number
+from peakd_ds.errors import UserError, exit_with, shown
 
 # -- Starting a program ------------------------------------------------------------------------------------------------
 
@@ -37,7 +37,7 @@ def parse(argv: Sequence[str]) -> RunConfig:
     without_help = [word for word in argv if word not in ("-h", "--help", "--version")]
     config_file = parser.parse_known_args(without_help)[0].config
     source = f"--config {config_file}"
-    words = [*to_words(source, read_yaml(source, config_file)), *argv] if config_file else argv
+    words = [*to_words(source, read_yaml(source, config_file)), *argv] if config_file is not None else argv
     values = parser.parse_args(words)
     settings = {name: value for name, value in vars(values).items() if name not in ("config", "local_rank")}
     config = RunConfig(**settings)
@@ -87,10 +87,45 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, prog: str, description: str) -> None:
         super().__init__(prog=prog, description=description, allow_abbrev=False)
+        self._ranges: dict[str, Range] = {}
         self.add_argument("--version", action="version", version=f"peakd_ds {__version__}")
 
+    def add_number(
+        self, group: argparse._ActionsContainer, name: str, kind: type, range: Range, help: str, **more: Any
+    ) -> None:
+        """Add an option for a number, which is checked; its help ends with its default and range."""
+        default = more.get("default")
+        facts = f"{help}; {'' if default is None else f'default {default}; '}range {range}]"
+        group.add_argument(f"--{name}", type=_convert(kind, _PARSERS[kind], f"set one in {range}"), help=facts, **more)
+        self._ranges[name] = range
+
+    def parse_known_args(self, args=None, namespace=None):
+        """As argparse's, with the numbers of `add_number` in their ranges."""
+        values, unknown = super().parse_known_args(args, namespace)
+        for name, range in self._ranges.items():
+            value = getattr(values, name)
+            if value is not None and value not in range:
+                self.error(f"--{name} {shown(value)} is outside its range {range}; set one within")
+        return values, unknown
+
     def error(self, message: str) -> NoReturn:
-        raise UserError(message)
+        """Raise UserError with argparse's message, and the remedy that argparse leaves out."""
+        option = next(iter(re.findall(r"--\w+", message)), "")
+        remedies = {
+            "ignored explicit argument": f"write {option} alone, without = and a value{self._opposite(option)}",
+            "expected one argument": f"give the value after it, or as {option}=VALUE if the value begins with -",
+            "expected at least one": "give at least one",
+            "are required": "give a value for each",
+            "not allowed with": "leave one out",
+        }
+        remedy = next((remedy for part, remedy in remedies.items() if part in message), "")
+        raise UserError(f"{message}; {remedy}" if remedy else message)
+
+    def _opposite(self, option: str) -> str:
+        """How to say the opposite of a switch, if there is a way."""
+        name = option.removeprefix("--")
+        opposite = f"--{name.removeprefix('no_')}" if name.startswith("no_") else f"--no_{name}"
+        return f", or {opposite} for the opposite" if opposite in self._option_string_actions else ""
 
     def parse_args(self, args=None, namespace=None):
         """As argparse's, with a suggestion for an option that is not known."""
@@ -113,7 +148,7 @@ def build_parser() -> Parser:
         metavar="FILE.yaml",
         help="YAML file of the settings below, by the same names; the command line wins",
     )
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    add_local_rank(parser)
     for title, group in GROUPS.items():
         section = parser.add_argument_group(title, group.__doc__)
         for name in group.__annotations__:
@@ -146,9 +181,14 @@ def add_setting(parser: argparse._ActionsContainer, spec: Field[Any], default: s
         )
 
 
+def add_local_rank(parser: argparse._ActionsContainer) -> None:
+    """Accept the option that the deepspeed launcher adds; the environment says the same."""
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+
+
 def suggest(word: str, names: Sequence[str]) -> str:
     """The end of a message about an unknown word: the name that is most like it."""
-    close = difflib.get_close_matches(word, names, n=1, cutoff=0.7)
+    close = difflib.get_close_matches(word[:80], names, n=1, cutoff=0.7)
     return f"; did you mean {close[0]}?" if close else "; --help lists all"
 
 
@@ -156,29 +196,28 @@ def _is_switch(spec: Field[Any]) -> bool:
     return spec.type in (bool, bool | None)
 
 
+_PARSERS: dict[type, Callable[[str], Any]] = {int: whole_number, float: finite_number, str: str}
+_EXPECTED = {int: "a whole number", float: "a finite number", str: "a value that fits"}
+
+
 def _value_type(spec: Field[Any]) -> Callable[[str], Any]:
-    """What argparse converts the word with; raises ArgumentTypeError, whose text argparse prints as it is."""
-    kind = next((kind for kind in (int, float, str) if spec.type in (kind, kind | None)), str)
-    expected = {int: "a whole number", float: "a finite number"}.get(kind, "a value that fits")
-    parse_word = spec.metadata["parse"] or (_finite if kind is float else kind)
+    """What argparse converts the word of a setting with."""
+    kind = next((kind for kind in (int, float) if spec.type in (kind, kind | None)), str)
+    range = spec.metadata["range"]
+    rule = f"{f'its range is {range}; ' if range else ''}the default is {shown_default(spec)}"
+    return _convert(kind, spec.metadata["parse"] or _PARSERS[kind], rule)
+
+
+def _convert(kind: type, parse_word: Callable[[str], Any], rule: str) -> Callable[[str], Any]:
+    """`parse_word`, with an ArgumentTypeError for a wrong word, whose text argparse prints as it is."""
 
     def convert(text: str) -> Any:
         try:
             return parse_word(text)
         except ValueError as error:
-            rule = f"; its range is {spec.metadata['range']}" if spec.metadata["range"] else ""
-            raise argparse.ArgumentTypeError(
-                f"{text!r} is not {expected}{rule}; the default is {shown_default(spec)}"
-            ) from error
+            raise argparse.ArgumentTypeError(f"{shown(text)} is not {_EXPECTED[kind]}; {rule}") from error
 
     return convert
-
-
-def _finite(text: str) -> float:
-    value = float(text)
-    if not math.isfinite(value):
-        raise ValueError(text)
-    return value
 
 
 # -- YAML --------------------------------------------------------------------------------------------------------------
@@ -190,25 +229,34 @@ def to_yaml(config: RunConfig) -> str:
     return yaml.safe_dump(values, sort_keys=False, default_flow_style=None)
 
 
+def saved_settings(saved_yaml: str) -> dict[str, Any]:
+    """The settings in a saved config.yaml, numbers as numbers.
+
+    Raises:
+        UserError: the saved text holds no settings.
+    """
+    try:
+        saved = yaml_file.load(saved_yaml, with_numbers=True)
+    except yaml_file.NotSettings:
+        saved = None
+    if not isinstance(saved, dict):
+        raise UserError("the config.yaml in --run_dir is damaged: it holds no settings; take another --run_dir")
+    return saved
+
+
 def differences(config: RunConfig, saved_yaml: str) -> list[str]:
     """Lines `name: saved -> now` for each setting that changes the result and differs from a saved config.yaml.
 
     Raises:
         UserError: the saved text holds no settings.
     """
-    try:
-        saved = yaml.safe_load(saved_yaml)
-    except yaml.YAMLError:
-        saved = None
-    if not isinstance(saved, dict):
-        raise UserError("the config.yaml in --run_dir is damaged: it holds no settings; take another --run_dir")
-    now = yaml.safe_load(to_yaml(config))
+    saved, now = saved_settings(saved_yaml), saved_settings(to_yaml(config))
     names = [name for name in SPECS if name not in RESULT_NEUTRAL]
     return [f"{name}: {saved.get(name)} -> {now.get(name)}" for name in names if saved.get(name) != now.get(name)]
 
 
-def read_yaml(source: str, file: str) -> dict[Any, Any]:
-    """The settings in a YAML file.
+def read_yaml(source: str, file: str) -> dict[str, Any]:
+    """The settings in a YAML file, as words.
 
     Args:
         source: Begins every message, such as "--config FILE".
@@ -217,11 +265,14 @@ def read_yaml(source: str, file: str) -> dict[Any, Any]:
         UserError: the file cannot be read, is not YAML, or holds no settings.
     """
     try:
-        settings = yaml.safe_load(Path(file).read_text())
-    except (OSError, UnicodeDecodeError) as error:
+        with Path(file).open("rb") as opened:
+            content = opened.read(yaml_file.MAX_BYTES + 1)
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise UserError(f"{source} cannot be read ({error}); give a YAML file of settings") from error
-    except yaml.YAMLError as error:
-        raise UserError(f"{source} is not YAML: {' '.join(str(error).split())}; fix the file") from error
+    try:
+        settings = yaml_file.load(content)
+    except yaml_file.NotSettings as error:
+        raise UserError(f"{source} {error}") from error
     if not isinstance(settings, dict):
         raise UserError(f"{source} holds no settings; write lines like 'task: rte'")
     return settings
@@ -231,7 +282,7 @@ def to_words(source: str, settings: Mapping[Any, Any]) -> list[str]:
     """Settings by name, as YAML has them, as command-line words; None means not set.
 
     Raises:
-        UserError: an unknown name, or a switch that is not true or false; the message begins with `source`.
+        UserError: an unknown name, or a value of another kind than the setting; the message begins with `source`.
     """
     words = []
     for name, value in settings.items():
@@ -239,11 +290,19 @@ def to_words(source: str, settings: Mapping[Any, Any]) -> list[str]:
             raise UserError(f"{source}: unknown setting {name!r}{suggest(str(name), list(SPECS))}")
         if value is None:
             continue  # a line whose value was deleted and whose name was left
-        if isinstance(value, bool) != _is_switch(SPECS[name]):
-            expected = "a value" if isinstance(value, bool) else "true or false"
-            raise UserError(f"{source}: {name}: {value!r} does not fit; write {expected}")
-        if isinstance(value, bool):
+        spec = SPECS[name]
+        if _is_switch(spec):
+            if not isinstance(value, bool):
+                raise UserError(f"{source}: {name}: {shown(value)} does not fit; write true or false, without quotes")
             words.append(f"--{name}" if value else f"--no_{name}")
+        elif isinstance(value, bool):
+            raise UserError(
+                f"{source}: {name}: {str(value).lower()} (as true, yes, on, false, no and off are read) does not fit; "
+                "write a value, in quotes if it is one of these words"
+            )
+        elif not _is_word(value) and not (_takes_list(spec) and _is_list(value)):
+            expected = "a value, or a list of values" if _takes_list(spec) else "one value"
+            raise UserError(f"{source}: {name}: {shown(value)} does not fit; write {expected}")
         else:
             words.append(f"--{name}={to_word(value)}")
     return words
@@ -251,9 +310,24 @@ def to_words(source: str, settings: Mapping[Any, Any]) -> list[str]:
 
 def to_word(value: Any) -> str:
     """A YAML value as one command-line word: [1, 3] as 1,3 and [[1, 2], [2, 4]] as 1:2,2:4."""
-    if isinstance(value, list):
-        return ",".join(":".join(map(str, item)) if isinstance(item, list) else str(item) for item in value)
+    if isinstance(value, list | tuple):
+        return ",".join(":".join(map(str, item)) if isinstance(item, list | tuple) else str(item) for item in value)
     return str(value)
+
+
+def _takes_list(spec: Field[Any]) -> bool:
+    return "tuple" in str(spec.type)
+
+
+def _is_word(value: Any) -> bool:
+    return isinstance(value, str | int | float) and not isinstance(value, bool)
+
+
+def _is_list(value: Any) -> bool:
+    """Whether it is a list of words, or of lists of words."""
+    return isinstance(value, list) and all(
+        _is_word(item) or (isinstance(item, list) and all(map(_is_word, item))) for item in value
+    )
 
 
 def _as_lists(value: Any) -> Any:

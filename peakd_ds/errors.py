@@ -6,10 +6,29 @@ import time
 from typing import NoReturn
 
 _RANK_NAMES = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
+_MAX_MESSAGE = 3000
+_MAX_VALUE = 80
 
 
 class UserError(ValueError):
     """An error that the user can fix. The message gives the value, the rule and the remedy, in one line."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(one_line(message))
+
+
+def one_line(text: str) -> str:
+    """The text in one line of printable characters; a long one loses its middle, since the remedy is at the end."""
+    joined = " ".join(text.splitlines())
+    if len(joined) > _MAX_MESSAGE:
+        joined = f"{joined[: _MAX_MESSAGE // 2]} ... {joined[-_MAX_MESSAGE // 2 :]}"
+    return "".join(char if char.isprintable() else ascii(char)[1:-1] for char in joined)
+
+
+def shown(value: object) -> str:
+    """A value as messages show it: in quotes if it is text, without its middle if it is long."""
+    text = repr(value)
+    return text if len(text) <= _MAX_VALUE else f"{text[: _MAX_VALUE // 2]}...{text[-_MAX_VALUE // 4 :]}"
 
 
 def first_line(error: BaseException) -> str:
@@ -24,9 +43,10 @@ def exit_with(error: UserError | OSError, program: str) -> NoReturn:
     A UserError is the same on all ranks, so only rank 0 prints it. The others leave three seconds later: launchers kill
     the remaining ranks when the first one fails, and the line must be out by then. An OSError may be one rank's alone.
     """
-    is_main = next((int(os.environ[name]) for name in _RANK_NAMES if name in os.environ), 0) == 0
-    if is_main or not isinstance(error, UserError):
-        print(f"{program}: error: {' '.join(str(error).splitlines())}", file=sys.stderr, flush=True)
+    rank = next((os.environ[name] for name in _RANK_NAMES if name in os.environ), "0")
+    message = str(error) if isinstance(error, UserError) else f"{error}; free the path, or give another"
+    if rank == "0" or not isinstance(error, UserError):
+        print(f"{program}: error: {one_line(message)}", file=sys.stderr, flush=True)
     else:
         time.sleep(3)
     raise SystemExit(2)

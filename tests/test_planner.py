@@ -317,7 +317,7 @@ def test_shorter_rows_take_less_memory(capsys: pytest.CaptureFixture[str]) -> No
         ([*SHAPES, "--world_size", "0"], "--world_size 0 is outside"),
         ([*SHAPES, "--world_size", "3"], "--global_batch_size 32 is not a multiple of the 3 ranks"),
         ([*SHAPES, "--gpu_memory_gib", "-1"], "--gpu_memory_gib -1.0 is outside"),
-        ([*SHAPES, "--gpu_memory_gib", "nan"], "--gpu_memory_gib nan is outside"),
+        ([*SHAPES, "--gpu_memory_gib", "nan"], "--gpu_memory_gib: 'nan' is not a finite number"),
         ([*SHAPES, "--micro_batch_size", "0"], "--micro_batch_size 0 is outside"),
         ([*SHAPES, "--max_seq_length", "1000"], "longer than the 512 positions"),
         ([*SHAPES, "--tokens_per_row", "200"], "--tokens_per_row 200.0 is outside"),
@@ -328,7 +328,7 @@ def test_shorter_rows_take_less_memory(capsys: pytest.CaptureFixture[str]) -> No
         (["--teacher", "no/such/folder"], "neither a folder with config.json"),
         ([*SHAPES, "--task", "nope"], "--task: unknown task 'nope'"),
         ([*SHAPES, "--nonsense"], "unknown option --nonsense"),
-        ([*SHAPES, "--world_size", "many"], "invalid int value"),
+        ([*SHAPES, "--world_size", "many"], "'many' is not a whole number"),
     ],
 )
 def test_wrong_input_is_one_line(

@@ -12,10 +12,10 @@ from peakd_ds.config.engines import EngineSettings
 from peakd_ds.config.objective import ObjectiveSettings
 from peakd_ds.config.optimisation import OptimisationSettings
 from peakd_ds.config.outputs import OutputSettings
-from peakd_ds.config.setting import shown_default
+from peakd_ds.config.setting import check_text, shown_default
 from peakd_ds.config.student import StudentSettings
 from peakd_ds.config.teacher import TeacherSettings
-from peakd_ds.errors import UserError
+from peakd_ds.errors import UserError, shown
 
 GROUPS = {
     "Data": DataSettings,
@@ -62,7 +62,7 @@ def validate(config: RunConfig) -> None:
     """Raise UserError for the first setting outside its range, with value, rule and remedy."""
     for name in ("task", "teacher", "run_dir"):
         if not getattr(config, name):
-            raise UserError(f"--{name} is missing: {SPECS[name].metadata['help']}")
+            raise UserError(f"--{name} is missing: {SPECS[name].metadata['help']}; give one")
     for name in SPECS:
         check_range(name, getattr(config, name))
     if config.init_layers is not None and len(config.init_layers) != config.num_hidden_layers:
@@ -88,12 +88,14 @@ def validate(config: RunConfig) -> None:
 
 
 def check_range(name: str, value: Any) -> None:
-    """Raise UserError if the value of a setting is outside its range."""
+    """Raise UserError if the value of a setting is outside its range, or is text that no path can have."""
     spec = SPECS[name]
     check = spec.metadata["check"]
+    if isinstance(value, str):
+        check_text(f"--{name}", value)
     if value is not None and check is not None and not check(value):
         rule = spec.metadata["range"]
-        raise UserError(f"--{name} {value} is outside its range {rule}; the default is {shown_default(spec)}")
+        raise UserError(f"--{name} {shown(value)} is outside its range {rule}; the default is {shown_default(spec)}")
 
 
 def check_sharing(sharing: str, shuffle_qk: bool | None) -> None:

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from peakd_ds.config.setting import setting
+from peakd_ds.config.setting import Range, setting
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class DataSettings:
         shown_default="$PEAKD_SCRATCH, else $SLURM_TMPDIR, else shards are read where they are",
         is_neutral=True,
     )
-    max_seq_length: int = setting(128, "longer inputs are cut", unit="tokens", range=">= 8", check=lambda v: v >= 8)
+    max_seq_length: int = setting(128, "longer inputs are cut", unit="tokens", range=Range(8, 100_000))
     select_on: str = setting(
         "holdout",
         "what picks the best epoch: a fixed 10% of train that no stage trains on, or "

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from peakd_ds.config.setting import setting
+from peakd_ds.config.setting import Range, setting
 
 RANK_TIMEOUT_S = 100.0
 
@@ -38,7 +38,6 @@ class EngineSettings:
         RANK_TIMEOUT_S,
         "all ranks end if one does not join, or is silent, for this long",
         unit="s",
-        range=">= 5",
-        check=lambda v: v >= 5,
+        range=Range(5, 86_400),
         is_neutral=True,
     )

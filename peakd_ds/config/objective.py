@@ -3,26 +3,29 @@
 import argparse
 from dataclasses import dataclass
 
-from peakd_ds.config.setting import setting
+from peakd_ds.config.setting import Range, finite_number, setting, whole_number
+from peakd_ds.errors import shown
 
 
 def _parse_layer_map(text: str) -> str | tuple[tuple[int, int], ...]:
     if text in ("skip", "last"):
         return text
     try:
-        pairs = tuple(tuple(int(layer) for layer in pair.split(":")) for pair in text.replace(" ", "").split(","))
+        pairs = tuple(
+            tuple(whole_number(layer) for layer in pair.split(":")) for pair in text.replace(" ", "").split(",")
+        )
     except ValueError:
         pairs = ()
     if not pairs or any(len(pair) != 2 for pair in pairs):
         raise argparse.ArgumentTypeError(
-            f"{text!r} is neither skip, last, nor pairs STUDENT:TEACHER of 1-based layers; "
-            "write for example 1:2,2:4, in quotes in a YAML file"
+            f"{shown(text)} is neither skip, last, nor pairs STUDENT:TEACHER of 1-based layers; "
+            "write for example 1:2,2:4"
         )
     return pairs  # type: ignore[return-value]
 
 
 def _parse_threshold(text: str) -> float | str:
-    return text if text == "median" else float(text)
+    return text if text == "median" else finite_number(text)
 
 
 @dataclass(frozen=True)
@@ -34,31 +37,27 @@ class ObjectiveSettings:
         None,
         "a right teacher prediction is confident above this probability",
         parse=_parse_threshold,
-        range="[0, 1] or median",
-        check=lambda v: v == "median" or 0 <= v <= 1,
+        range=Range(0, 1, word="median"),
         shown_default="Pea-KD's for its five tasks, else median",
     )
     t_wrong: float | str | None = setting(
         None,
         "a wrong teacher prediction is confident above this probability",
         parse=_parse_threshold,
-        range="[0, 1] or median",
-        check=lambda v: v == "median" or 0 <= v <= 1,
+        range=Range(0, 1, word="median"),
         shown_default="Pea-KD's for its five tasks, else median",
     )
     temperature: float = setting(
         10.0,
         "softmax temperature T of the soft loss, which is scaled by T^2",
-        range="> 0",
-        check=lambda v: v > 0,
+        range=Range(0.01, 1000),
     )
     alpha: float = setting(
         0.7,
         "weight of the soft loss; 1 - alpha weighs the hard loss",
-        range="[0, 1]",
-        check=lambda v: 0 <= v <= 1,
+        range=Range(0, 1),
     )
-    beta: float = setting(100.0, "weight of the hidden-state loss", range=">= 0", check=lambda v: v >= 0)
+    beta: float = setting(100.0, "weight of the hidden-state loss", range=Range(0, 1_000_000))
     layer_map: str | tuple[tuple[int, int], ...] = setting(
         "skip",
         "student:teacher layer pairs of the hidden-state loss, 1-based over effective layers",

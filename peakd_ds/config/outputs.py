@@ -3,9 +3,10 @@
 import argparse
 from dataclasses import dataclass
 
-from peakd_ds.config.setting import setting
+from peakd_ds.config.setting import Range, setting
 
 STAGES = ("teacher", "ptp", "distill")
+MAX_STEPS = 1_000_000_000
 
 
 def _parse_stages(text: str) -> tuple[str, ...]:
@@ -37,24 +38,21 @@ class OutputSettings:
         500,
         "checkpoint every this many steps and at the end of each epoch; 0: epochs only",
         unit="steps",
-        range=">= 0",
-        check=lambda v: v >= 0,
+        range=Range(0, MAX_STEPS),
         is_neutral=True,
     )
     eval_steps: int = setting(
         0,
         "evaluate every this many steps and at the end of each epoch; 0: epochs only",
         unit="steps",
-        range=">= 0",
-        check=lambda v: v >= 0,
+        range=Range(0, MAX_STEPS),
         is_neutral=True,
     )
     log_steps: int = setting(
         10,
         "write metrics every this many steps",
         unit="steps",
-        range=">= 1",
-        check=lambda v: v >= 1,
+        range=Range(1, MAX_STEPS),
         is_neutral=True,
     )
     export_unrolled: bool = setting(

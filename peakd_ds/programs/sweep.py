@@ -24,10 +24,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn
 
-import yaml
-
 import peakd_ds
-from peakd_ds.command_line import differences
+from peakd_ds.command_line import differences, saved_settings
 from peakd_ds.errors import UserError
 from peakd_ds.files import write_atomically
 from peakd_ds.programs import scripts
@@ -123,9 +121,9 @@ def state(element: Element) -> str:
         results = json.loads((folder / "results.json").read_text())
         is_complete = results["student"] is not None or {*config.stages} <= {*results["settings"]["stages"]}
         if config.dtype == "auto":  # config.yaml has the dtype that auto stood for
-            config = replace(config, dtype=yaml.safe_load(saved)["dtype"])
+            config = replace(config, dtype=saved_settings(saved)["dtype"])
         return "finished" if is_complete and not differences(config, saved) else "unfinished"
-    except (OSError, ValueError, LookupError, TypeError, yaml.YAMLError):
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
         return "unfinished"
 
 
