@@ -251,19 +251,19 @@ def test_tokenised_rows_are_cached(
 
     monkeypatch.setattr(datasets.Dataset, "map", counted)
 
-    def tokenize(split: str = "train", max_seq_length: int = 32) -> Split:
+    def cached(split: str = "train", max_seq_length: int = 32) -> Split:
         fresh = reading.load_splits(task, str(tiny_data))[split]
         return tokenize(task, fresh, tokenizer, max_seq_length, tmp_path / "cache")
 
-    first, again = tokenize(), tokenize()
+    first, again = cached(), cached()
     assert len(calls) == 1
     assert (again.lengths == first.lengths).all() and torch.equal(again.labels, first.labels)
     every = np.arange(len(rows["train"]))
     theirs = padded(again.micro_batch(every).inputs)
     for name, tensor in padded(first.micro_batch(every).inputs).items():
         assert torch.equal(tensor, theirs[name])
-    assert tokenize(max_seq_length=8).lengths.max() == 8
-    assert len(tokenize("validation")) == NUM_DEV_ROWS
+    assert cached(max_seq_length=8).lengths.max() == 8
+    assert len(cached("validation")) == NUM_DEV_ROWS
     assert len(calls) == 3
     assert not list((tmp_path / "cache").rglob("*.tmp"))
 
@@ -398,7 +398,7 @@ def test_damaged_parquet(copy: Path, damage: str) -> None:
     }
     file.write_bytes(broken[damage])
     message = refusal("rte", copy)
-    assert f"{file} is not a whole parquet file (" in message and message.endswith("; get it again")
+    assert f"{file} is not a complete parquet file (" in message and message.endswith("; get it again")
     assert "\n" not in message
 
 
@@ -431,7 +431,7 @@ def write_raw(copy: Path, columns: dict[str, Any]) -> None:
         ([0, 1, -1, 0], "row 2 has label -1"),
         ([0, None, 1, 1], "row 1 has label nan"),
         ([0.0, 0.5, 1.0, 1.0], "row 1 has label 0.5"),
-        (["yes", "no", "no", "no"], "rte/train has labels of another kind"),
+        (["yes", "no", "no", "no"], "rte/train has labels of a wrong kind"),
     ],
 )
 def test_label_outside_the_range(copy: Path, labels: list[Any], message: str) -> None:
@@ -444,7 +444,7 @@ def test_score_outside_the_range(copy: Path, score: float) -> None:
     columns = made_up_rows("stsb", 4, "")
     write_split(copy, "stsb", "train", {**columns, "label": [1.0, score, 2.0, 5.0]})
     message = refusal("stsb", copy)
-    assert f"stsb/train row 1 has label {score:g}; it must be a number from 0 to 5; mend the data" in message
+    assert f"stsb/train row 1 has label {score:g}; it must be a number from 0 to 5; fix the data" in message
 
 
 def test_files_with_different_columns(copy: Path) -> None:
@@ -464,7 +464,7 @@ def test_train_can_be_left_out(copy: Path) -> None:
 def test_text_that_is_none(copy: Path, texts: list[Any]) -> None:
     write_raw(copy, {"sentence2": texts})
     message = refusal("rte", copy)
-    assert "rte/train column 'sentence2' holds" in message and "mend the data" in message
+    assert "rte/train column 'sentence2' holds" in message and "fix the data" in message
 
 
 def test_another_label_order(copy: Path) -> None:

@@ -7,13 +7,12 @@ import numpy as np
 import pyarrow.parquet
 import pytest
 
-from peakd_ds import stages, train
+from peakd_ds import run, stages, train
 from peakd_ds.command_line import parse
 from peakd_ds.data.batches import epoch_slots, global_batches
-from peakd_ds.engine import ds_config, engines
+from peakd_ds.engine import engines
 from peakd_ds.engine.ds_config import batch_plan
 from peakd_ds.errors import UserError
-from peakd_ds.model import build
 from peakd_ds.ranks import dist
 from peakd_ds.results.log import RunLog
 from peakd_ds.run import open_run
@@ -88,21 +87,21 @@ def fail_on_one(argv: list[str]) -> str:
     """Runs on every rank: what a run says whose model cannot be read on the second."""
     with pytest.MonkeyPatch.context() as patch:
         if dist.rank() == 1:
-            patch.setattr(build, "build_student", lambda *_: Path("/no/such/model").read_bytes())
+            patch.setattr(stages, "build_student", lambda *_: Path("/no/such/model").read_bytes())
         with pytest.raises(UserError) as caught:
             train.main(parse(argv))
     return str(caught.value)
 
 
 def test_a_model_that_one_rank_cannot_read_stops_all(two_ranks, argv: list[str]) -> None:
-    told = two_ranks.run(fail_on_one, argv)
-    assert told[0] == told[1] and told[0].startswith("rank 1: ") and "/no/such/model" in told[0]
+    messages = two_ranks.run(fail_on_one, argv)
+    assert messages[0] == messages[1] and messages[0].startswith("rank 1: ") and "/no/such/model" in messages[0]
 
 
 def dtype_on_mixed_hosts(argv: list[str]) -> str:
     """Runs on every rank: what --dtype auto becomes where the first rank's processor alone is fast in bf16."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ds_config, "has_fast_bf16", lambda: dist.rank() == 0)
+        patch.setattr(run, "has_fast_bf16", lambda: dist.rank() == 0)
         return open_run(parse(argv)).config.dtype
 
 

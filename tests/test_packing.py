@@ -41,7 +41,7 @@ def test_packed_inputs_are_the_rows_one_after_another() -> None:
     assert inputs["token_type_ids"].tolist() == [np.concatenate(types).tolist()]
     assert inputs["position_ids"].tolist() == [[position for n in LENGTHS for position in range(n)]]
     assert packing.starts.tolist() == [0, 5, 14, 15, 48]
-    assert (packing.num_rows, packing.width, packing.longest) == (5, 2 * WIDTH_MULTIPLE, 33)
+    assert (packing.num_rows, packing.width, int(packing.lengths.max())) == (5, 2 * WIDTH_MULTIPLE, 33)
 
 
 def test_padded_inputs_are_what_a_tokenizer_pads() -> None:
@@ -83,7 +83,7 @@ def check_against_padded(model: SPSBertForSequenceClassification, lengths: Seque
     our_gradients = gradients_of(model, ours)
 
     output = model(**padded(inputs), output_hidden_states=True)
-    in_row = packing.mask[:, 0, 0, : packing.longest]
+    in_row = packing.mask[:, 0, 0, : int(packing.lengths.max())]
     theirs = [states[:, 0] if hidden_loss == "cls" else states[in_row] for states in output.hidden_states[1:]]
     their_gradients = gradients_of(model, [output.logits, *theirs])
     assert_same(ours, [output.logits, *theirs], 1e-12)
@@ -143,7 +143,7 @@ def test_without_logits_the_pass_ends_after_the_last_layer_that_is_read() -> Non
         layer.register_forward_hook(lambda module, inputs, output, number=number: runs.append(number))
     inputs = pack(*make_rows(LENGTHS))
     _, whole = forward_with_states(model, inputs, [1, 3], "cls")
-    _, short = forward_with_states(model, inputs, [1, 3], "cls", logits=False)
+    _, short = forward_with_states(model, inputs, [1, 3], "cls", with_logits=False)
     assert runs == [0, 1, 0, 1] + [0, 1, 0]
     assert_same(short, whole, 1e-6)
 
