@@ -47,6 +47,7 @@ finish() { exec "${PYTHON[@]}" -m peakd_ds.cluster.job close "$PEAKD_START_DIR";
 if [ "${PEAKD_PREFLIGHT:-yes}" = yes ]; then
     run slurm/preflight.sh "$@" || finish
 fi
+# In a file name for srun, %% stands for the character %; `open` refuses a backslash, which has no such form.
 run srun --kill-on-bad-exit=1 --wait=60 ${SLURM_CPUS_PER_TASK:+--cpus-per-task="$SLURM_CPUS_PER_TASK"} --label \
-    --open-mode=append --output="$PEAKD_START_DIR/%N.log" "${PYTHON[@]}" -m peakd_ds "$@" || :
+    --open-mode=append --output="${PEAKD_START_DIR//%/%%}/%N.log" "${PYTHON[@]}" -m peakd_ds "$@" || :
 finish

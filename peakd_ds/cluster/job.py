@@ -22,13 +22,13 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict, cast
 
 from peakd_ds import __version__
 from peakd_ds.cluster import run_folder
 from peakd_ds.command_line import parse, to_yaml
 from peakd_ds.config.outputs import STAGES
-from peakd_ds.errors import UserError, exit_with
+from peakd_ds.errors import UserError, exit_with, first_line
 from peakd_ds.files import write_atomically
 from peakd_ds.ranks.notes import Note, read_notes
 from peakd_ds.ranks.slurm_env import job_name
@@ -62,11 +62,17 @@ def open_start(argv: Sequence[str]) -> Path:
     """Check the options of train.py and make the folder of this start.
 
     Raises:
-        UserError: an option is wrong, or the run folder is not given, not a run's or not writable.
+        UserError: an option is wrong, or the run folder is not given, not a run's, not writable or has a
+            backslash in its path.
     """
     config = parse(argv)
     env = os.environ
-    job, restart, run_dir = str(job_name()), int(env.get("SLURM_RESTART_COUNT", "0")), Path(config.run_dir).absolute()
+    job, restart, run_dir = str(job_name()), _number("SLURM_RESTART_COUNT", "0"), Path(config.run_dir).absolute()
+    if "\\" in str(run_dir):
+        raise UserError(
+            f"--run_dir {config.run_dir} has a backslash in its path, which srun --output takes out of file names; "
+            "choose a folder without one"
+        )
     teacher_cache = Path(config.teacher_cache or run_dir / "teacher_cache").absolute()
     folder = run_dir / "logs" / f"{job}-{restart}"
     run_folder.check_owner(run_dir)
@@ -94,15 +100,25 @@ def open_start(argv: Sequence[str]) -> Path:
     return folder
 
 
+OWN_FOLDERS = ("peakd_ds", "kernels", "ds_configs")
+
+
 def _code_revision(folder: Path) -> str:
-    """The commit that runs here, or the version where there is no git; uncommitted changes go into code.diff."""
+    """The commit that runs here, or the version where git does not track this code; its changes go into code.diff.
+
+    An installed package may lie inside a repository that is somebody else's: its commit and its changes say nothing
+    about this code, and may hold secrets. git runs none of the programs that a repository's configuration may name.
+    """
 
     def git(*words: str) -> str:
-        command = ["git", "-C", str(Path(__file__).parent), *words]
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout
+        command = ["git", "-c", "core.fsmonitor=false", "-C", str(Path(__file__).parents[2]), *words]
+        env = {**os.environ, "GIT_OPTIONAL_LOCKS": "0"}
+        return subprocess.run(command, capture_output=True, text=True, errors="replace", check=True, env=env).stdout
 
     try:
-        revision, difference = git("rev-parse", "HEAD").strip(), git("diff", "HEAD")
+        git("ls-files", "--error-unmatch", "--", str(Path(__file__).resolve()))
+        revision = git("rev-parse", "HEAD").strip()
+        difference = git("diff", "--no-ext-diff", "--no-textconv", "HEAD", "--", *OWN_FOLDERS)
     except (OSError, subprocess.CalledProcessError):
         return f"version {__version__}"
     if difference:
@@ -257,7 +273,7 @@ def cause_of(notes: Sequence[Note], srun_log: str, hosts: Sequence[str] = ()) ->
 
 def close_start(start: Path) -> int:
     """Print how the start ended, requeue the job if it is to go on, and return the batch script's exit code."""
-    facts: StartFacts = json.loads((start / "start.json").read_text())
+    facts = _read_start(start)
     notes, run_dir = read_notes(start), start.parents[1]
     has_term = any(note.get("signal") == "SIGTERM" for note in notes)
     job = _wait_for_slurm(facts["job"]) if has_term else _scontrol_job(facts["job"])
@@ -267,9 +283,9 @@ def close_start(start: Path) -> int:
     with contextlib.suppress(OSError):
         end = {"is_idle": reached == facts["position"], "cause": cause}
         write_atomically(start / "end.json", json.dumps(end) + "\n")
-    bad_nodes = json.loads(_read(start / "bad_nodes.json") or "{}")
+    bad_nodes = _read_facts(start / "bad_nodes.json")
     earlier = [file for file in start.parent.glob(f"{facts['job']}-*/bad_nodes.json") if file.parent != start]
-    bad_before = {node for file in earlier for node in json.loads(file.read_text())}
+    bad_before = {node for file in earlier for node in _read_facts(file)}
     verdict = decide(
         notes, bad_nodes, job, cause, _num_idle_starts(start.parent, facts["job"]), bad_before, facts["restart"]
     )
@@ -295,9 +311,10 @@ def _last_error(start: Path) -> str:
 def _num_idle_starts(logs: Path, job: str) -> int:
     """Number of the job's last starts in a row that saved nothing new; starts cut off with their host are skipped."""
     number = 0
-    for folder in sorted(logs.glob(f"{job}-*"), key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True):
-        end = _read(folder / "end.json")
-        if end and not json.loads(end)["is_idle"]:
+    folders = [folder for folder in logs.glob(f"{job}-*") if folder.name.rpartition("-")[2].isdecimal()]
+    for folder in sorted(folders, key=lambda folder: int(folder.name.rpartition("-")[2]), reverse=True):
+        end = _read_facts(folder / "end.json")
+        if end and not end.get("is_idle"):
             break
         number += bool(end) and not (folder / "bad_nodes.json").exists()
     return number
@@ -347,25 +364,71 @@ def _scontrol(kind: str, name: str) -> dict[str, str]:
     return dict(word.split("=", 1) for word in done.stdout.split() if "=" in word)
 
 
+def _read_facts(file: Path) -> dict[str, Any]:
+    """Contents of a JSON file of a start; empty if it is missing or damaged."""
+    try:
+        facts = json.loads(_read(file))
+    except ValueError:
+        return {}
+    return facts if isinstance(facts, dict) else {}
+
+
 def _read(file: Path) -> str:
     return file.read_text(errors="replace") if file.exists() else ""
 
 
+def _number(name: str, default: str = "") -> int:
+    text = os.environ.get(name, default)
+    if not text.isdecimal():
+        raise UserError(f"{name} {text!r} is not a number; leave it as Slurm has set it")
+    return int(text)
+
+
+def _read_start(folder: Path) -> StartFacts:
+    """Contents of a start's start.json. Raises UserError if it is missing or damaged."""
+    file = folder / "start.json"
+    try:
+        facts = json.loads(file.read_text())
+        if all(isinstance(facts[name], kind) for name, kind in _FACTS.items()):
+            return cast(StartFacts, facts)
+        reason = "its entries are not those of a start"
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = first_line(error)
+    raise UserError(f"{file} does not say which start it is of ({reason}); give the folder that `open` has printed")
+
+
+_FACTS = {"job": str, "restart": int, "teacher_cache": str, "position": list}
+"""What `close` needs of start.json."""
+
+
+USAGE = "use `open TRAIN.PY-OPTIONS`, `watch START PID` or `close START`"
+
+
+def run_command(words: Sequence[str]) -> int:
+    """Run `open`, `watch` or `close`, and return the exit code. Raises UserError for words that do not fit."""
+    match list(words):
+        case ["open", *options]:
+            print(open_start(options))
+        case ["watch", start, pid]:
+            if not (pid.isascii() and pid.isdecimal() and int(pid) > 1):
+                raise UserError(f"PID {pid!r} is not a process's number; {USAGE}")
+            _read_start(Path(start))
+            watch(Path(start), int(pid))
+        case ["close", start]:
+            return close_start(Path(start))
+        case []:
+            raise UserError(f"no command; {USAGE}")
+        case _:
+            raise UserError(f"unknown command {' '.join(words)!r}; {USAGE}")
+    return 0
+
+
 def cli() -> None:
-    """Run `open`, `watch` or `close`."""
-    words = sys.argv[2:]
-    match sys.argv[1]:
-        case "open":
-            try:
-                print(open_start(words))
-            except UserError as error:
-                exit_with(error, "distill.sh")
-        case "watch":
-            watch(Path(words[0]), int(words[1]))
-        case "close":
-            raise SystemExit(close_start(Path(words[0])))
-        case other:
-            raise SystemExit(f"unknown: {other}")
+    """Run the command of the command line."""
+    try:
+        raise SystemExit(run_command(sys.argv[1:]))
+    except (UserError, OSError) as error:
+        exit_with(error, "distill.sh")
 
 
 if __name__ == "__main__":

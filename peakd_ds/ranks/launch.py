@@ -51,6 +51,7 @@ def find_ranks(timeout_s: float, needs_devices: bool = True) -> PrefixStore | No
         return None
     if torch.distributed.is_initialized():
         return None
+    _use_loopback_on_one_host()
     device, trouble = _device_and_trouble() if needs_devices else ("cpu", "")
     return liveness.call_roll(timeout_s, device, trouble)
 
@@ -117,6 +118,14 @@ def _ranks_from_srun() -> dict[str, str]:
         MASTER_PORT=str(20000 + number % 20000),
         LOCAL_WORLD_SIZE=tasks_per_node[0],
     )
+
+
+def _use_loopback_on_one_host() -> None:
+    """Have gloo listen on the loopback interface, which no other host can reach, if all ranks meet there."""
+    if liveness.is_loopback(os.environ["MASTER_ADDR"]):
+        for name, addresses in psutil.net_if_addrs().items():
+            if "127.0.0.1" in (entry.address for entry in addresses):
+                os.environ.setdefault("GLOO_SOCKET_IFNAME", name)
 
 
 def _hosts_of_this_step() -> list[str]:

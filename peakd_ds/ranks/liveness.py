@@ -24,6 +24,7 @@ from peakd_ds.ranks.slurm_env import num_nodes_of_this_start
 
 PERIOD_S = 1.0  # between heartbeats
 STOPPED_S = 5.0  # a thread that oversleeps by this much was stopped: Slurm suspended the job
+NUM_MISSED = 3.5  # heartbeats that a rank which is gone has missed
 GRACE_S = 3.0  # time for a rank that is leaving by itself to print why
 READ_S = 10.0  # time for the others to read why they must leave
 
@@ -66,13 +67,15 @@ def call_roll(timeout_s: float, device: str = "cpu", trouble: str = "") -> Prefi
     has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"  # torchrun's parent process keeps the store
     try:
         # multi_tenant: the process group that torch makes later in this process shares the server.
+        is_master = rank == 0 and not has_agent
         server = TCPStore(
             address,
             port,
-            is_master=rank == 0 and not has_agent,
+            is_master=is_master,
             timeout=timedelta(seconds=timeout_s),
             wait_for_workers=False,
             multi_tenant=True,
+            master_listen_fd=_listening_socket(address, port) if is_master else None,
         )
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives its ranks
         store = PrefixStore(f"peakd_ds/{attempt}", server)
@@ -91,6 +94,26 @@ def call_roll(timeout_s: float, device: str = "cpu", trouble: str = "") -> Prefi
         _wait_for_readers(store, rank, world_size)
         raise (UserError if kind == "user" else LostRank)(text)
     return store
+
+
+def _listening_socket(address: str, port: int) -> int | None:
+    """A socket that listens on rank 0's address alone, for the store; None if torch has to listen on all interfaces.
+
+    That is so if the address belongs to no interface of this host, or if the host's own name leads to the loopback
+    interface, which is out of other hosts' reach.
+    """
+    try:
+        family, _, _, _, found = socket.getaddrinfo(address, port, type=socket.SOCK_STREAM)[0]
+        if is_loopback(str(found[0])) and not is_loopback(address):
+            return None
+        return socket.create_server(found[:2], family=family, backlog=2048).detach()
+    except OSError:
+        return None
+
+
+def is_loopback(address: str) -> bool:
+    """Whether ranks that meet at this address are all on one host."""
+    return address in ("localhost", "::1") or address.startswith("127.")
 
 
 def _read_roll(store: Store, world_size: int, timeout_s: float) -> str:
@@ -158,6 +181,8 @@ class _Monitor:
         self.is_leaving = threading.Event()
         self.last_answer = time.monotonic()
         """When the store on rank 0 last answered."""
+        self.cause = ""
+        """Why this rank has to end."""
         self.heart = threading.Thread(target=self.beat, args=(store.clone(),), daemon=True)  # type: ignore[attr-defined]
 
     def start(self) -> None:
@@ -196,7 +221,7 @@ class _Monitor:
             if beat != last:
                 seen[other] = (beat, time.monotonic())
             elif time.monotonic() - since > self.timeout_s:
-                host = _Arrival(*json.loads(store.get(f"here/{other}"))).host
+                host = _host_of(store, other)
                 store.compare_set("lost", "", f"rank {other} on {host} has been silent for {self.timeout_s:g} s")
 
     def guard(self) -> None:
@@ -209,13 +234,41 @@ class _Monitor:
             if time.monotonic() - self.last_answer > self.timeout_s:
                 self.end(f"rank 0 has been silent for {self.timeout_s:g} s")
 
+    def find_gone_rank(self) -> str:
+        """Which rank is gone, after an error that says only that one is: "" if all send heartbeats."""
+        own, deadline = os.environ["RANK"], time.monotonic() + NUM_MISSED * PERIOD_S
+        try:
+            before = self.heartbeats()
+            while time.monotonic() < deadline:
+                cause = self.cause or (self.store.get("lost").decode() if self.store.check(["lost"]) else "")
+                if cause:
+                    return cause
+                time.sleep(0.05)
+            now = self.heartbeats()
+            gone = [rank for rank, beat in now.items() if beat == before[rank] and rank != int(own)]
+            names = [f"rank {rank} on {_host_of(self.store, rank)}" for rank in gone[:20]]
+        except RuntimeError as error:
+            return self.cause or f"rank 0 is gone ({first_line(error)})"
+        return f"{', '.join(names)} is gone" if names else ""
+
+    def heartbeats(self) -> dict[int, str]:
+        """The last heartbeat of each rank, "" before its first."""
+        names = {rank: f"beat/{rank}" for rank in range(int(os.environ["WORLD_SIZE"]))}
+        return {rank: self.store.get(name).decode() if self.store.check([name]) else "" for rank, name in names.items()}
+
     def end(self, cause: str) -> None:
         """End the process with `cause`, unless its main thread is leaving already."""
+        self.cause = self.cause or cause
         if self.is_leaving.wait(GRACE_S):
             return
         print(f"{this_rank()} leaves: {cause}", file=sys.stderr, flush=True)
         self.on_end(cause)
         os._exit(1)
+
+
+def _host_of(store: Store, rank: int) -> str:
+    """Name of a rank's host, from the roll call."""
+    return _Arrival(*json.loads(store.get(f"here/{rank}"))).host
 
 
 _monitor: _Monitor | None = None
@@ -233,6 +286,11 @@ def watch(store: PrefixStore, timeout_s: float, on_end: Callable[[str], None]) -
     _monitor.start()
 
 
+def why_lost(error: BaseException) -> str:
+    """Which rank is gone, after an error that says only that one is; takes a few seconds."""
+    return (_monitor.find_gone_rank() if _monitor is not None else "") or first_line(error)
+
+
 def leave() -> None:
     """Stop the heartbeat: this rank is about to end as it should, so it neither misses others nor is missed."""
     if _monitor is not None:
@@ -242,6 +300,11 @@ def leave() -> None:
 
 def report_failure(cause: str) -> None:
     """Tell the other ranks at once that this rank has failed."""
+    report(f"{this_rank()} failed: {cause}")
+
+
+def report(cause: str) -> None:
+    """Tell the other ranks at once why all must end. The first report is kept."""
     if _monitor is not None:
         with contextlib.suppress(RuntimeError):  # rank 0 is gone, and the others notice that by themselves
-            _monitor.store.compare_set("lost", "", f"{this_rank()} failed: {cause}")
+            _monitor.store.compare_set("lost", "", cause)

@@ -51,5 +51,11 @@ def note(how: str, cause: str = "", signal: str = "") -> None:
 
 
 def read_notes(start: Path) -> list[Note]:
-    """The notes of one start, by rank."""
-    return [json.loads(file.read_text()) for file in sorted(start.glob("rank-*.json"))]
+    """The notes of one start, by rank. A damaged note is left out, as if its rank had been killed."""
+    notes = []
+    for file in sorted(start.glob("rank-*.json")):
+        with contextlib.suppress(OSError, ValueError):
+            content = json.loads(file.read_text())
+            if isinstance(content, dict) and content.keys() >= Note.__required_keys__:
+                notes.append(Note(**content))  # type: ignore[typeddict-item]
+    return notes

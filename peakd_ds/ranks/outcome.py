@@ -1,13 +1,20 @@
 """How a rank's program ends: a note for the batch script, a report to the other ranks, and the exit code."""
 
 import contextlib
+import errno
 import sys
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
-from peakd_ds.errors import UserError
+from peakd_ds.errors import UserError, first_line
 from peakd_ds.ranks import dist, liveness, preempt
-from peakd_ds.ranks.liveness import LostRank
 from peakd_ds.ranks.notes import note
+
+MEMORY_SIGNS = ("out of memory", "t allocate memory", "bad_alloc", "alloc_failed", "start new thread")
+LOSS_SIGNS = (
+    *("connection closed", "connection reset", "connection refused", "connection was likely closed", "broken pipe"),
+    *("socket closed", "timed out", "pair closure", "remote process exited", "ncclremoteerror"),
+)
+"""Parts of messages of gloo, NCCL and torch's store, which have no classes of errors."""
 
 
 @contextlib.contextmanager
@@ -16,33 +23,61 @@ def noted(marks_finished: bool = True) -> Iterator[None]:
 
     The note says finished (if `marks_finished`), stopped (by a signal, with everything saved), refused (the user can
     fix it), lost (another rank is gone) or failed. A failure is reported to the other ranks at once. A stop becomes
-    the exit code that a shell gives for the signal.
+    the exit code that a shell gives for the signal. A rank that has lost another one, or has no memory, ends with one
+    line and exit code 1; another start may help.
     """
     try:
         yield
     except preempt.Stopped as stop:
         note("stopped", str(stop), signal=stop.signal.name)
         dist.leave()
-        print(f"{liveness.this_rank()}: {stop}", file=sys.stderr, flush=True)
+        _say(f"{liveness.this_rank()}: {stop}")
         raise SystemExit(128 + stop.signal) from None
     except UserError as error:
         note("refused", str(error))
         liveness.leave()
         raise
     except BaseException as error:
-        if not isinstance(error, SystemExit) or error.code not in (None, 0):
-            cause = " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        if isinstance(error, SystemExit) and error.code in (None, 0):
+            liveness.leave()
+            raise
+        line, how = _one_line(error)
+        cause = line or " ".join(f"{type(error).__name__}: {error}".split())[:500]
+        if how == "lost":
+            liveness.report(cause)
+        else:
             liveness.report_failure(cause)
-            note("lost" if _is_loss(error) else "failed", cause)
+        note(how, cause)
         liveness.leave()
-        raise
+        if not line:
+            raise
+        _say(f"{liveness.this_rank()} leaves: {line}")
+        raise SystemExit(1) from None
     if marks_finished:
         note("finished")
     dist.leave()
 
 
-def _is_loss(error: BaseException) -> bool:
-    """Whether a rank failed only because another was gone."""
+def _one_line(error: BaseException) -> tuple[str, str]:
+    """All that the user has to know about an error, "" if its traceback is needed; and what the note says."""
+    if isinstance(error, liveness.LostRank):
+        return first_line(error), "lost"
     text = str(error).lower()
-    signs = ("connection closed", "connection reset", "connection refused", "broken pipe", "timed out", "socket closed")
-    return isinstance(error, LostRank) or any(sign in text for sign in signs)
+    is_system_error = isinstance(error, OSError) and error.errno == errno.ENOMEM
+    if isinstance(error, MemoryError) or is_system_error or _has_sign(error, MEMORY_SIGNS):
+        detail = " ".join(f"{type(error).__name__}: {text}".split())[:200]
+        remedy = "lower --micro_batch_size, free memory, or raise its limit (--mem of sbatch, ulimit -v)"
+        return f"out of memory ({detail}); {remedy}", "failed"
+    if dist.world_size() > 1 and _has_sign(error, LOSS_SIGNS):
+        return liveness.why_lost(error), "lost"
+    return "", "failed"
+
+
+def _has_sign(error: BaseException, signs: Collection[str]) -> bool:
+    """Whether one of torch's errors has a sign in its message."""
+    return isinstance(error, RuntimeError) and any(sign in str(error).lower() for sign in signs)
+
+
+def _say(line: str) -> None:
+    with contextlib.suppress(OSError):  # a launcher that is gone was perhaps the reader of this pipe
+        print(line, file=sys.stderr, flush=True)

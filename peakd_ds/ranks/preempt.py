@@ -2,12 +2,15 @@
 
 SIGUSR1 asks for a stop that is continued later; Slurm sends it before a time limit or a preemption. SIGTERM asks for a
 stop. A program acts on both in the same way, and cluster/job.py decides what becomes of the job. signals.py records
-the signals.
+the signals. A launcher that is gone counts as SIGTERM; parents.py knows the launcher.
 """
 
 import signal
 
-from peakd_ds.ranks import dist, signals
+from peakd_ds.ranks import dist, parents, signals
+
+_has_lost_launcher = False
+"""Whether the ranks have agreed to stop because a launcher is gone."""
 
 
 class Stopped(Exception):
@@ -15,16 +18,29 @@ class Stopped(Exception):
 
     def __init__(self, stop: signal.Signals):
         self.signal = stop
-        super().__init__(f"stopped by {self.signal.name}; the same command goes on from here")
+        cause = f"stopped by {self.signal.name}"
+        if _has_lost_launcher:
+            process = parents.gone()
+            cause = f"stopped, since the launcher {f'(process {process})' if process else 'of another rank'} is gone"
+        super().__init__(f"{cause}; the same command goes on from here")
 
 
 def stop_agreed() -> signal.Signals | None:
     """The signal that any rank has received, the same on all ranks (collective); None if there is none.
 
-    SIGUSR1 takes precedence: a SIGTERM follows it when a save takes longer than the time that is left.
+    SIGUSR1 takes precedence: a SIGTERM follows it when a save takes longer than the time that is left. A launcher that
+    is gone counts as SIGTERM.
     """
-    mine = 2 if signal.SIGUSR1 in signals.received else 1 if signal.SIGTERM in signals.received else 0
-    return (None, signal.SIGTERM, signal.SIGUSR1)[dist.max_over_ranks(mine)]
+    global _has_lost_launcher
+    if signal.SIGUSR1 in signals.received:
+        mine = 3
+    elif signal.SIGTERM in signals.received:
+        mine = 2
+    else:
+        mine = 0 if parents.gone() is None else 1
+    agreed = dist.max_over_ranks(mine)
+    _has_lost_launcher = agreed == 1
+    return (None, signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1)[agreed]
 
 
 def leave_if(stop: signal.Signals | None) -> None:

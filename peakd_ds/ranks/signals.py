@@ -7,13 +7,16 @@ first would kill the rank.
 import signal
 from types import FrameType
 
+from peakd_ds.ranks import parents
+
 received: set[int] = set()
 
 
 def listen() -> None:
-    """Record SIGUSR1 and SIGTERM from now on, instead of dying of them."""
+    """Record SIGUSR1 and SIGTERM from now on, instead of dying of them, and remember who started this process."""
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, _record)
+    parents.remember()
 
 
 def _record(number: int, frame: FrameType | None) -> None:
