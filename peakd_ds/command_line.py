@@ -188,8 +188,13 @@ def add_local_rank(parser: argparse._ActionsContainer) -> None:
 
 def suggest(word: str, names: Sequence[str]) -> str:
     """The end of a message about an unknown word: the name that is most like it."""
+    return closest(word, names) or "; --help lists all"
+
+
+def closest(word: str, names: Sequence[str]) -> str:
+    """The end of a message about an unknown word: the name that is most like it, or nothing."""
     close = difflib.get_close_matches(word[:80], names, n=1, cutoff=0.7)
-    return f"; did you mean {close[0]}?" if close else "; --help lists all"
+    return f"; did you mean {close[0]}?" if close else ""
 
 
 def _is_switch(spec: Field[Any]) -> bool:

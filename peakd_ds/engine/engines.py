@@ -1,7 +1,6 @@
 """The two DeepSpeed engines of a rank, the trained model's and the frozen teacher's; only here they are initialized.
 
-ds_configs/ says how an engine is spread (ZeRO stage, precision, offload). Batch sizes and clipping follow from the
-run's settings and are filled in here, so no number is stated twice.
+ds_configs/ says how an engine is spread (ZeRO stage, precision, offload). ds_config.py fills in the run's numbers.
 """
 
 import contextlib
@@ -18,12 +17,10 @@ from transformers import get_linear_schedule_with_warmup
 
 from peakd_ds.config import RunConfig
 from peakd_ds.engine.cpu import copy_first_gradients
-from peakd_ds.engine.ds_config import batch_plan, zero_stage
+from peakd_ds.engine.ds_config import teacher_ds_config, training_ds_config, zero_stage
 from peakd_ds.engine.state import create_adam_state, loss_scaler, write_full
 from peakd_ds.errors import UserError
 from peakd_ds.ranks import dist
-
-MONITORS = {"tensorboard", "wandb", "csv_monitor", "comet"}
 
 
 def training_engine(
@@ -38,22 +35,7 @@ def training_engine(
         ds_config: The student's DeepSpeed config, without batch sizes.
         name: Name of the stage, under which DeepSpeed's monitors write if the config turns one on.
     """
-    micro, accum = batch_plan(config.global_batch_size, config.micro_batch_size, dist.world_size())
-    ds_config = {
-        # On by default; it synchronises the host with the GPU, the teacher's stream too, twice a micro-batch.
-        "timers": {"throughput": {"enabled": False}},
-        **ds_config,
-        "train_batch_size": config.global_batch_size,
-        "train_micro_batch_size_per_gpu": micro,
-        "gradient_accumulation_steps": accum,
-        "gradient_clipping": config.max_grad_norm,  # explicit: DeepSpeed's default is 1.0, at every stage
-        "zero_force_ds_cpu_optimizer": False,
-        **{
-            monitor: {**ds_config[monitor], "job_name": f"{ds_config[monitor].get('job_name', 'peakd_ds')}_{name}"}
-            for monitor in ("tensorboard", "csv_monitor")
-            if monitor in ds_config
-        },
-    }
+    ds_config = training_ds_config(config, ds_config, name)
     optimizer = torch.optim.AdamW(parameter_groups(module, config.weight_decay), lr=config.lr, fused=True)
     scheduler = get_linear_schedule_with_warmup(optimizer, round(config.warmup_ratio * num_steps), num_steps)
     weights = {name: parameter.detach().clone() for name, parameter in module.named_parameters()}
@@ -70,16 +52,9 @@ def training_engine(
 
 
 def teacher_engine(model: nn.Module, ds_config: dict[str, Any]) -> DeepSpeedEngine:
-    """An engine without optimizer around the frozen teacher, at ZeRO stage 0 or 3, in eval mode.
-
-    It gets no monitor: two engines with one monitor name would write into the same files.
-    """
-    ds_config = {name: value for name, value in ds_config.items() if name not in MONITORS}
+    """An engine without optimizer around the frozen teacher, at ZeRO stage 0 or 3, in eval mode."""
     model.requires_grad_(False)
-    engine = _initialize(
-        model=model,
-        config={**ds_config, "train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0},
-    )
+    engine = _initialize(model=model, config=teacher_ds_config(ds_config))
     engine.eval()
     return engine
 
