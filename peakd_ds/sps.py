@@ -36,6 +36,15 @@ from peakd_ds.packed.packing import Packing
 SHARINGS = ("none", "sps", "cycle", "cycle_rev", "sequence")
 """Values of ``sharing``; :func:`execution_order` says what each means."""
 
+COMPUTED_VALUES = {
+    "position_embedding_type": "absolute",
+    "chunk_size_feed_forward": 0,
+    "is_decoder": False,
+    "add_cross_attention": False,
+    "is_encoder_decoder": False,
+}
+"""Settings of BERT configs that the forward pass does not read, with the only value that it computes."""
+
 _ENCODER_FIELDS = (
     "vocab_size",
     "type_vocab_size",
@@ -112,7 +121,8 @@ class SPSBertConfig(BertConfig):
             the others at construction.
 
     Raises:
-        ValueError: As :func:`execution_order`; and for a decoder, whose cache has one entry per stored layer.
+        ValueError: As :func:`execution_order`; and for a value other than those of :data:`COMPUTED_VALUES`, as of a
+            decoder, whose cache has one entry per stored layer.
     """
 
     model_type = "sps_bert"
@@ -123,11 +133,10 @@ class SPSBertConfig(BertConfig):
     def __post_init__(self, **kwargs: Any) -> None:
         kwargs.pop("num_effective_layers", None)  # derived: a value in a file must not shadow the property
         super().__post_init__(**kwargs)
-        if self.is_decoder or self.add_cross_attention:
-            raise ValueError(
-                f"is_decoder is {self.is_decoder} and add_cross_attention is {self.add_cross_attention}, but "
-                "SPS is an encoder; leave both False"
-            )
+        for name, value in COMPUTED_VALUES.items():
+            found = getattr(self, name, value)
+            if found != value:
+                raise ValueError(f"{name} is {found!r}, but SPS is an encoder that computes only {value!r}; set that")
         execution_order(self.num_hidden_layers, self.sharing, self.shuffle_qk)  # raises for what cannot run
         self.shuffle_qk = _resolve_shuffle_qk(self.sharing, self.shuffle_qk)
 

@@ -235,7 +235,7 @@ def test_teacher_with_pickled_weights_only(program: Program, teacher: Path) -> N
 def test_teacher_with_truncated_weights(program: Program, teacher: Path) -> None:
     file = teacher / "model.safetensors"
     file.write_bytes(file.read_bytes()[:5000])
-    assert_says(program.refuses(teacher=teacher), f"{file} is not a whole safetensors file (", "get it again")
+    assert_says(program.refuses(teacher=teacher), f"{file} is not a complete safetensors file (", "get it again")
 
 
 def test_classifier_without_its_head(program: Program, teacher: Path) -> None:
@@ -359,7 +359,7 @@ def test_no_data_and_no_hub(program: Program) -> None:
 def test_truncated_parquet(program: Program, spoiled: Path, num_bytes: int) -> None:
     file = next((spoiled / "rte").glob("validation-*"))
     file.write_bytes(file.read_bytes()[:num_bytes])
-    assert_says(program.refuses(data_dir=spoiled), f"{file} is not a whole parquet file", "get it again")
+    assert_says(program.refuses(data_dir=spoiled), f"{file} is not a complete parquet file", "get it again")
 
 
 def test_parquet_without_rows(program: Program, spoiled: Path) -> None:
@@ -553,7 +553,7 @@ MISTAKES = {
     "unknown option": ("--tempreature 3", "unknown option --tempreature; did you mean --temperature?"),
     "unknown task": ("--task rte2", "unknown task 'rte2'; use one of cola, sst2"),
     "stage 1 teacher": ("--teacher_ds_config zero1_fp32", "has ZeRO stage 1, which shards optimiser states"),
-    "truncated parquet": ("--data_dir TRUNCATED", "is not a whole parquet file"),
+    "truncated parquet": ("--data_dir TRUNCATED", "is not a complete parquet file"),
     "changed settings": ("--alpha 0.25", "holds a run with other settings (alpha: 0.7 -> 0.25); nothing was changed"),
 }
 

@@ -46,7 +46,8 @@ def build_student(
 ) -> SPSBertForSequenceClassification:
     """A new student with `head` settings (`task_head` or `ptp_head`) and the encoder's weights, in fp32."""
     student = SPSBertForSequenceClassification(student_config(config, student_init.config, head))
-    encoder = load_pretrained(BertModel, student_init.path, student_init.option, contract.NEW_WITH_A_TASK)
+    path, option, source_config = student_init.path, student_init.option, student_init.config
+    encoder = load_pretrained(BertModel, path, option, contract.NEW_WITH_A_TASK, config=source_config)
     init_from_encoder(student, encoder, config.init_layers or tuple(range(1, config.num_hidden_layers + 1)))
     return student
 

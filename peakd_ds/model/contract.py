@@ -1,117 +1,112 @@
-"""Checkpoints that the user names, and the contract between teacher and student. Weights are not read here."""
+"""Checkpoints that the user names, and the contract between teacher and student. No model is built here."""
 
-import re
-from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-from safetensors import SafetensorError, safe_open
-from transformers import (
-    AutoConfig,
-    AutoTokenizer,
-    BertConfig,
-    BertModel,
-    PreTrainedTokenizerBase,
-)
+from tokenizers import Tokenizer
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+from transformers.utils import cached_file
 
 from peakd_ds.config import RunConfig
 from peakd_ds.data.tasks import Task
-from peakd_ds.errors import UserError, first_line
+from peakd_ds.errors import UserError
+from peakd_ds.model.config_file import Pretrained, as_user_error, read_config
+from peakd_ds.model.weights_file import check_weights
 
 NEW_WITH_A_TASK = ("classifier.", "bert.pooler.", "pooler.")
 """Weights that a pretrained encoder may lack."""
 
 
-@dataclass(frozen=True)
-class Pretrained:
-    """A BERT checkpoint that the user has named; its weights are not read yet."""
+def find_encoder(
+    path: str, option: str, model_types: tuple[str, ...] = ("bert",), with_weights: bool = True
+) -> Pretrained:
+    """The checkpoint in a folder or on the hub, its config.json and weights checked.
 
-    path: str
-    option: str
-    """The option that names it, for messages."""
-    config: BertConfig
-    is_classifier: bool
-
-
-def find_encoder(path: str, option: str) -> Pretrained:
-    """The checkpoint in a folder or on the hub, from its config and the names of its weights.
+    Args:
+        with_weights: Whether the weights are looked at; a plan needs none.
 
     Raises:
-        UserError: nothing is there, there are no safetensors weights, it is no BERT, or a classifier without its head.
+        UserError: nothing is there, a setting cannot work, or the weights are damaged or do not fit the config.
     """
-    folder, names = Path(path), set()
-    if folder.is_dir() and not any(folder.glob("*.safetensors")):
-        raise UserError(
-            f"--{option} {path} has no weights; the folder must hold model.safetensors beside config.json "
-            "(save the model again with save_pretrained)"
-        )
-    for file in folder.glob("*.safetensors"):
-        try:
-            with safe_open(file, framework="pt") as opened:
-                names |= set(opened.keys())
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{file} is not a complete safetensors file ({first_line(error)}); get it again") from error
-    config = read_config(path, option)
-    is_classifier = "BertForSequenceClassification" in (config.architectures or [])
-    if is_classifier and names and "classifier.weight" not in names:  # transformers would make a random head
-        raise UserError(
-            f"--{option} {path} is a classifier by its config.json, but its weights hold no classifier.weight; get the "
-            "whole model, or set architectures in config.json to BertModel to have it fine-tuned"
-        )
-    if names:
-        _check_complete(config, names, f"--{option} {path}")
-    return Pretrained(path, option, config, is_classifier)
+    config, is_classifier = read_config(path, option, model_types)
+    names = check_weights(path, option, config, is_classifier) if with_weights else frozenset()
+    return Pretrained(path, option, config, is_classifier, names)
 
 
-def read_config(path: str, option: str) -> BertConfig:
-    """The config.json of a folder or hub id. Raises UserError if there is none, or if it is not a BERT encoder's."""
-    try:
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-    except Exception as error:  # besides OSError and ValueError, a validation error of its own for each bad field
-        raise UserError(
-            f"--{option} {path} is neither a folder with config.json nor a model that the hub gives "
-            f"({first_line(error)}); give a folder that save_pretrained wrote, or go online for a hub id"
-        ) from error
-    if config.model_type != "bert":
-        raise UserError(
-            f"--{option} {path} is a {config.model_type} model; it must be a bert, since the student "
-            "takes its layers and vocabulary from it: take a BERT"
-        )
-    if config.is_decoder or config.add_cross_attention:
-        raise UserError(f"--{option} {path} is a decoder by its config.json; take an encoder")
-    if config.hidden_size % config.num_attention_heads:
-        raise UserError(
-            f"--{option} {path} has hidden_size {config.hidden_size}, which is not a multiple of its "
-            f"{config.num_attention_heads} attention heads; fix its config.json"
-        )
-    return config
-
-
-def _check_complete(config: BertConfig, names: set[str], source: str) -> None:
-    """Raise UserError if encoder weights are missing: a student's source is read after the teacher stage, hours later."""
-    with torch.device("meta"):  # names only
-        expected = BertModel(config).state_dict().keys()
-    stored = {re.sub("gamma$", "weight", re.sub("beta$", "bias", name.removeprefix("bert."))) for name in names}
-    missing = [name for name in expected if name not in stored and not name.startswith(NEW_WITH_A_TASK)]
-    if missing:
-        raise UserError(f"{source} lacks {len(missing)} weights, {missing[0]} among them; get the complete model")
+# -- Tokenizers --------------------------------------------------------------------------------------------------------
 
 
 def load_tokenizer(encoder: Pretrained) -> PreTrainedTokenizerBase:
-    """The encoder's own tokenizer. Raises UserError if there is none."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(encoder.path, trust_remote_code=False)
+    """The encoder's own tokenizer. Raises UserError if there is none, or if an example is not tokenised as for BERT."""
+    problem, remedy = f"{encoder.name} has no tokenizer that can be read", "save it there with save_pretrained"
+    with as_user_error(problem, remedy):
+        settings = get_tokenizer_config(encoder.path)
+        if settings.get("auto_map") is not None:
+            raise ValueError("tokenizer_config.json has auto_map, code of its own that is not run")
+        tokenizer = AutoTokenizer.from_pretrained(encoder.path, config=encoder.config, trust_remote_code=False)
         tokenizer.padding_side = "right"  # the hidden-state loss reads [CLS] at position 0
-        if len(tokenizer) <= len(
-            tokenizer.all_special_tokens
-        ):  # as transformers makes for a folder without a tokenizer
+        if len(tokenizer) <= len(tokenizer.all_special_tokens):  # as transformers makes for a folder without one
             raise ValueError("no vocabulary in tokenizer.json or vocab.txt")
-        return tokenizer
-    except (OSError, ValueError, TypeError, KeyError) as error:
+        stored = _stored_tokens(encoder.path)
+    remedy = "take the tokenizer that the model was trained with"
+    with as_user_error(f"{encoder.name} has a tokenizer that does not fit it", remedy):
+        _check_special_tokens(tokenizer, stored, encoder)
+        check_vocabulary(tokenizer, encoder)
+        _check_example(tokenizer)
+    return tokenizer
+
+
+def _stored_tokens(path: str) -> set[str]:
+    """Tokens that tokenizer.json or vocab.txt holds: transformers gives special tokens that are not there new ids."""
+    file = cached_file(path, "tokenizer.json", _raise_exceptions_for_missing_entries=False)
+    if file is not None:
+        return set(Tokenizer.from_file(file).get_vocab())
+    return set(Path(str(cached_file(path, "vocab.txt"))).read_text(encoding="utf-8").split("\n"))
+
+
+def _check_special_tokens(tokenizer: PreTrainedTokenizerBase, stored: set[str], encoder: Pretrained) -> None:
+    ids = {}
+    for name in ("cls_token", "sep_token", "pad_token"):
+        token, number = getattr(tokenizer, name), getattr(tokenizer, f"{name}_id")
+        if token not in stored or not isinstance(number, int):
+            raise ValueError(f"its vocabulary has no {name}, {token!r}")
+        ids[number] = name
+    if len(ids) < 3:
+        raise ValueError("cls_token, sep_token and pad_token are not three tokens")
+    pad = encoder.config.pad_token_id
+    if pad not in (None, tokenizer.pad_token_id):
+        raise ValueError(f"pad_token is {tokenizer.pad_token_id}, but pad_token_id in config.json is {pad}")
+    length = tokenizer.model_max_length
+    if isinstance(length, bool) or not isinstance(length, int | float) or not length >= 1:
+        raise ValueError(f"model_max_length is {length!r}, but it must be a number of at least 1")
+
+
+def _check_example(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Tokenise a pair of sentences of words from the vocabulary itself."""
+    words = [word for word in tokenizer.get_vocab() if word.isascii() and word.isalpha() and word.islower()][:8]
+    text = " ".join(words) or "a"
+    encoded = tokenizer(text, text, truncation=True, max_length=2 * len(words) + 3, return_token_type_ids=True)
+    ids, types = encoded["input_ids"], encoded["token_type_ids"]
+    cls, sep, unknown = tokenizer.cls_token_id, tokenizer.sep_token_id, tokenizer.unk_token_id
+    if ids[:1] != [cls] or ids[-1:] != [sep] or ids.count(cls) != 1 or ids.count(sep) != 2:
+        raise ValueError("a pair of sentences does not become [CLS] ... [SEP] ... [SEP]")
+    if len(types) != len(ids) or types != sorted(types) or not set(types) <= {0, 1}:
+        raise ValueError("token_type_ids of a pair of sentences are not zeros and then ones")
+    if words and set(ids) <= {cls, sep, unknown}:
+        raise ValueError("it does not know the words of its own vocabulary")
+
+
+def check_vocabulary(tokenizer: PreTrainedTokenizerBase, encoder: Pretrained) -> None:
+    """Raise UserError if the tokenizer gives ids that the model has no embedding for."""
+    num_ids = max(tokenizer.get_vocab().values()) + 1
+    if num_ids > encoder.config.vocab_size:
         raise UserError(
-            f"--{encoder.option} {encoder.path} has no tokenizer that can be read "
-            f"({first_line(error)}); save it there with save_pretrained"
-        ) from error
+            f"the teacher's tokenizer has {num_ids} entries, but {encoder.name} embeds {encoder.config.vocab_size}; "
+            "teacher and student must share one vocabulary: take the tokenizer that the model was trained with"
+        )
+
+
+# -- The contract ------------------------------------------------------------------------------------------------------
 
 
 def check_contract(
@@ -123,17 +118,11 @@ def check_contract(
         UserError: vocabularies, label orders, token types, depths or lengths do not fit; names both sides.
     """
     for side in {teacher.path: teacher, student_init.path: student_init}.values():
-        name = f"--{side.option} {side.path}"
-        if len(tokenizer) > side.config.vocab_size:
-            raise UserError(
-                f"the teacher's tokenizer has {len(tokenizer)} entries, but {name} embeds "
-                f"{side.config.vocab_size}; teacher and student must share one vocabulary: take the tokenizer that the "
-                "model was trained with"
-            )
+        check_vocabulary(tokenizer, side)
         check_length(config.max_seq_length, side)
         if len(task.text_columns) == 2 and side.config.type_vocab_size < 2:
             raise UserError(
-                f"task {task.name} has sentence pairs, but {name} has {side.config.type_vocab_size} token "
+                f"task {task.name} has sentence pairs, but {side.name} has {side.config.type_vocab_size} token "
                 "type; it could not tell the sentences apart: take a BERT with 2"
             )
     if "token_type_ids" not in tokenizer.model_input_names:
@@ -148,6 +137,11 @@ def check_contract(
         )
     if teacher.is_classifier:
         check_labels(task, teacher)
+    elif "classifier.weight" in teacher.weight_names:  # its head would be taken for one of the task
+        raise UserError(
+            f"{teacher.name} has a head (classifier.weight), but its architectures in config.json name no "
+            "BertForSequenceClassification; set that if it is a classifier for the task, or save its BertModel alone"
+        )
     layers = config.init_layers or tuple(range(1, config.num_hidden_layers + 1))
     if max(layers) > student_init.config.num_hidden_layers:
         raise UserError(

@@ -76,12 +76,14 @@ def load_inputs(
         UserError: as `main`.
     """
     task = get_task(args.task)
-    if not (Path(args.model) / "config.json").exists():
+    if not Path(args.model, "config.json").is_file():
         raise UserError(f"--model {args.model} is not a folder with config.json; give a saved classifier")
-    model = load_pretrained(AutoModelForSequenceClassification, args.model, "model")
-    source = contract.Pretrained(args.model, "model", model.config, is_classifier=True)
+    source = contract.find_encoder(args.model, "model", model_types=("bert", "sps_bert"))
+    if not source.is_classifier:
+        raise UserError(f"{source.name} is an encoder without a head for a task; give a saved classifier")
     contract.check_labels(task, source)
     contract.check_length(args.max_seq_length, source)
+    tokenizer = contract.load_tokenizer(source)
     splits = reading.load_splits(task, args.data_dir, train=False)
     if args.submission and not any(name in splits for name in task.submission_files):
         files = " and ".join(f"{task.name}/{name}-*.parquet" for name in task.submission_files)
@@ -89,7 +91,8 @@ def load_inputs(
             f"task {task.name} has no test split in the data, so there is nothing to submit; "
             + (f"add {files}" if files else "GLUE takes no files of this task: leave --submission out")
         )
-    return task, model.to(device()).eval(), contract.load_tokenizer(source), splits
+    model = load_pretrained(AutoModelForSequenceClassification, args.model, "model", config=source.config)
+    return task, model.to(device()).eval(), tokenizer, splits
 
 
 # -- Files for the GLUE server -----------------------------------------------------------------------------------------
