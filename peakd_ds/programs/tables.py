@@ -15,39 +15,17 @@ import os
 import re
 import statistics
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from peakd_ds.config import RESULT_NEUTRAL, RunConfig
+from peakd_ds.config.setting import check_text
 from peakd_ds.data.tasks import get_task
-from peakd_ds.errors import UserError
+from peakd_ds.errors import UserError, one_line
 from peakd_ds.files import write_atomically
 from peakd_ds.programs import scripts
-from peakd_ds.programs.grid import TEACHER_ONLY
+from peakd_ds.programs.run_results import DAMAGE, Result, Unusable, printable, read_result
 from peakd_ds.results import figures, markdown
-
-DEFAULTS = json.loads(json.dumps(asdict(RunConfig())))
-"""Values of settings that the results of an earlier version do not have."""
-
-
-@dataclass(frozen=True)
-class Result:
-    """The result of a finished run."""
-
-    folder: Path
-    task: str
-    method: str
-    """As in results.json; "teacher" where only the teacher stage ran."""
-    seed: int
-    settings: dict[str, Any]
-    """All settings that change the result, except the seed."""
-    metrics: dict[str, float]
-    teacher: float | None
-    """The teacher's primary metric."""
-    params: int
-    stored_layers: int
-    effective_layers: int
 
 
 @dataclass
@@ -92,55 +70,17 @@ def gather(folders: Sequence[Path]) -> tuple[list[Row], list[str]]:
         UserError: a folder does not exist, there is no run in any of them, or two runs do not differ even in the seed.
     """
     planned = {path: None for folder in folders for path in _planned_runs(folder)}
-    found = {path: None for folder in folders for path in _run_folders(folder)}
-    results, left_out = [], []
+    results: list[Result] = []
+    left_out: list[str] = []
+    found = {path: None for folder in folders for path in _run_folders(folder, left_out)}
     for path in {**planned, **found}:
         try:
             results.append(read_result(path))
-        except ValueError as error:
-            left_out.append(f"{_relative(path)}: {error}")
+        except Unusable as error:
+            left_out.append(one_line(f"{_relative(path)}: {error}"))
     if not results and not left_out:
         raise UserError(f"no run in {', '.join(map(str, folders))}; give a run folder, or a folder of run folders")
     return _rows(results, set(planned)), left_out
-
-
-def read_result(folder: Path) -> Result:
-    """The result of a finished run.
-
-    Raises:
-        ValueError: the run is missing, unfinished or failed, or its files are damaged; the message says which.
-    """
-    file = folder / "results.json"
-    failure = _failure(folder, file)
-    if failure is not None:
-        raise ValueError(f"failed: {' '.join(failure.split())}")
-    if not file.exists():
-        raise ValueError("unfinished (no results.json)" if folder.exists() else "missing")
-    try:
-        results = json.loads(file.read_text())
-        settings = {**DEFAULTS, **results["settings"]}
-        task, seed = get_task(results["task"]), int(results["seed"])
-        is_student = results["student"] is not None
-        if not is_student and (settings["stages"] != ["teacher"] or (folder / "checkpoints" / "ptp").exists()):
-            raise ValueError(f"unfinished (stages {','.join(settings['stages'])} ran, there is no student)")
-        model = results["student" if is_student else "teacher"]
-        changing = {name: settings[name] for name in settings if name not in RESULT_NEUTRAL and name != "seed"}
-        if (folder / "data.json").exists():
-            changing["data"] = json.loads((folder / "data.json").read_text())
-        return Result(
-            folder=folder,
-            task=task.name,
-            method=results["method"] if is_student else TEACHER_ONLY,
-            seed=seed,
-            settings=changing,
-            metrics={name: float(model["metrics"][name]) for name in (*task.metrics, *model["metrics"])},
-            teacher=None if results["teacher"] is None else results["teacher"]["metrics"][task.primary_metric],
-            params=model["params"],
-            stored_layers=model.get("stored_layers", model["effective_layers"]),
-            effective_layers=model["effective_layers"],
-        )
-    except (LookupError, TypeError, AttributeError, OSError, json.JSONDecodeError) as error:
-        raise ValueError(f"damaged results.json ({type(error).__name__}: {error})") from error
 
 
 def to_markdown(rows: Sequence[Row], left_out: Sequence[str]) -> str:
@@ -217,51 +157,31 @@ def _planned_runs(folder: Path) -> Iterator[Path]:
     for runs in (root, *root.parents):
         for file in sorted((runs / "grids").glob("*.json")):
             try:
-                paths = [runs / name for name in json.loads(file.read_text())]
-            except (ValueError, TypeError) as error:
-                raise UserError(f"{file} is damaged ({error}); delete it, or start the sweep again") from error
-            yield from (path for path in paths if path.is_relative_to(root))
+                names = json.loads(file.read_text(encoding="utf-8"))
+                if not isinstance(names, list):
+                    raise ValueError("it is not a list")
+                for name in names:
+                    check_text("name", printable(name))
+            except DAMAGE as error:
+                raise UserError(
+                    f"{file} is damaged ({one_line(str(error))}); delete it, or start the sweep again"
+                ) from error
+            yield from (path for path in (runs / name for name in names) if path.is_relative_to(root))
 
 
-def _run_folders(folder: Path) -> Iterator[Path]:
-    """Folders at or below `folder` that hold a run."""
+def _run_folders(folder: Path, left_out: list[str]) -> Iterator[Path]:
+    """Folders at or below `folder` that hold a run; adds a line to `left_out` for each that cannot be read."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give a run folder, or a folder of run folders")
-    for path, folders, files in os.walk(folder.resolve()):
+
+    def note_unreadable(error: OSError) -> None:
+        left_out.append(one_line(f"{_relative(Path(error.filename))}: cannot be read ({error.strerror})"))
+
+    for path, folders, files in os.walk(folder.resolve(), onerror=note_unreadable):
         if {"config.yaml", "results.json"} & {*files}:
             yield Path(path)
             folders.clear()
         folders[:] = sorted(name for name in folders if not name.startswith("."))
-
-
-def _failure(folder: Path, results: Path) -> str | None:
-    """Why the last start of a run failed, as peakd-sweep (RUN.failed) or slurm/distill.sh (RUN/logs/START/) noted it.
-
-    None if it did not fail. A failure counts even if there are earlier results: these may have other settings than the
-    last start.
-    """
-    note = Path(f"{folder}.failed")
-    if note.exists():
-        return note.read_text()
-    starts = {file.parent: _time_in(file) for file in (folder / "logs").glob("*/start.json")}
-    start = max(starts, key=starts.__getitem__, default=None)
-    if start is None or not (start / "end.json").exists() or starts[start] < _time_in(results):
-        return None
-    outcomes = {json.loads(file.read_text())["how"] for file in start.glob("rank-*.json")}
-    if not outcomes & {"refused", "failed", "lost"}:
-        return None
-    return json.loads((start / "end.json").read_text())["cause"]
-
-
-def _time_in(file: Path) -> float:
-    """When a start began or its results were written, from the file's "at" [s]; 0 without one.
-
-    The file system's own time would be wrong for a copied file.
-    """
-    try:
-        return float(json.loads(file.read_text())["at"])
-    except (OSError, ValueError, LookupError, TypeError):
-        return 0.0
 
 
 def _relative(path: Path) -> str:
@@ -376,6 +296,7 @@ def _panels(rows: Sequence[Row]) -> list[figures.ScorePanel]:
         metric = get_task(task).primary_metric
         of_task = [row for row in rows if row.task == task]
         labels = ["\n".join([f"{row.method} ({row.seeds})", *map(_clipped, row.settings)]) for row in of_task]
+        labels = [label.replace("$", r"\$") for label in labels]  # Matplotlib would set $..$ as a formula
         teachers = {row.teacher for row in of_task}
         panels.append(
             figures.ScorePanel(
