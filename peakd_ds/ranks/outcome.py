@@ -62,10 +62,9 @@ def _one_line(error: BaseException) -> tuple[str, str]:
     """All that the user has to know about an error, "" if its traceback is needed; and what the note says."""
     if isinstance(error, liveness.LostRank):
         return first_line(error), "lost"
-    text = str(error).lower()
     is_system_error = isinstance(error, OSError) and error.errno == errno.ENOMEM
     if isinstance(error, MemoryError) or is_system_error or _has_sign(error, MEMORY_SIGNS):
-        detail = " ".join(f"{type(error).__name__}: {text}".split())[:200]
+        detail = " ".join(first_line(error).split())[:200]
         remedy = "lower --micro_batch_size, free memory, or raise its limit (--mem of sbatch, ulimit -v)"
         return f"out of memory ({detail}); {remedy}", "failed"
     if dist.world_size() > 1 and _has_sign(error, LOSS_SIGNS):

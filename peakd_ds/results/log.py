@@ -4,6 +4,7 @@ Each stage has its own TensorBoard folder (RUN/tb/STAGE) and step counter. A res
 its checkpoint, so that no point is logged twice.
 """
 
+import contextlib
 import json
 import logging
 import shutil
@@ -40,10 +41,11 @@ class RunLog:
         quiet_libraries()
 
     def say(self, text: str) -> None:
-        """Print a line, above the progress bar if there is one."""
+        """Print a line, above the progress bar if there is one, unless nobody can read it any more."""
         if self.writes:
-            tqdm.write(text, file=sys.stderr)
-            sys.stderr.flush()
+            with contextlib.suppress(OSError):  # the terminal was closed, or the reader of a pipe is gone
+                tqdm.write(text, file=sys.stderr)
+                sys.stderr.flush()
 
     def start_stage(self, stage: str, num_epochs: int, num_steps: int, step: int, settings_yaml: str) -> None:
         """Open the stage's files at `step`, and drop what an earlier start wrote after it."""
