@@ -6,6 +6,7 @@ checks, and the command line wins. This module imports nothing heavy.
 
 import argparse
 import difflib
+import functools
 import importlib
 import os
 import re
@@ -136,6 +137,7 @@ class Parser(argparse.ArgumentParser):
         return values
 
 
+@functools.cache
 def build_parser() -> Parser:
     """The command line of train.py: every setting, under the heading of its group."""
     parser = Parser(
@@ -230,7 +232,12 @@ def _convert(kind: type, parse_word: Callable[[str], Any], rule: str) -> Callabl
 
 def to_yaml(config: RunConfig) -> str:
     """Every setting as YAML that `--config` reads back; unset ones are left out."""
-    values = {name: _as_lists(value) for name, value in asdict(config).items() if value is not None and value != ""}
+    unset = (None, "")
+    values = {
+        name: _as_lists(value)
+        for name, value in asdict(config).items()
+        if not (value in unset and SPECS[name].default in unset)
+    }
     return yaml.safe_dump(values, sort_keys=False, default_flow_style=None)
 
 
