@@ -55,7 +55,7 @@ class OptimisationSettings:
         range=Range(0, 0.99),
         shown_default="the encoder's own",
     )
-    global_batch_size: int = setting(32, "samples per optimiser step over all ranks", unit="samples", range=BATCH)
+    global_batch_size: int = setting(32, "samples per optimizer step over all ranks", unit="samples", range=BATCH)
     micro_batch_size: int = setting(
         32,
         f"most samples per rank in a training pass; without gradients {EVAL_BATCH_FACTOR} times as many, but "

@@ -51,7 +51,7 @@ class TrainState:
     """The position of a stage. Dropout masks follow from (seed, stage, step, rank), so no generator state is kept."""
 
     step: int = 0
-    """Optimiser steps done."""
+    """Optimizer steps done."""
     epoch: int = 0
     """Epochs done."""
     batch: int = 0

@@ -346,7 +346,7 @@ def _teacher_ds_config(config: RunConfig, dtype: str) -> dict[str, Any]:
     if zero_stage(teacher) in (1, 2):
         raise UserError(
             f"--teacher_ds_config {config.teacher_ds_config} has ZeRO stage {zero_stage(teacher)}, which "
-            "shards optimiser states and gradients, and a frozen teacher has neither; take stage 0 "
+            "shards optimizer states and gradients, and a frozen teacher has neither; take stage 0 "
             "(replicated) or 3 (sharded)"
         )
     other = next((name for name in ("bf16", "fp16") if name != dtype and _is_enabled(teacher, name)), None)

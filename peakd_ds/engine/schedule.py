@@ -34,7 +34,7 @@ class Schedule:
 
     @staticmethod
     def of(config: RunConfig, stage: str, num_rows: int) -> "Schedule":
-        """The schedule of a stage that trains on so many rows."""
+        """The schedule of a stage that trains on `num_rows` rows."""
         return Schedule(
             config.epochs_of(stage),
             steps_per_epoch(num_rows, config.global_batch_size),
