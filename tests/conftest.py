@@ -40,7 +40,15 @@ NUM_TRAIN_ROWS = 90
 NUM_DEV_ROWS = 30
 
 
+START_S = 150
+"""What the start of one program may take on a loaded machine, beyond the common limit of a test."""
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        starts = item.get_closest_marker("starts")
+        if starts is not None:
+            item.add_marker(pytest.mark.timeout(float(item.config.getini("timeout")) + START_S * starts.args[0]))
     if not torch.cuda.is_available():
         for item in items:
             if item.get_closest_marker("gpu"):

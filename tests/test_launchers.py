@@ -39,16 +39,19 @@ def test_no_launcher_is_one_rank(argv: list[str], env: dict[str, str], tmp_path:
     assert not (tmp_path / "run").exists(), "a dry run writes nothing"
 
 
+@pytest.mark.starts(1)
 def test_deepspeed(argv: list[str], env: dict[str, str]) -> None:
     command = [str(BIN / "deepspeed"), "--master_port", free_port(), "--num_gpus", "2", *argv]
     assert output_of(command, env).count("global 32 = micro 16 x accum 1 x world 2") == 1
 
 
+@pytest.mark.starts(1)
 def test_torchrun(argv: list[str], env: dict[str, str]) -> None:
     command = [str(BIN / "torchrun"), "--nproc_per_node", "2", "--master_port", free_port(), *argv]
     assert output_of(command, env).count("global 32 = micro 16 x accum 1 x world 2") == 1
 
 
+@pytest.mark.starts(1)
 @pytest.mark.skipif(shutil.which("mpirun", path=str(BIN)) is None, reason="no mpirun in the environment")
 def test_mpirun(argv: list[str], env: dict[str, str]) -> None:
     options = ["--allow-run-as-root", "--oversubscribe", "--bind-to", "none"]

@@ -38,6 +38,7 @@ def test_usr1_takes_precedence_over_the_term_that_follows(single_rank: None) -> 
     signals.received.clear()
 
 
+@pytest.mark.starts(3)
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGUSR1, 138)])
 def test_signalled_run_saves_and_continues(
     tiny_data: Path,

@@ -36,6 +36,7 @@ def few_rows(glue_dir: Path, tmp_path: Path) -> Path:
     return tmp_path / "data"
 
 
+@pytest.mark.starts(1)
 @pytest.mark.slow
 def test_rte_from_encoder_to_results(demo_folder: Path, few_rows: Path, tmp_path: Path, env: dict[str, str]) -> None:
     words = "--task rte --num_hidden_layers 2 --max_seq_length 48 --epochs 1 --lr 5e-5 --log_steps 1 --dtype fp32"
@@ -52,6 +53,7 @@ def test_rte_from_encoder_to_results(demo_folder: Path, few_rows: Path, tmp_path
         assert all(0 < r[term] < 1 for r in records if r["stage"] == "distill" and "loss" in r)
 
 
+@pytest.mark.starts(2)
 @pytest.mark.slow
 def test_fused_and_reference_loss_give_the_same_curve(
     demo_folder: Path, few_rows: Path, tmp_path: Path, env: dict[str, str]

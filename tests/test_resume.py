@@ -116,6 +116,7 @@ def test_resumed_at_another_size_and_stage(
     assert_same_curve(whole_run_without_dropout, tmp_path / "run", 1e-4)
 
 
+@pytest.mark.starts(4)
 def test_killed_at_any_moment(argv: list[str], tmp_path: Path, env: dict[str, str]) -> None:
     """kill -9 at a random moment, then to the end: the curve of a run never stopped."""
     command = [sys.executable, "peakd_ds/train.py", *argv]

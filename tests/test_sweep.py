@@ -341,6 +341,7 @@ def test_a_run_with_other_settings_does_not_count_as_finished(
     assert listed[0] == ["0", "rte/pea-kd/seed-1", "finished"] and listed[11] == ["11", "mrpc/kd/seed-3", "not started"]
 
 
+@pytest.mark.starts(6)
 def test_two_elements_one_of_which_fails_first(
     grid_file: Callable[[str], str], tmp_path: Path, tiny_teacher: Callable[[str], Path], env: dict[str, str]
 ) -> None:

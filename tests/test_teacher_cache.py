@@ -391,6 +391,7 @@ def whole_parts(folder: Path) -> dict[str, int]:
     }
 
 
+@pytest.mark.starts(2)
 def test_of_two_starts_one_builds(start: Callable[..., Start], tmp_path: Path) -> None:
     """The other says for whom it waits, and reads what the first has built."""
     folder = tmp_path / "cache" / "train"
@@ -405,6 +406,7 @@ def test_of_two_starts_one_builds(start: Callable[..., Start], tmp_path: Path) -
     assert len(whole_parts(folder)) == 64 and not list(folder.glob(".*")) and not (folder / "lock.json").exists()
 
 
+@pytest.mark.starts(3)
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 128 + signal.SIGTERM)]
 )
@@ -426,6 +428,7 @@ def test_a_stopped_build_goes_on(
     assert not list(folder.glob(".*")) and not (folder / "lock.json").exists()
 
 
+@pytest.mark.starts(2)
 def test_a_disk_that_fills_up(start: Callable[..., Start], tmp_path: Path) -> None:
     """A file system of 80 MiB, mounted for this start alone, which something else fills during the build."""
     own_mounts = ("unshare", "--user", "--map-root-user", "--mount")
