@@ -1,4 +1,4 @@
-"""The bytes that an optimiser step of the distill stage sends: counted, by formula, and projected to many GPUs.
+"""The bytes that an optimizer step of the distill stage sends: counted, by formula, and projected to many GPUs.
 
     torchrun --nproc_per_node 2 benchmarks/measure_traffic.py measure --teacher CLASSIFIER ... >> docs/scaling.jsonl
     python benchmarks/measure_traffic.py tables docs/scaling.jsonl
@@ -147,7 +147,7 @@ class Machine:
 
 @dataclass(frozen=True)
 class Step:
-    """A projected optimiser step."""
+    """A projected optimizer step."""
 
     compute_s: float
     comm_s: float

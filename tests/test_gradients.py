@@ -1,6 +1,6 @@
 """Gradients of the distributed engines against plain PyTorch on the whole global batch, with formulas written out here.
 
-Adam hides a wrong scale of the loss, so the gradients themselves are compared, before the optimiser's step.
+Adam hides a wrong scale of the loss, so the gradients themselves are compared, before the optimizer's step.
 """
 
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The bytes that an optimiser step of the distill stage sends, by formula; docs/scaling.md compares it with counts."""
+"""The bytes that an optimizer step of the distill stage sends, by formula; docs/scaling.md compares it with counts."""
 
 from dataclasses import dataclass
 
@@ -24,7 +24,7 @@ class Sizes:
 
 @dataclass(frozen=True)
 class Traffic:
-    """Bytes that one rank passes to the collectives of an optimiser step; for all_gather, the size of its own part."""
+    """Bytes that one rank passes to the collectives of an optimizer step; for all_gather, the size of its own part."""
 
     all_reduce: float
     reduce_scatter: float
@@ -37,7 +37,7 @@ class Traffic:
 
 
 def step_traffic(sizes: Sizes) -> Traffic:
-    """The traffic of an optimiser step, without padding and without the few bytes of norms and flags."""
+    """The traffic of an optimizer step, without padding and without the few bytes of norms and flags."""
     n, accum = sizes.num_ranks, sizes.num_accum_steps
     params, small = sizes.student_params, sizes.student_small_params
     reduced = params * (accum if sizes.student_stage >= 2 else 1)  # sharded gradients are reduced in each micro-batch

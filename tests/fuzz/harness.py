@@ -1,6 +1,6 @@
 """What every wrong input must lead to: a right run, or one line with exit code 2 and nothing of the user's changed.
 
-The programs run in this process, as their console scripts start them; a traceback is an exception that leaves the program.
+The programs run in this process, as their console scripts start them; a traceback is an exception that leaves one.
 `make fuzz` sets PEAKD_FUZZ to multiply the number of generated examples.
 """
 
