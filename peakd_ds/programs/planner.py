@@ -50,7 +50,7 @@ class Engine:
     """A model, its ZeRO settings and the number of ranks W that it is sharded over."""
 
     groups: tuple[tuple[int, ...], ...]
-    """Elements of each parameter, by group, in the optimiser's order; a shared parameter counts once."""
+    """Elements of each parameter, by group, in the optimizer's order; a shared parameter counts once."""
     zero: DeepSpeedZeroConfig
     dtype: str
     world_size: int
@@ -173,7 +173,7 @@ def teacher_memory(engine: Engine) -> Memory:
 
 
 def traffic_sizes(student: Engine, teacher: Engine, num_accum_steps: int) -> Sizes:
-    """Sizes for `traffic.step_traffic`, which gives the bytes of an optimiser step."""
+    """Sizes for `traffic.step_traffic`, which gives the bytes of an optimizer step."""
     return Sizes(
         num_ranks=student.world_size,
         num_accum_steps=num_accum_steps,
@@ -243,15 +243,6 @@ def teacher_activations(encoder: BertConfig, matched: MatchedStudent, batch: Bat
 
 
 # -- The plan ----------------------------------------------------------------------------------------------------------
-
-
-def read_encoder(path: str, option: str) -> Pretrained:
-    """The model in a folder or at a hub id, by its config.json alone; its weights may be missing.
-
-    Raises:
-        UserError: as `contract.read_config`.
-    """
-    return Pretrained(path, option, contract.read_config(path, option), is_classifier=False)
 
 
 def encoder_of_shape(num_layers: int, hidden: int, vocab_size: int) -> Pretrained:
@@ -378,7 +369,7 @@ def to_markdown(plan: dict[str, Any]) -> str:
     for dtype, size in plan["cache_bytes_per_row"].items():
         total = f", {show(size * num_rows)} for {num_rows:,} rows" if num_rows else ""
         lines.append(f"teacher cache in {dtype}: {size:,} bytes a row{total}")
-    lines += ["", "Memory of a rank, and bytes that it sends in an optimiser step:", ""]
+    lines += ["", "Memory of a rank, and bytes that it sends in an optimizer step:", ""]
     rows = [_cells(choice) for choice in plan["choices"]]
     table = markdown.table(list(rows[0]), [list(row.values()) for row in rows]).splitlines()
     words = "none"
@@ -400,11 +391,15 @@ def _cells(choice: dict[str, Any]) -> dict[str, str]:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Print the plan, as Markdown or with --json as JSON. Raises UserError as `make_plan` and `read_encoder`."""
+    """Print the plan, as Markdown or with --json as JSON. Raises UserError as `make_plan` and `find_encoder`."""
     config = RunConfig(**{name: getattr(options, name) for name in scripts.PLAN_SETTINGS})
-    shape = options.teacher_layers, options.teacher_hidden, options.teacher_vocab_size
-    teacher = read_encoder(config.teacher, "teacher") if config.teacher else encoder_of_shape(*shape)
-    student_init = read_encoder(config.student_init, "student_init") if config.student_init else teacher
+    if config.teacher:
+        teacher = contract.find_encoder(config.teacher, "teacher", with_weights=False)
+    else:
+        teacher = encoder_of_shape(options.teacher_layers, options.teacher_hidden, options.teacher_vocab_size)
+    student_init = teacher
+    if config.student_init:
+        student_init = contract.find_encoder(config.student_init, "student_init", with_weights=False)
     plan = make_plan(config, teacher, student_init, options)
     print(json.dumps(plan, indent=2) if options.json else to_markdown(plan))
 
