@@ -236,12 +236,10 @@ def _check_values(document: dict[str, Any], rules: dict[str, Rule], source: str)
             raise UserError(f"{source} is a decoder by its config.json ({name} is true); take an encoder")
     for name, values in ONLY_VALUES.items():
         if name in document and not any(_is_same(document[name], value) for value in values):
-            remedy = (
-                "take a model without it" if values[0] is None else f"it must be {as_json(values[0])}; take another"
-            )
+            limit = "has no such setting" if values[0] is None else f"computes only {as_json(values[0])}"
             raise UserError(
-                f"{source} has {name} {as_json(document[name])} in config.json, which our forward pass does not "
-                f"compute; {remedy}, or leave it out if it is not meant"
+                f"{source} has {name} {as_json(document[name])} in config.json, but our forward pass {limit}; take "
+                "another model, or delete the line if the weights do not need it"
             )
     for name, rule in (rules | FACTS).items():
         if name in document and not rule.holds(document[name]):
@@ -269,8 +267,8 @@ def _labels(document: dict[str, Any], is_classifier: bool, source: str) -> dict[
         raise UserError(f"{source} has num_labels {count}, but {num_classes} names in id2label; fix its config.json")
     if label2id is not None and id2label is not None and label2id != labels["label2id"]:
         raise UserError(
-            f"{source} numbers its classes {as_json(label2id)} in label2id, but {as_json(id2label)} in id2label; fix its "
-            "config.json"
+            f"{source} has label2id {as_json(label2id)}, but id2label {as_json(id2label)}; they must name the same "
+            "classes: fix its config.json"
         )
     problem = document.get("problem_type")
     wanted = "regression" if num_classes == 1 else "single_label_classification"

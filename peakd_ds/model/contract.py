@@ -47,13 +47,17 @@ def load_tokenizer(encoder: Pretrained) -> PreTrainedTokenizerBase:
         tokenizer.padding_side = "right"  # the hidden-state loss reads [CLS] at position 0
         if len(tokenizer) <= len(tokenizer.all_special_tokens):  # as transformers makes for a folder without one
             raise ValueError("no vocabulary in tokenizer.json or vocab.txt")
-        stored = _stored_tokens(encoder.path)
+    check_tokenizer(tokenizer, encoder)
+    return tokenizer
+
+
+def check_tokenizer(tokenizer: PreTrainedTokenizerBase, encoder: Pretrained) -> None:
+    """Raise UserError if the encoder's tokenizer has no special tokens or does not tokenise an example for it."""
     remedy = "take the tokenizer that the model was trained with"
     with as_user_error(f"{encoder.name} has a tokenizer that does not fit it", remedy):
-        _check_special_tokens(tokenizer, stored, encoder)
+        _check_special_tokens(tokenizer, _stored_tokens(encoder.path), encoder)
         check_vocabulary(tokenizer, encoder)
         _check_example(tokenizer)
-    return tokenizer
 
 
 def _stored_tokens(path: str) -> set[str]:

@@ -7,7 +7,9 @@ import copy
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import safe_open
@@ -36,11 +38,8 @@ def check_weights(path: str, option: str, config: BertConfig, is_classifier: boo
     source = f"--{option} {path}"
     where: dict[str, Path] = {}
     for file in _find_files(path, source):
-        with (
-            as_user_error(f"{file} is not a complete safetensors file", "get it again"),
-            safe_open(file, "pt") as opened,
-        ):
-            for name in tuple(opened.keys()):
+        with _opened(file) as weights:
+            for name in tuple(weights.keys()):
                 short = _short(name)
                 if short in where:
                     raise UserError(f"{source} holds {name} twice, in {where[short]} and {file}; get the model again")
@@ -57,6 +56,13 @@ def check_weights(path: str, option: str, config: BertConfig, is_classifier: boo
     for file in dict.fromkeys(where.values()):
         _check_values(file, expected)
     return frozenset(where)
+
+
+@contextmanager
+def _opened(file: Path) -> Iterator[Any]:
+    """The open safetensors file. Raises UserError if it is damaged."""
+    with as_user_error(f"{file} is not a complete safetensors file", "get it again"), safe_open(file, "pt") as weights:
+        yield weights
 
 
 def _find_files(path: str, source: str) -> list[Path]:
@@ -114,11 +120,11 @@ def _check_names(
 def _check_values(file: Path, expected: dict[str, tuple[int, ...]]) -> None:
     """Raise UserError for the first weight of a file with a wrong shape or dtype, or a value that is not finite."""
     limit = torch.finfo(torch.float32).max
-    with as_user_error(f"{file} is not a complete safetensors file", "get it again"), safe_open(file, "pt") as opened:
-        for name in tuple(opened.keys()):
+    with _opened(file) as weights:
+        for name in tuple(weights.keys()):
             if _short(name) not in expected:
                 continue
-            part, shape = opened.get_slice(name), expected[_short(name)]
+            part, shape = weights.get_slice(name), expected[_short(name)]
             if part.get_dtype() not in FLOAT_DTYPES:
                 raise UserError(
                     f"{file} stores {name} as {part.get_dtype()}; weights must be floating-point numbers, one of "
@@ -129,7 +135,7 @@ def _check_values(file: Path, expected: dict[str, tuple[int, ...]]) -> None:
                     f"{file} has {name} of shape {list(part.get_shape())}, but its config.json makes it {list(shape)}; "
                     "get both from the same model"
                 )
-            low, high = (float(value) for value in torch.aminmax(opened.get_tensor(name)))
+            low, high = (float(value) for value in torch.aminmax(weights.get_tensor(name)))
             if not (-limit <= low and high <= limit):  # also if they are NaN
                 raise UserError(
                     f"{file} has values in {name} that are NaN, infinite or beyond fp32; take a model that has not "
