@@ -4,8 +4,8 @@
 
 A tiny run is traced from the call of `train.main` to the return of the first `engine.step()` of the distill stage.
 Every function of ours that runs is on the path, with all its lines that are not blank, and so is every data class that
-the batch travels in. A door is a function that is called on the path and need not be opened to follow the batch: the script
-does not go through it, and prints why.
+the batch travels in. A door is a function that is called on the path and need not be opened to follow the batch: the
+script does not go through it, and prints why.
 """
 
 import inspect
