@@ -102,7 +102,11 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args=None, namespace=None):
         """As argparse's, with the numbers of `add_number` in their ranges."""
-        values, unknown = super().parse_known_args(args, namespace)
+        words = sys.argv[1:] if args is None else args
+        lost = next((word for word in words if re.fullmatch(r"(--\w+=)?--", word)), None)
+        if lost is not None:  # argparse drops it, and the value of --NAME=-- becomes an empty list
+            self.error(f"{lost} means nothing here; leave it out")
+        values, unknown = super().parse_known_args(words, namespace)
         for name, range in self._ranges.items():
             value = getattr(values, name)
             if value is not None and value not in range:

@@ -1,7 +1,9 @@
 """peakd-report: which runs are averaged, which are listed instead, and the three files that it writes."""
 
 import csv
+import errno
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -294,6 +296,137 @@ def test_what_holds_no_run_is_refused(make_run: MakeRun, runs: Path, tmp_path: P
     with pytest.raises(UserError, match=r"grid\.json is damaged .*delete it"):
         tables.main(scripts.report_options([str(runs)]))
     assert not list(runs.glob("report.*"))
+
+
+VALUES: tuple[Any, ...] = (
+    None,
+    True,
+    -1,
+    3,
+    10**400,
+    1e999,
+    "x",
+    "a\0b",
+    "\ud800",
+    [],
+    [1],
+    {},
+    {"a": 1},
+    [[[[[[1]]]]]],
+)
+CONTENTS = (
+    "",
+    "[",
+    "[]",
+    "{}",
+    "1",
+    "null",
+    '"x"',
+    "[" * 100_000,
+    '{"a": ' * 100_000,
+    "9" * 5000,
+    "NaN",
+    b"\xff\xfe",
+    b"\0",
+)
+
+
+def write(file: Path, content: str | bytes) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def assert_listed_or_right(runs: Path, name: str) -> bool:
+    """Whether the run is listed below the table; if not, it is in the table. Either way the files are written."""
+    text, lines = written(runs)
+    listed = [line for line in text.splitlines() if line.startswith("- ") and name in line]
+    assert bool(listed) != any(line["seeds"] in ("2", "1 2", "0 1", "1 3") for line in lines), text
+    assert all(line.isprintable() for line in listed)
+    return bool(listed)
+
+
+@pytest.mark.parametrize("name", ["results.json", "data.json"])
+def test_any_content_of_a_file_of_a_run_is_listed(make_run: MakeRun, runs: Path, name: str) -> None:
+    make_run("rte/kd/seed-1")
+    folder = make_run("rte/kd/seed-2")
+    for content in CONTENTS:
+        write(folder / name, content)
+        is_listed = assert_listed_or_right(runs, "rte/kd/seed-2")
+        assert is_listed or name == "data.json", content
+    assert assert_listed_or_right(runs, "rte/kd/seed-2"), "the last content is no JSON"
+
+
+def test_any_value_in_results_is_listed_or_right(make_run: MakeRun, runs: Path) -> None:
+    """Each value of results.json, at each depth, takes each shape."""
+    make_run("rte/kd/seed-1")
+    folder = make_run("rte/kd/seed-2")
+    good = (folder / "results.json").read_text()
+    places = [(name,) for name in json.loads(good)] + [("student", name) for name in json.loads(good)["student"]]
+    places += [("student", "metrics", "accuracy"), ("teacher", "metrics"), ("teacher", "metrics", "accuracy")]
+    places += [("settings", name) for name in ("stages", "lr", "select_on", "teacher", "layer_pairs", "seed", "new")]
+    num_listed = 0
+    for place in places:
+        for value in VALUES:
+            results = json.loads(good)
+            inner = results
+            for name in place[:-1]:
+                inner = inner[name]
+            inner[place[-1]] = value
+            (folder / "results.json").write_text(json.dumps(results))
+            rows, left_out = tables.gather([runs])
+            assert rows and len(left_out) <= 1 and all(line.isprintable() for line in left_out), (place, value)
+            tables.to_markdown(rows, left_out)
+            tables.to_csv(rows)
+            num_listed += len(left_out)
+    assert 50 < num_listed < len(places) * len(VALUES)
+
+
+@pytest.mark.parametrize("content", CONTENTS)
+def test_any_content_of_notes(make_run: MakeRun, runs: Path, content: str | bytes) -> None:
+    make_run("rte/kd/seed-1")
+    start = make_run("rte/kd/seed-2") / "logs" / "1-0"
+    for damaged in ("start.json", "rank-00000.json", "end.json"):
+        write(start / "start.json", "{}")
+        write(start / "rank-00000.json", json.dumps({"how": "failed" if damaged == "end.json" else "finished"}))
+        write(start / "end.json", '{"cause": "x"}')
+        write(start / damaged, content)
+        rows, left_out = tables.gather([runs])
+        assert rows and len(left_out) == (damaged != "start.json"), (damaged, left_out)
+    write(Path(f"{runs / 'rte/kd/seed-2'}.failed"), content)
+    assert any("seed-2: failed" in line and line.isprintable() for line in tables.gather([runs])[1])
+
+
+@pytest.mark.parametrize("content", [*CONTENTS, "[1]", "[null]", '["a\\u0000b"]', '["\\ud800"]', "[[]]", '{"a": 1}'])
+def test_any_content_of_a_grid(make_run: MakeRun, runs: Path, content: str | bytes) -> None:
+    make_run("rte/kd/seed-1")
+    write(runs / "grids" / "grid.json", content)
+    if content == "[]":
+        assert written(runs)
+        return
+    with pytest.raises(UserError, match=r"grid\.json is damaged .*; delete it, or start the sweep again") as caught:
+        tables.main(scripts.report_options([str(runs)]))
+    assert str(caught.value).isprintable()
+
+
+def test_a_folder_that_cannot_be_read_is_listed(make_run: MakeRun, runs: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Root may read every folder, so the refusal is the file system's only in name."""
+    make_run("rte/kd/seed-1")
+    (runs / "locked").mkdir()
+    scandir = os.scandir
+
+    def refusing(path: str) -> Any:
+        if Path(path).name == "locked":
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    assert "locked: cannot be read (Permission denied)" in written(runs)[0]
+
+
+def test_dollars_in_a_path_are_no_formula(make_run: MakeRun, runs: Path) -> None:
+    for number, teacher in enumerate(("a$x_{$b", "$\\frac$", "c")):
+        make_run(f"rte/{number}/seed-1", teacher=teacher)
+    assert len(written(runs)[1]) == 3
 
 
 def test_the_program_ends_with_code_2_and_one_line(tmp_path: Path, env: dict[str, str]) -> None:

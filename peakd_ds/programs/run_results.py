@@ -133,8 +133,9 @@ def _failure(folder: Path, results: Path) -> str | None:
         return None
     try:
         outcomes = {json.loads(file.read_text())["how"] for file in start.glob("rank-*.json")}
-        cause = json.loads((start / "end.json").read_text())["cause"]
-        return printable(cause) if outcomes & {"refused", "failed", "lost"} else None
+        if not outcomes & {"refused", "failed", "lost"}:
+            return None
+        return printable(json.loads((start / "end.json").read_text())["cause"])
     except DAMAGE as error:
         raise Unusable(f"damaged notes in logs/{start.name} ({one_line(str(error))})") from error
 
