@@ -21,7 +21,7 @@ import yaml
 from peakd_ds import __version__
 from peakd_ds.config import GROUPS, RESULT_NEUTRAL, SPECS, RunConfig, validate, yaml_file
 from peakd_ds.config.setting import Range, finite_number, shown_default, whole_number
-from peakd_ds.errors import UserError, exit_with, shown
+from peakd_ds.errors import UserError, exit_with, first_line, shown
 
 # -- Starting a program ------------------------------------------------------------------------------------------------
 
@@ -77,6 +77,12 @@ def start(
         status = getattr(importlib.import_module(module), function)(options)
     except (UserError, OSError) as error:  # OSError: a full disk, or a folder that is gone
         exit_with(error, program)
+    except (MemoryError, ImportError) as error:
+        if isinstance(error, ImportError) and "failed to map segment" not in str(error):
+            raise
+        exit_with(
+            UserError(f"out of memory ({first_line(error)}); free memory, or raise its limit (ulimit -v)"), program
+        )
     raise SystemExit(status)
 
 
