@@ -257,8 +257,13 @@ def checksum_file(file: Path) -> Path:
 
 
 def is_written(file: Path) -> bool:
-    """Whether a file and its checksum are there; `damage_of_file` with `written_sha256` compares them."""
+    """Whether a file and its checksum are there."""
     return file.exists() and checksum_file(file).exists()
+
+
+def damage_of_written(file: Path) -> str | None:
+    """As `damage_of_file`, for the checksum beside a file; None if an earlier version wrote the file without one."""
+    return damage_of_file(file, written_sha256(file)) if checksum_file(file).exists() else None
 
 
 def written_sha256(file: Path) -> str:

@@ -20,6 +20,8 @@ import torch
 from conftest import NUM_TRAIN_ROWS, made_up_rows, write_split
 from safetensors.torch import load_file
 from test_data import as_rank
+from test_files import DAMAGES, delete, truncate
+from test_files import flip as damage
 from test_resume import assert_same_curve
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
@@ -40,6 +42,7 @@ ROOT = Path(__file__).parent.parent
 MPIRUN = [str(BIN / "mpirun"), "--allow-run-as-root", "--oversubscribe", "--bind-to", "none"]
 needs_mpirun = pytest.mark.skipif(shutil.which("mpirun", path=str(BIN)) is None, reason="no mpirun in the environment")
 SHARDS = [f"shard-{number:02d}.safetensors" for number in range(NUM_SHARDS)]
+FILES = [SHARDS[7], "holdout.safetensors", "index.safetensors", "manifest.json", "manifest.sha256"]
 MAX_SEQ_LENGTH = 32
 
 
@@ -82,13 +85,6 @@ def remake(words: list[str], folder: Path, *more: str) -> None:
 
 def content(folder: Path) -> dict[str, bytes]:
     return {file.name: file.read_bytes() for file in folder.iterdir()}
-
-
-def damage(file: Path) -> None:
-    """Flip a bit in the middle; the size stays."""
-    data = bytearray(file.read_bytes())
-    data[len(data) // 2] ^= 1
-    file.write_bytes(data)
 
 
 def refusal(action: Callable[..., Any], *args: Any) -> str:
@@ -187,7 +183,7 @@ def test_a_shard_holds_its_rows(made: Path, tiny_data: Path, tokenizer: PreTrain
     manifest = json.loads((made / "manifest.json").read_text())
     assert {"task", "data", "tokenizer", "max_seq_length", "select_on"} < manifest["made_from"].keys()
     assert set(manifest["files"]) == {*SHARDS, "holdout.safetensors", "index.safetensors"}
-    assert content(made).keys() == {*manifest["files"], "manifest.json"}
+    assert content(made).keys() == {*manifest["files"], "manifest.json", "manifest.sha256"}
 
 
 def test_a_task_of_few_rows_with_scores(tiny_encoder: Path, tmp_path: Path) -> None:
@@ -224,23 +220,20 @@ def test_a_later_start_makes_what_is_missing(made: Path, make: Callable[..., Any
     assert content(folder) == content(made)
 
 
-@pytest.mark.parametrize("name", [SHARDS[7], "holdout.safetensors", "index.safetensors", "manifest.json"])
+@pytest.mark.parametrize("harm", DAMAGES)
+@pytest.mark.parametrize("name", FILES)
 def test_a_damaged_file_is_named_and_made_again(
-    made: Path, copy: Path, words: list[str], capsys: pytest.CaptureFixture[str], name: str
+    made: Path,
+    copy: Path,
+    words: list[str],
+    capsys: pytest.CaptureFixture[str],
+    harm: Callable[[Path], None],
+    name: str,
 ) -> None:
-    damage(copy / name) if name != "manifest.json" else (copy / name).write_text("{")
+    harm(copy / name)
     remake(words, copy)
     if name.startswith(("shard", "holdout")):
-        assert f"{name}: damaged, made again" in capsys.readouterr().out
-    assert content(copy) == content(made)
-
-
-def test_a_missing_file_is_made_again(
-    made: Path, copy: Path, words: list[str], capsys: pytest.CaptureFixture[str]
-) -> None:
-    (copy / SHARDS[3]).unlink()
-    remake(words, copy)
-    assert f"{SHARDS[3]}: missing, made again" in capsys.readouterr().out
+        assert f"{name}: {'missing' if harm is delete else 'damaged'}, made again" in capsys.readouterr().out
     assert content(copy) == content(made)
 
 
@@ -248,7 +241,7 @@ def test_a_full_disk_leaves_nothing_half_made(make: Callable[..., Any], tmp_path
     with mock.patch.object(Path, "write_bytes", side_effect=OSError(28, "No space left on device")):
         message = refusal(make, shard._Alone(), tmp_path / "shards")
     assert "shard-00.safetensors cannot be written" in message and "free space" in message
-    assert list((tmp_path / "shards").iterdir()) == []
+    assert content(tmp_path / "shards").keys() == {"made_from.json"}
 
 
 # -- Wrong input of peakd-shard ----------------------------------------------------------------------------------------
@@ -322,7 +315,7 @@ def test_copies_are_verified(made: Path, tmp_path: Path) -> None:
 
     with mock.patch.object(shutil, "copyfile", copy_badly):
         message = refusal(shard_files.stage, manifest, SHARDS[:4], tmp_path)
-    assert SHARDS[1] in message and socket.gethostname() in message and "came out different" in message
+    assert SHARDS[1] in message and socket.gethostname() in message and "changed while it was copied" in message
     (staged,) = tmp_path.iterdir()
     assert content(staged).keys() == {SHARDS[0]}, "the bad copy is gone, under every name"
     shard_files.stage(manifest, SHARDS[:4], tmp_path)
@@ -340,19 +333,32 @@ def test_whole_copies_are_kept_and_damaged_ones_replaced(made: Path, tmp_path: P
     assert (staged / SHARDS[2]).read_bytes() == (made / SHARDS[2]).read_bytes()
 
 
+@pytest.mark.parametrize("harm", DAMAGES)
+@pytest.mark.parametrize("name", [SHARDS[5], "holdout.safetensors", "index.safetensors"])
 @pytest.mark.parametrize("is_staged", [True, False])
-def test_a_damaged_shard_is_named(copy: Path, tmp_path: Path, is_staged: bool) -> None:
-    damage(copy / SHARDS[5])
+def test_a_damaged_shard_is_named(
+    copy: Path, tmp_path: Path, harm: Callable[[Path], None], name: str, is_staged: bool
+) -> None:
+    harm(copy / name)
     scratch = tmp_path / "scratch" if is_staged else None
-    message = refusal(shard_files.stage, shard_files.read_manifest(copy), SHARDS[:8], scratch)
-    assert message.startswith(f"{copy / SHARDS[5]} is damaged") and "run peakd-shard again" in message
+    message = refusal(shard_files.stage, shard_files.read_manifest(copy), [*SHARDS[:8], *FILES[1:3]], scratch)
+    state = "is missing" if harm is delete else "is not what was written"
+    assert message == f"{copy} is damaged ({name} {state}); run peakd-shard again, which makes the file again"
 
 
-def test_a_missing_shard_is_named(copy: Path, tmp_path: Path) -> None:
-    (copy / SHARDS[5]).unlink()
-    assert f"{copy / SHARDS[5]} is missing" in refusal(
-        shard_files.stage, shard_files.read_manifest(copy), SHARDS[:8], None
-    )
+@pytest.mark.parametrize("harm", DAMAGES)
+def test_a_damaged_manifest_is_named(copy: Path, harm: Callable[[Path], None]) -> None:
+    harm(copy / "manifest.json")
+    assert "manifest.json" in refusal(shard_files.read_manifest, copy)
+
+
+@pytest.mark.parametrize("harm", DAMAGES)
+def test_a_damaged_checksum_of_the_manifest(copy: Path, harm: Callable[[Path], None]) -> None:
+    harm(copy / "manifest.sha256")
+    if harm is delete:
+        shard_files.read_manifest(copy)  # as an earlier version left it
+    elif harm is not truncate:  # which takes the last newline
+        assert "manifest.json" in refusal(shard_files.read_manifest, copy)
 
 
 def test_a_full_scratch_is_named(made: Path, tmp_path: Path) -> None:
@@ -538,11 +544,13 @@ def test_sharded_needs_a_shard_dir(words: list[str]) -> None:
 
 def test_no_shards_there(words: list[str], tmp_path: Path, single_rank: None) -> None:
     message = open_refusal(placed(words, tmp_path / "nothing", tmp_path))
-    assert f"{tmp_path / 'nothing'} holds no whole set of shards" in message and "make it with peakd-shard" in message
+    assert f"{tmp_path / 'nothing'} is not a complete set of shards" in message
+    assert "make it with peakd-shard" in message
 
 
 def test_a_manifest_that_is_cut_off(words: list[str], copy: Path, tmp_path: Path, single_rank: None) -> None:
     intact = (copy / "manifest.json").read_text()
+    (copy / "manifest.sha256").unlink()  # as an earlier version left it
     for text in (intact[: len(intact) // 2], "[]", "{}"):
         (copy / "manifest.json").write_text(text)
         assert "manifest.json is damaged" in open_refusal(placed(words, copy, tmp_path))
@@ -574,7 +582,7 @@ def test_a_damaged_shard_stops_the_run(words: list[str], copy: Path, tmp_path: P
     damage(copy / SHARDS[63])
     for more in ([], ["--scratch_dir", str(tmp_path / "scratch")], ["--dry_run"]):
         message = open_refusal(placed(words, copy, tmp_path, *more))
-        assert message.startswith(f"{copy / SHARDS[63]} is damaged")
+        assert message.startswith(f"{copy} is damaged ({SHARDS[63]} is not what was written)")
 
 
 def test_a_full_scratch_stops_the_run(words: list[str], made: Path, tmp_path: Path, single_rank: None) -> None:

@@ -1,4 +1,4 @@
-"""The teacher's outputs in files: equal to asking it, whole or refused, and built by one start at a time."""
+"""The teacher's outputs in files: equal to the online teacher's, checked, and built by one start at a time."""
 
 import errno
 import hashlib
@@ -18,13 +18,14 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import ROOT, save_encoder
+from test_files import delete, flip, truncate
 
 from peakd_ds import stages, train
 from peakd_ds.cluster import run_lock
 from peakd_ds.command_line import parse
 from peakd_ds.data.tasks import get_task
 from peakd_ds.errors import UserError
-from peakd_ds.files import sha256_of
+from peakd_ds.files import sha256_of, write_checked
 from peakd_ds.model.build import task_head
 from peakd_ds.ranks import dist
 from peakd_ds.run import Run, open_run
@@ -183,8 +184,11 @@ def test_a_build_that_is_cut_off_goes_on(
 def test_no_build_on_a_disk_that_is_too_small(
     argv: list[str], tmp_path: Path, single_rank: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(teacher_cache, "_free_bytes", lambda folder: 2**20)
+    """Refused when the run is opened, and again before the build: the stages before it fill the disk too."""
     run, said = opened(argv, tmp_path / "run"), []
+    monkeypatch.setattr(teacher_cache, "_free_bytes", lambda folder: 2**20)
+    with pytest.raises(UserError, match=r"needs 0\.\d MiB.* has 1\.0 MiB free; free some"):
+        opened(argv, tmp_path / "run")
     with pytest.raises(UserError, match=r"needs 0\.\d MiB.* has 1\.0 MiB free; free some"):
         run.teacher_cache.outputs(said.append)
     assert any("90 rows" in line for line in said), "its size is said before"
@@ -192,16 +196,6 @@ def test_no_build_on_a_disk_that_is_too_small(
 
 
 # -- Wrong caches ------------------------------------------------------------------------------------------------------
-
-
-def _truncate(file: Path) -> None:
-    file.write_bytes(file.read_bytes()[:-7])
-
-
-def _flip(file: Path) -> None:
-    content = bytearray(file.read_bytes())
-    content[-1] ^= 1
-    file.write_bytes(content)
 
 
 def _lose_a_row(file: Path) -> None:
@@ -216,18 +210,56 @@ def _lose_a_row(file: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("damage", "message"), [(_truncate, "checksum"), (_flip, "checksum"), (_lose_a_row, "has no row 4")]
+    ("damage", "message"), [(truncate, "not what was"), (flip, "not what was"), (_lose_a_row, "has no row 4")]
 )
-def test_a_damaged_part_is_refused_and_built_again(
+def test_a_damaged_part_is_refused_and_computed_again(
     argv: list[str], tmp_path: Path, single_rank: None, damage: Callable[[Path], None], message: str
 ) -> None:
-    whole = build_and_read(argv, str(tmp_path / "run"))
+    outputs = build_and_read(argv, str(tmp_path / "run"))
     file = tmp_path / "cache" / "train" / "part-03.safetensors"
     damage(file)
-    with pytest.raises(UserError, match=f"{file.name} .*{message}.*; delete .*builds this part again"):
+    with pytest.raises(UserError, match=f"{file.name} .*{message}.*; delete {file}, .* computes this part again"):
         outputs_of(opened(argv, tmp_path / "run"))
     file.unlink()
-    assert build_and_read(argv, str(tmp_path / "run")) == whole
+    assert build_and_read(argv, str(tmp_path / "run")) == outputs
+
+
+@pytest.mark.parametrize("name", ["part-03.safetensors", "part-03.sha256"])
+def test_a_missing_file_is_computed_again(argv: list[str], tmp_path: Path, single_rank: None, name: str) -> None:
+    outputs = build_and_read(argv, str(tmp_path / "run"))
+    (tmp_path / "cache" / "train" / name).unlink()
+    assert build_and_read(argv, str(tmp_path / "run")) == outputs
+    assert len(written_parts(tmp_path / "cache" / "train")) == 64
+
+
+@pytest.mark.parametrize(
+    ("damage", "name"), [(flip, "part-03.sha256"), (flip, "manifest.json"), (flip, "manifest.sha256")]
+)
+def test_other_damage_is_named(
+    argv: list[str], tmp_path: Path, single_rank: None, damage: Callable[[Path], None], name: str
+) -> None:
+    outputs_of(opened(argv, tmp_path / "run"))
+    damage(tmp_path / "cache" / "train" / name)
+    with pytest.raises(UserError, match=rf"train is damaged \({name.split('.')[0]}\.\w+ is not .*; delete"):
+        outputs_of(opened(argv, tmp_path / "run"))
+
+
+def test_a_cache_of_an_earlier_version_has_no_checksum_of_its_manifest(
+    argv: list[str], tmp_path: Path, single_rank: None
+) -> None:
+    outputs = build_and_read(argv, str(tmp_path / "run"))
+    (tmp_path / "cache" / "train" / "manifest.sha256").unlink()
+    assert build_and_read(argv, str(tmp_path / "run")) == outputs
+
+
+@pytest.mark.parametrize("damage", [truncate, delete])
+def test_a_manifest_that_is_cut_off_or_gone(
+    argv: list[str], tmp_path: Path, single_rank: None, damage: Callable[[Path], None]
+) -> None:
+    outputs_of(opened(argv, tmp_path / "run"))
+    damage(tmp_path / "cache" / "train" / "manifest.json")
+    with pytest.raises(UserError, match=r"manifest\.json .*; delete"):
+        outputs_of(opened(argv, tmp_path / "run"))
 
 
 def test_a_row_that_is_not_there(argv: list[str], tmp_path: Path, single_rank: None) -> None:
@@ -258,7 +290,7 @@ def test_another_cache_is_refused(
     elif "sst2" in change:
         more += ["--teacher", str(tiny_teacher("sst2"))]
     elif change == "format":
-        manifest.write_text(manifest.read_text().replace('"format": 3', '"format": 0'))
+        write_checked(manifest, manifest.read_bytes().replace(b'"format": 3', b'"format": 0'))
     before = {file: file.read_bytes() for file in manifest.parent.iterdir()}
     with pytest.raises(UserError, match=f"{difference}.*nothing was changed there: take another --teacher_cache"):
         outputs_of(opened(argv, tmp_path / "other_run", *more))
@@ -381,8 +413,8 @@ def start(argv: list[str], tmp_path: Path, env: dict[str, str]) -> Iterator[Call
         one.process.wait()
 
 
-def whole_parts(folder: Path) -> dict[str, int]:
-    """Names of parts that are what their checksums say, and when each was written."""
+def written_parts(folder: Path) -> dict[str, int]:
+    """Names of parts that fit their checksums, and the time at which each was written."""
     return {
         file.name: file.stat().st_mtime_ns
         for file in folder.glob("part-*.safetensors")
@@ -403,7 +435,7 @@ def test_of_two_starts_one_builds(start: Callable[..., Start], tmp_path: Path) -
     assert (first.process.wait(120), second.process.wait(120)) == (0, 0), first.said() + second.said()
     assert f"{folder}: built in" in first.said() and f"{folder}: built in" not in second.said()
     assert losses(tmp_path / "first") == losses(tmp_path / "second")
-    assert len(whole_parts(folder)) == 64 and not list(folder.glob(".*")) and not (folder / "lock.json").exists()
+    assert len(written_parts(folder)) == 64 and not list(folder.glob(".*")) and not (folder / "lock.json").exists()
 
 
 @pytest.mark.starts(3)
@@ -420,11 +452,11 @@ def test_a_stopped_build_goes_on(
     stopped.process.send_signal(signal.SIGCONT)
     assert stopped.process.wait(120) == code, stopped.said()
     assert (number is signal.SIGKILL) == (folder / "lock.json").exists()
-    kept = whole_parts(folder)
+    kept = written_parts(folder)
     again = start("run")
     assert again.process.wait(120) == 0, again.said()
     assert f"{len(kept)} of 64 parts are there" in again.said()
-    assert kept.items() <= whole_parts(folder).items() and len(whole_parts(folder)) == 64
+    assert kept.items() <= written_parts(folder).items() and len(written_parts(folder)) == 64
     assert not list(folder.glob(".*")) and not (folder / "lock.json").exists()
 
 
@@ -453,7 +485,7 @@ def test_a_disk_that_fills_up(start: Callable[..., Start], tmp_path: Path) -> No
         assert "Traceback" not in run.said()
         left = Path(f"/proc/self/fd/{opened}/train")
         names = {file.name for file in left.iterdir()}
-        assert 3 <= len(whole_parts(left)) == sum(name.endswith(".sha256") for name in names) < 64
+        assert 3 <= len(written_parts(left)) == sum(name.endswith(".sha256") for name in names) - 1 < 64
         assert "lock.json" not in names and not any(name.startswith(".") for name in names), "half a file is left"
     finally:
         os.close(opened)

@@ -11,9 +11,10 @@ and its bytes do not depend on the number of workers. With n nodes, node i holds
       holdout.safetensors    the same, of rows that only pick epochs; no rows with --select_on dev
       index.safetensors      lengths and labels of all training rows, which every rank needs
       manifest.json          what the files were made from, and the checksum of each; written last
+      manifest.sha256        its own checksum (files.py)
     until manifest.json is there, so that a later start can continue:
       made_from.json         what the files are made from
-      shard-00.sha256 ..     checksums of finished files (files.py)
+      shard-00.sha256 ..     checksums of finished files
 """
 
 import hashlib
@@ -35,7 +36,7 @@ from peakd_ds.data.batches import NUM_SHARDS, shard_bounds, split_holdout
 from peakd_ds.data.tasks import Task
 from peakd_ds.data.tokens import ON_ALL_NODES, Split, TokenRows, tokenizer_digest
 from peakd_ds.errors import UserError
-from peakd_ds.files import damage_of_file, damaged, whole_file
+from peakd_ds.files import damage_of_file, damage_of_written, damaged, whole_file
 from peakd_ds.ranks import dist, launch
 
 FORMAT = 1
@@ -121,12 +122,16 @@ def read_manifest(folder: Path) -> Manifest:
         raise UserError(
             f"--shard_dir {folder} is not a complete set of shards (no manifest.json); make it with peakd-shard"
         )
+    remedy = "run peakd-shard again, which makes it again"
+    damage = damage_of_written(file)
+    if damage is not None:
+        raise damaged(folder, damage, remedy)
     try:
         content = json.loads(file.read_text())
         files = {name: FileRecord(**record) for name, record in content["files"].items()}
         return Manifest(folder, dict(content["made_from"]), int(content["num_rows"]), files)
     except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise damaged(file, str(error), "run peakd-shard again, which makes it again") from error
+        raise damaged(file, str(error), remedy) from error
 
 
 def _shard_name(number: int) -> str:
@@ -235,6 +240,8 @@ def stage(manifest: Manifest, names: Sequence[str], scratch: Path | None) -> Non
                 f"{needed / MIB:,.1f}; free space there or give another --scratch_dir"
             )
         for name in missing:
+            if not (manifest.folder / name).exists():
+                _check_intact(manifest, name)
             with whole_file(folder / name) as copy:
                 shutil.copyfile(manifest.folder / name, copy)
                 if damage_of_file(copy, manifest.files[name].sha256) is not None:

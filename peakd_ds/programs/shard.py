@@ -43,6 +43,7 @@ from peakd_ds.errors import UserError, first_line
 from peakd_ds.files import (
     checksum_file,
     damage_of_file,
+    damage_of_written,
     write_atomically,
     write_checked,
     write_checksum,
@@ -121,7 +122,7 @@ def make(
         finished = {name: done[name][1] for name in files}
         finished[INDEX] = _record(folder / INDEX, _write_index(folder, files, label_dtype(task)))
         manifest = Manifest(folder, made_from, len(rows), finished)
-        write_atomically(folder / "manifest.json", manifest.to_json() + "\n")
+        write_checked(folder / "manifest.json", f"{manifest.to_json()}\n".encode())
         for file in (folder / MADE_FROM, *(checksum_file(folder / name) for name in finished)):
             file.unlink(missing_ok=True)
 
@@ -166,10 +167,12 @@ def _claim(folder: Path, made_from: dict[str, Any]) -> None:
         UserError: it does; nothing is changed there.
     """
     for file in sorted(folder.glob("*.json")):
+        if damage_of_written(file) is not None:  # the manifest, which is written again
+            continue
         try:
             content = json.loads(file.read_text())
             found, record = dict(content["made_from"]), content.get("record", {})
-        except (ValueError, TypeError, KeyError):  # a damaged manifest, which is written again
+        except (ValueError, TypeError, KeyError):  # the manifest of an earlier version, damaged
             continue
         check_made_from(folder, found, made_from)
         if "sha256" in record:

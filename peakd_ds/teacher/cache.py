@@ -6,6 +6,7 @@ runs, and other nodes that see the folder. A build that was killed continues wit
 
     DIR/train/
       manifest.json          what the outputs were computed from; a run with another teacher, data or dtype is refused
+      manifest.sha256        its checksum
       part-00.safetensors .. rows int64 [n], logits float32 [n, C], cls [n, L, H] in bf16 for bf16 runs, else float32
       part-00.sha256 ..      its checksum, written after it: a part without one is computed again
       lock.json              the start that is building
@@ -38,14 +39,12 @@ from peakd_ds.data.tasks import Task
 from peakd_ds.data.tokens import Split, TeacherOutputs, tokenizer_digest
 from peakd_ds.errors import UserError, first_line
 from peakd_ds.files import (
-    damage_of_file,
+    damage_of_written,
     damaged,
     is_written,
     remove_leftovers,
     sha256_of,
-    write_atomically,
     write_checked,
-    written_sha256,
 )
 from peakd_ds.model.build import check_saved_teacher
 from peakd_ds.ranks import dist, preempt
@@ -308,11 +307,15 @@ def _check_manifest(folder: Path, identity: Manifest, layers: list[int]) -> Mani
                 "another --teacher_cache"
             )
         return identity | {"layers": layers}
+    remedy = f"delete {folder} or take another --teacher_cache"
+    damage = damage_of_written(file)
+    if damage is not None:
+        raise damaged(folder, damage, remedy)
     try:
         manifest = json.loads(file.read_text())
         found, stored = {name: manifest.get(name) for name in identity}, list(manifest["layers"])
     except (ValueError, AttributeError, KeyError, TypeError) as error:
-        raise damaged(file, str(error), f"delete {folder} or take another --teacher_cache") from error
+        raise damaged(file, str(error), remedy) from error
     changed = [
         f"{name} {_short(found[name])} there, {_short(identity[name])} here"
         for name in identity
@@ -349,7 +352,7 @@ def _prepare(folder: Path, manifest: Manifest, num_rows: int, num_bytes: int, mi
     )
     _check_free(folder, num_bytes)
     remove_leftovers(folder, "part-*")
-    write_atomically(folder / "manifest.json", json.dumps(manifest, indent=2) + "\n")
+    write_checked(folder / "manifest.json", (json.dumps(manifest, indent=2) + "\n").encode())
 
 
 def _check_free(folder: Path, num_bytes: int) -> None:
@@ -408,7 +411,7 @@ def _open_parts(folder: Path, manifest: Manifest, bounds: np.ndarray) -> list[di
         file = _part_file(folder, part)
         remedy = f"delete {file}, and the same command computes this part again"
         if part % dist.world_size() == dist.rank():
-            damage = damage_of_file(file, written_sha256(file))
+            damage = damage_of_written(file)
             if damage is not None:
                 raise damaged(folder, damage, remedy)
         try:
