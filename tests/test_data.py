@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from collections.abc import Callable
 from math import gcd
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ import pyarrow.parquet
 import pytest
 import torch
 from conftest import NUM_DEV_ROWS, NUM_TRAIN_ROWS, VOCABULARY, made_up_rows, write_split
+from test_files import DAMAGES, damageable
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from peakd_ds.data import reading
@@ -20,6 +22,7 @@ from peakd_ds.data.batches import NUM_SHARDS, _deal, epoch_slots, eval_batches, 
 from peakd_ds.data.tasks import get_task
 from peakd_ds.data.tokens import Split, tokenize
 from peakd_ds.errors import UserError
+from peakd_ds.files import damage_of
 from peakd_ds.packed.packing import padded
 from peakd_ds.ranks import dist
 
@@ -265,19 +268,33 @@ def test_tokenised_rows_are_cached(
     assert cached(max_seq_length=8).lengths.max() == 8
     assert len(cached("validation")) == NUM_DEV_ROWS
     assert len(calls) == 3
-    assert not list((tmp_path / "cache").rglob("*.tmp"))
+    assert not list((tmp_path / "cache").rglob(".*"))
 
 
-def test_a_half_written_cache_is_made_anew(
-    tiny_data: Path, tokenizer: PreTrainedTokenizerBase, tmp_path: Path, single_rank: None
+@pytest.mark.parametrize("damage", [*DAMAGES, None])
+def test_damaged_rows_are_made_again(
+    tiny_data: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    single_rank: None,
+    damage: Callable[[Path], None] | None,
 ) -> None:
+    """Each file in turn; for None, the folder has no checksums, as in earlier versions."""
     task = get_task("rte")
     rows = reading.load_splits(task, str(tiny_data))["train"]
-    tokenize(task, rows, tokenizer, 32, tmp_path)
-    marker = next(tmp_path.rglob("state.json"))
-    marker.unlink()
-    assert len(tokenize(task, rows, tokenizer, 32, tmp_path)) == NUM_TRAIN_ROWS
-    assert marker.exists()
+    expected = padded(tokenize(task, rows, tokenizer, 32, tmp_path).micro_batch(np.arange(len(rows))).inputs)
+    (folder,) = tmp_path.glob("*/*")
+    files = damageable(folder)
+    assert {"SHA256SUMS", "DONE", "state.json", "dataset_info.json"} < {file.name for file in files}
+    for file in files:
+        if damage is None:
+            (folder / "SHA256SUMS").unlink()
+            (folder / "DONE").unlink()
+        else:
+            damage(file)
+        again = padded(tokenize(task, rows, tokenizer, 32, tmp_path).micro_batch(np.arange(len(rows))).inputs)
+        assert all(torch.equal(tensor, again[name]) for name, tensor in expected.items())
+        assert damageable(folder) == files and damage_of(folder) is None
 
 
 # -- Evaluation and holdout --------------------------------------------------------------------------------------------
@@ -412,7 +429,7 @@ def test_missing_column(copy: Path, column: str) -> None:
     columns = made_up_rows("rte", 4, "")
     write_split(copy, "rte", "validation", {name: values for name, values in columns.items() if name != column})
     message = refusal("rte", copy)
-    assert f"rte/validation has no column '{column}' but " in message
+    assert f"rte/validation-00000-of-00001.parquet has no column '{column}' but " in message
     assert "the task needs ['sentence1', 'sentence2', 'label']" in message
 
 
@@ -426,17 +443,20 @@ def write_raw(copy: Path, columns: dict[str, Any]) -> None:
     [
         (
             [0, 1, 2, 0],
-            "rte/train row 2 has label 2; it must be a whole number from 0 to 1 (entailment, not_entailment)",
+            ".parquet row 2 has label 2; it must be a whole number from 0 to 1 (entailment, not_entailment)",
         ),
         ([0, 1, -1, 0], "row 2 has label -1"),
-        ([0, None, 1, 1], "row 1 has label nan"),
-        ([0.0, 0.5, 1.0, 1.0], "row 1 has label 0.5"),
-        (["yes", "no", "no", "no"], "rte/train has labels of a wrong kind"),
+        ([0, None, 1, 1], "row 1 has no label; it must be"),
+        ([0.0, 0.5, 1.0, 1.0], "holds labels of a wrong type, double; each must be a whole number from 0 to 1"),
+        ([False, True, True, True], "holds labels of a wrong type, bool"),
+        (["0", "1", "1", "1"], "holds labels of a wrong type, string"),
+        (["yes", "no", "no", "no"], "holds labels of a wrong type, string"),
     ],
 )
 def test_label_outside_the_range(copy: Path, labels: list[Any], message: str) -> None:
     write_raw(copy, {"label": labels})
-    assert message in refusal("rte", copy)
+    found = refusal("rte", copy)
+    assert message in found and str(copy / "rte" / "train-00000-of-00001.parquet") in found
 
 
 @pytest.mark.parametrize("score", [float("nan"), float("inf"), -0.5, 5.25])
@@ -444,15 +464,24 @@ def test_score_outside_the_range(copy: Path, score: float) -> None:
     columns = made_up_rows("stsb", 4, "")
     write_split(copy, "stsb", "train", {**columns, "label": [1.0, score, 2.0, 5.0]})
     message = refusal("stsb", copy)
-    assert f"stsb/train row 1 has label {score:g}; it must be a number from 0 to 5; fix the data" in message
+    assert (
+        f"stsb/train-00000-of-00001.parquet row 1 has label {score:g}; it must be a number from 0 to 5; fix the data"
+        in message
+    )
 
 
 def test_files_with_different_columns(copy: Path) -> None:
-    columns = {**made_up_rows("rte", 4, ""), "idx": [1, 2, 3, 4]}
-    file = write_split(copy, "rte", "train", columns)
-    file.rename(file.with_name("train-00001-of-00002.parquet"))
-    write_split(copy, "rte", "train", made_up_rows("rte", 4, ""))
-    assert "and the files beside it have different columns; get the train split of rte again" in refusal("rte", copy)
+    """A column that is not read may be in one file alone; the index of test rows is read."""
+    columns = {**made_up_rows("rte", 4, ""), "label": [-1] * 4}
+    for split in ("train", "test"):
+        labels = {} if split == "test" else {"label": [0, 1, 0, 1]}
+        for number, more in enumerate(({"idx": [1, 2, 3, 4]}, {})):
+            file = write_split(copy, "rte", split, {**columns, **labels, **more})
+            file.rename(file.with_name(f"{split}-0000{number}-of-00002.parquet"))
+    assert "test-00001-of-00002.parquet have different columns; get the test split of rte again" in refusal("rte", copy)
+    for file in (copy / "rte").glob("test-*"):
+        file.unlink()
+    assert reading.load_splits(get_task("rte"), str(copy))["train"]["label"] == [0, 1, 0, 1] * 2
 
 
 def test_train_can_be_left_out(copy: Path) -> None:
@@ -464,7 +493,7 @@ def test_train_can_be_left_out(copy: Path) -> None:
 def test_text_that_is_none(copy: Path, texts: list[Any]) -> None:
     write_raw(copy, {"sentence2": texts})
     message = refusal("rte", copy)
-    assert "rte/train column 'sentence2' holds" in message and "fix the data" in message
+    assert "rte/train-00000-of-00001.parquet column 'sentence2' holds" in message and "fix the data" in message
 
 
 def test_another_label_order(copy: Path) -> None:
@@ -473,7 +502,7 @@ def test_another_label_order(copy: Path) -> None:
     features = datasets.Features({**rows.features, "label": names})
     datasets.Dataset.from_dict(rows[:], features=features).to_parquet(next((copy / "rte").glob("train-*")))
     message = refusal("rte", copy)
-    assert "rte/train orders its labels ['not_entailment', 'entailment'], the task ['entailment'," in message
+    assert "train-00000-of-00001.parquet orders its labels ['not_entailment', 'entailment'], the task [" in message
     assert "write the file with the task's order" in message
 
 
