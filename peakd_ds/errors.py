@@ -3,6 +3,8 @@
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import NoReturn
 
 _RANK_NAMES = ("RANK", "OMPI_COMM_WORLD_RANK", "SLURM_PROCID")
@@ -37,6 +39,17 @@ def first_line(error: BaseException) -> str:
     return next((line for line in lines if line), type(error).__name__)
 
 
+@contextmanager
+def as_user_error(problem: str, remedy: str) -> Iterator[None]:
+    """Turn any error of a library into a UserError of one line: the problem, the error's first line and the remedy."""
+    try:
+        yield
+    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
+        raise
+    except BaseException as error:  # a panic in a Rust library is no Exception
+        raise UserError(f"{problem} ({first_line(error)[:300]}); {remedy}") from error
+
+
 def exit_with(error: UserError | OSError, program: str) -> NoReturn:
     """Print an error in one line and leave with exit code 2.
 
@@ -44,7 +57,7 @@ def exit_with(error: UserError | OSError, program: str) -> NoReturn:
     the remaining ranks when the first one fails, and the line must be out by then. An OSError may be one rank's alone.
     """
     rank = next((os.environ[name] for name in _RANK_NAMES if name in os.environ), "0")
-    message = str(error) if isinstance(error, UserError) else f"{error}; free the path, or give another"
+    message = str(error) if isinstance(error, UserError) else f"{error}; free some space, or give another path"
     if rank == "0" or not isinstance(error, UserError):
         print(f"{program}: error: {one_line(message)}", file=sys.stderr, flush=True)
     else:

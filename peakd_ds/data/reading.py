@@ -1,4 +1,7 @@
-"""The rows of a task as they are on disk or on the hub, checked column by column."""
+"""The rows of a task as they are on disk or on the hub, checked column by column.
+
+Whatever the types in the files, a split has strings, int64 classes or float32 scores, and the task's label names.
+"""
 
 import hashlib
 from pathlib import Path
@@ -6,10 +9,11 @@ from pathlib import Path
 import datasets
 import numpy as np
 import pyarrow
-import pyarrow.parquet
+from pyarrow import types
 
+from peakd_ds.data import parquet_files
 from peakd_ds.data.tasks import Task
-from peakd_ds.errors import UserError, first_line
+from peakd_ds.errors import UserError, as_user_error, first_line
 
 MAX_SCORE = 5.0
 """Largest score of stsb, the only regression task."""
@@ -23,14 +27,13 @@ def load_splits(task: Task, data_dir: str, train: bool = True) -> dict[str, data
         train: Whether the train split is read; evaluation does not need it.
 
     Raises:
-        UserError: no data found, an empty or damaged file, missing columns, or labels out of range; with the file.
+        UserError: no data found, damaged or missing files, missing columns, or labels out of range; with the file.
     """
     splits: dict[str, datasets.Dataset] = {}
     needed = (*(("train",) if train else ()), *task.eval_splits)
     for name in (*needed, *task.submission_files):
         rows = _read_parquet(task, data_dir, name) if data_dir else _read_hub(task, name, name in needed)
         if rows is not None:
-            _check_columns(task, name, rows)
             splits[name] = rows
         elif name in needed:
             raise UserError(
@@ -45,26 +48,33 @@ def fingerprints(splits: dict[str, datasets.Dataset]) -> dict[str, str]:
     return {name: rows._fingerprint for name, rows in splits.items()}
 
 
+# -- Reading -----------------------------------------------------------------------------------------------------------
+
+
 def _read_parquet(task: Task, data_dir: str, split: str) -> datasets.Dataset | None:
-    files = sorted((Path(data_dir) / task.name).glob(f"{split}-*.parquet"))
-    tables = []
-    for file in files:
-        try:
-            tables.append(pyarrow.parquet.read_table(file))
-        except (pyarrow.ArrowException, OSError) as error:
-            raise UserError(f"{file} is not a complete parquet file ({first_line(error)}); get it again") from error
-    if not tables:
+    files = parquet_files.find_files(Path(data_dir) / task.name, split)
+    if not files:
         return None
-    try:
-        table = pyarrow.concat_tables(tables)
-    except pyarrow.ArrowException as error:
-        raise UserError(
-            f"{files[0]} and the files beside it have different columns; get the {split} split of {task.name} again"
-        ) from error
-    if table.num_rows == 0:
+    digests: dict[bytes, Path] = {}
+    orders: dict[Path, tuple[str, ...] | None] = {}
+    tables: list[pyarrow.Table] = []
+    optional = ("idx",) if split in task.submission_files else ()
+    for file in files:
+        table = parquet_files.read_table(file, _needed_columns(task), optional)
+        with as_user_error(f"{file} cannot be read", "get it again"):
+            digest = hashlib.sha256(file.read_bytes()).digest()
+        if digest in digests:
+            raise UserError(f"{digests[digest]} and {file} hold the same bytes; delete one of them")
+        digests[digest] = file
+        orders[file] = parquet_files.label_names(table.schema, str(file))
+        _check_order(task, orders, file)
+        tables.append(_checked(task, split, table, str(file)))
+        if tables[0].column_names != tables[-1].column_names:
+            raise UserError(f"{files[0]} and {file} have different columns; get the {split} split of {task.name} again")
+    if not any(len(table) for table in tables):
         raise UserError(f"{files[0]} has no rows; get the {split} split of {task.name} again")
-    digest = hashlib.sha256(b"".join(hashlib.sha256(file.read_bytes()).digest() for file in files)).hexdigest()
-    return datasets.Dataset(table, fingerprint=digest[:16])
+    table = pyarrow.concat_tables(tables, promote_options="permissive")  # strings with short and long offsets
+    return _dataset(task, table, hashlib.sha256(b"".join(digests)).hexdigest()[:16])
 
 
 def _read_hub(task: Task, split: str, is_needed: bool) -> datasets.Dataset | None:
@@ -74,7 +84,7 @@ def _read_hub(task: Task, split: str, is_needed: bool) -> datasets.Dataset | Non
             f"holds {task.name}/train-*.parquet"
         )
     try:
-        return datasets.load_dataset(HUB_DATASET, task.base, split=split)
+        rows = datasets.load_dataset(HUB_DATASET, task.base, split=split)
     except Exception as error:
         if not is_needed:
             return None
@@ -82,47 +92,100 @@ def _read_hub(task: Task, split: str, is_needed: bool) -> datasets.Dataset | Non
             f"no data for task {task.name}: the hub's {HUB_DATASET} cannot be read ({first_line(error)}); go online, "
             f"or give --data_dir (or PEAKD_DATA_DIR) a folder with {task.name}/train-*.parquet"
         ) from error
-
-
-def _check_columns(task: Task, split: str, rows: datasets.Dataset) -> None:
-    missing = [name for name in (*task.text_columns, "label") if name not in rows.column_names]
+    where, names = f"{HUB_DATASET} {task.name}/{split}", getattr(rows.features.get("label"), "names", None)
+    missing = [name for name in _needed_columns(task) if name not in rows.column_names]
     if missing:
+        raise UserError(f"{where} has no column {missing[0]!r}; give --data_dir a folder with the task's files")
+    _check_order(task, {Path(where): names and tuple(names)}, Path(where))
+    columns = [*_needed_columns(task), *(["idx"] if "idx" in rows.column_names else [])]
+    table = _checked(task, split, rows.data.table.select(columns), where)
+    return _dataset(task, table, rows._fingerprint)
+
+
+def _needed_columns(task: Task) -> tuple[str, ...]:
+    return (*task.text_columns, "label")
+
+
+def _dataset(task: Task, table: pyarrow.Table, fingerprint: str) -> datasets.Dataset:
+    """Rows as datasets holds them, with the task's label names."""
+    label = datasets.Value("float32") if task.is_regression else datasets.ClassLabel(names=list(task.label_names))
+    features = {field.name: datasets.Value(str(field.type)) for field in table.schema} | {"label": label}
+    info = datasets.DatasetInfo(features=datasets.Features(features))
+    return datasets.Dataset(table, info=info, fingerprint=fingerprint)
+
+
+# -- Checks ------------------------------------------------------------------------------------------------------------
+
+
+def _check_order(task: Task, orders: dict[Path, tuple[str, ...] | None], file: Path) -> None:
+    """Raise UserError if a file orders its labels otherwise than the task: its class ids mean other classes."""
+    order = orders[file]
+    if order is None or order == task.label_names:
+        return
+    others = "".join(f"{other} {list(names)}, " for other, names in orders.items() if names not in (None, order))
+    raise UserError(
+        f"{file} orders its labels {list(order)}, {others}the task {list(task.label_names)}; write the file with the "
+        "task's order"
+    )
+
+
+def _checked(task: Task, split: str, table: pyarrow.Table, where: str) -> pyarrow.Table:
+    """The columns that the task reads, without metadata and in the types of a split."""
+    columns = {name: _text(table.column(name), name, where) for name in task.text_columns}
+    columns["label"] = _labels(task, split, table.column("label"), where)
+    if split in task.submission_files and "idx" in table.column_names:
+        index = table.column("idx")
+        if not types.is_integer(index.type) or index.null_count:
+            raise UserError(f"{where} column 'idx' holds {_kind(index)}; each must be a whole number; fix the data")
+        columns["idx"] = index.cast("int64")
+    return pyarrow.table(columns)
+
+
+def _text(column: pyarrow.ChunkedArray, name: str, where: str) -> pyarrow.ChunkedArray:
+    """A column of strings. Raises UserError for another type or a row without text."""
+    kind = column.type.value_type if types.is_dictionary(column.type) else column.type
+    if types.is_string_view(kind) or types.is_string(kind):
+        kind = pyarrow.string()
+    elif not types.is_large_string(kind):
+        raise UserError(f"{where} column {name!r} holds {_kind(column)}; each must be a string; fix the data")
+    with as_user_error(f"{where} column {name!r} cannot be read as strings", "write it again as strings"):
+        column = column.cast(kind)
+    if column.null_count:
+        row = column.is_null().index(True).as_py()
         raise UserError(
-            f"{task.name}/{split} has no column {missing[0]!r} but {rows.column_names}; "
-            f"the task needs {[*task.text_columns, 'label']}; fix the data"
+            f"{where} column {name!r} holds {_kind(column)} (row {row} first); each must be a string; fix the data"
         )
-    for name in task.text_columns:
-        column = rows.data.column(name)
-        is_text = pyarrow.types.is_string(column.type) or pyarrow.types.is_large_string(column.type)
-        if not is_text or column.null_count:
-            raise UserError(
-                f"{task.name}/{split} column {name!r} holds {column.type}, {column.null_count} of them null; it must "
-                "be a string in every row; fix the data"
-            )
-    if split in task.submission_files:
-        return  # GLUE hides test labels behind -1
-    rule = f"a whole number from 0 to {task.num_labels - 1} ({', '.join(task.label_names)})"
-    if task.is_regression:
-        rule = f"a number from 0 to {MAX_SCORE:g}"
-    try:
-        labels = _column(rows, "label").astype(np.float64)
-    except (TypeError, ValueError) as error:
+    return column
+
+
+def _kind(column: pyarrow.ChunkedArray) -> str:
+    return f"{column.type}, {column.null_count} of them null" if column.null_count else f"{column.type}"
+
+
+def _labels(task: Task, split: str, column: pyarrow.ChunkedArray, where: str) -> pyarrow.ChunkedArray:
+    """The labels as int64 classes or float32 scores.
+
+    Raises:
+        UserError: a label of another type, none, or one out of range. In test splits -1 stands for a hidden label.
+    """
+    lowest = -1 if split in task.submission_files else 0
+    highest = MAX_SCORE if task.is_regression else task.num_labels - 1
+    kind = "number" if task.is_regression else "whole number"
+    names = f" ({', '.join(task.label_names)})" if task.label_names else ""
+    rule = f"a {kind} from {lowest} to {highest:g}{names}"
+    if not (types.is_integer(column.type) or (task.is_regression and types.is_floating(column.type))):
         raise UserError(
-            f"{task.name}/{split} has labels of a wrong kind ({error}); each must be {rule}; fix the data"
-        ) from error
-    if task.is_regression:
-        bad = ~((labels >= 0) & (labels <= MAX_SCORE))
-    else:
-        bad = ~np.isin(labels, np.arange(task.num_labels))
+            f"{where} column 'label' holds labels of a wrong type, {_kind(column)}; each must be {rule}; fix the data"
+        )
+    if column.null_count:
+        row = column.is_null().index(True).as_py()
+        raise UserError(f"{where} row {row} has no label; it must be {rule}; fix the data")
+    labels = column.to_numpy()
+    bad = ~((labels >= lowest) & (labels <= highest))
     if bad.any():
-        where = int(np.argmax(bad))
-        raise UserError(f"{task.name}/{split} row {where} has label {labels[where]:g}; it must be {rule}; fix the data")
-    names = getattr(rows.features["label"], "names", None)
-    if names and tuple(names) != task.label_names:
-        raise UserError(
-            f"{task.name}/{split} orders its labels {list(names)}, the task {list(task.label_names)}; "
-            f"write the file with the task's order"
-        )
+        row = int(np.argmax(bad))
+        raise UserError(f"{where} row {row} has label {labels[row]:g}; it must be {rule}; fix the data")
+    return pyarrow.chunked_array([labels.astype(np.float32 if task.is_regression else np.int64)])
 
 
 def _column(rows: datasets.Dataset, name: str) -> np.ndarray:

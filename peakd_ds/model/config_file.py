@@ -5,8 +5,7 @@ Only settings that BERT's forward pass reads are kept, so other keys cannot chan
 
 import json
 import math
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from transformers import BertConfig
 from transformers.activations import ACT2FN
 from transformers.utils import cached_file
 
-from peakd_ds.errors import UserError, first_line
+from peakd_ds.errors import UserError, as_user_error
 from peakd_ds.sps import COMPUTED_VALUES, SHARINGS, SPSBertConfig
 
 MAX_LAYERS = 1_000
@@ -175,17 +174,6 @@ def read_config(path: str, option: str, model_types: tuple[str, ...] = ("bert",)
     if document.get("embedding_size") not in (None, config.hidden_size):
         raise UserError(f"{source} has an embedding_size other than its hidden_size, as BERT has not; take a BERT")
     return config, is_classifier
-
-
-@contextmanager
-def as_user_error(problem: str, remedy: str) -> Iterator[None]:
-    """Turn any error of a library into a UserError of one line: the problem, the error's first line and the remedy."""
-    try:
-        yield
-    except (UserError, KeyboardInterrupt, SystemExit, GeneratorExit):
-        raise
-    except BaseException as error:  # a panic in a Rust library is no Exception
-        raise UserError(f"{problem} ({first_line(error)[:300]}); {remedy}") from error
 
 
 def _read_json(path: str, source: str) -> dict[str, Any]:

@@ -9,8 +9,8 @@ from transformers.utils import cached_file
 
 from peakd_ds.config import RunConfig
 from peakd_ds.data.tasks import Task
-from peakd_ds.errors import UserError
-from peakd_ds.model.config_file import Pretrained, as_user_error, read_config
+from peakd_ds.errors import UserError, as_user_error
+from peakd_ds.model.config_file import Pretrained, read_config
 from peakd_ds.model.weights_file import check_weights
 
 NEW_WITH_A_TASK = ("classifier.", "bert.pooler.", "pooler.")

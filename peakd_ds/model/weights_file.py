@@ -16,8 +16,7 @@ from safetensors import safe_open
 from transformers import BertConfig, BertForSequenceClassification
 from transformers.utils import cached_file
 
-from peakd_ds.errors import UserError
-from peakd_ds.model.config_file import as_user_error
+from peakd_ds.errors import UserError, as_user_error
 
 WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
