@@ -1,21 +1,27 @@
-"""A run that is stopped, however, goes on to the losses of one that never was: same ranks, other ranks, other stages.
+"""A stopped run continues to the losses of a run that was never stopped, on any number of ranks and at any ZeRO stage.
 
-Dropout is on where the number of ranks stays the same, since its masks come from (seed, stage, step, rank).
+Dropout is on where the number of ranks stays the same, since its masks come from (seed, stage, step, rank). Models that
+a finished stage has saved are checked before they are read.
 """
 
 import json
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from test_files import DAMAGES, damageable, delete
 
 from peakd_ds import train
 from peakd_ds.command_line import parse
 from peakd_ds.engine import checkpoint
+from peakd_ds.errors import UserError
+from peakd_ds.files import damage_of
 
 ROOT = Path(__file__).parent.parent
 
@@ -136,3 +142,78 @@ def test_killed_at_any_moment(argv: list[str], tmp_path: Path, env: dict[str, st
     assert process.wait(timeout=10) == -signal.SIGKILL
     assert start(tmp_path / "run").wait(timeout=240) == 0, f"random seed {seed}"
     assert_same_curve(tmp_path / "whole", tmp_path / "run", 1e-6)
+
+
+# -- Models that a finished stage has saved ----------------------------------------------------------------------------
+
+SAVED = {"teacher": ("teacher", "ptp"), "ptp": ("checkpoints/ptp/student", "distill")}
+"""For each stage: the folder of its model, and the stage that reads it."""
+
+
+def refusal_of(argv: list[str]) -> str:
+    """Runs on every rank: the error message of the program."""
+    try:
+        run_all(argv)
+    except UserError as error:
+        return str(error)
+    return "no error"
+
+
+def stages_until(stage: str) -> list[str]:
+    return ["--stages", "teacher,ptp,distill".split(stage)[0] + stage]
+
+
+@pytest.fixture(scope="module")
+def saved(argv: list[str], pools, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder whose teacher and ptp stages are finished."""
+    folder = tmp_path_factory.mktemp("saved") / "run"
+    pools(2).run(run_all, [*argv, "--run_dir", str(folder), *stages_until("ptp")])
+    return folder
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+@pytest.mark.parametrize("stage", SAVED)
+def test_a_damaged_model_is_refused_on_all_ranks(
+    argv: list[str], pools, saved: Path, tmp_path: Path, stage: str, damage: Callable[[Path], None]
+) -> None:
+    """Each file in turn, before a later stage reads it."""
+    name, reader = SAVED[stage]
+    expected = damageable(saved / name)
+    assert {"model.safetensors", "config.json", "SHA256SUMS", "DONE"} < {file.name for file in expected}
+    for file in expected:
+        run_dir = Path(shutil.copytree(saved, tmp_path / file.name))
+        if reader == "ptp":
+            shutil.rmtree(run_dir / "checkpoints" / "ptp")
+        damage(run_dir / name / file.name)
+        before = sorted(run_dir.rglob("*"))
+        messages = pools(2).run(refusal_of, [*argv, "--run_dir", str(run_dir), *stages_until(reader)])
+        for message in messages:
+            assert f"{run_dir / name} is damaged (" in message and file.name in message.split(";")[0]
+            assert ("is missing" in message) == (damage is delete)
+            finished = run_dir / "checkpoints" / stage / "FINISHED.json"
+            assert f"; delete it and {finished}, and the same command (with the {stage} stage) writes it" in message
+            assert "\n" not in message
+        assert [path for path in sorted(run_dir.rglob("*")) if ".safetensors" in path.name] == [
+            path for path in before if ".safetensors" in path.name
+        ], "nothing was trained"
+
+
+@pytest.mark.parametrize("stage", SAVED)
+@pytest.mark.parametrize("damage", [*DAMAGES, shutil.rmtree])
+def test_the_remedy_writes_the_model_again(
+    argv: list[str], pools, saved: Path, whole_run: Path, tmp_path: Path, stage: str, damage: Callable[[Path], None]
+) -> None:
+    """After it, the run ends as one that was never damaged."""
+    name, _ = SAVED[stage]
+    run_dir = Path(shutil.copytree(saved, tmp_path / "run"))
+    damage(run_dir / name / "model.safetensors" if damage is not shutil.rmtree else run_dir / name)
+    words = [*argv, "--run_dir", str(run_dir)]
+    message = pools(2).run(refusal_of, words)[0]
+    assert f"{run_dir / name} is damaged (" in message
+    shutil.rmtree(run_dir / name, ignore_errors=True)
+    (run_dir / "checkpoints" / stage / "FINISHED.json").unlink()
+    pools(2).run(run_all, words)
+    assert damage_of(run_dir / name) is None
+    for file in ("model.safetensors", "config.json"):
+        assert (run_dir / name / file).read_bytes() == (saved / name / file).read_bytes()
+    assert_same_curve(whole_run, run_dir, 1e-6)
