@@ -242,13 +242,17 @@ def _convert(kind: type, parse_word: Callable[[str], Any], rule: str) -> Callabl
 
 def to_yaml(config: RunConfig) -> str:
     """Every setting as YAML that `--config` reads back; unset ones are left out."""
-    unset = (None, "")
-    values = {
+    return yaml.safe_dump(set_values(config), sort_keys=False, default_flow_style=None)
+
+
+def set_values(config: RunConfig) -> dict[str, Any]:
+    """Every setting that is set, as YAML has it: tuples are lists."""
+    values, unset = asdict(config), (None, "")
+    return {
         name: _as_lists(value)
-        for name, value in asdict(config).items()
+        for name, value in values.items()
         if not (value in unset and SPECS[name].default in unset)
     }
-    return yaml.safe_dump(values, sort_keys=False, default_flow_style=None)
 
 
 def saved_settings(saved_yaml: str) -> dict[str, Any]:
@@ -272,7 +276,7 @@ def differences(config: RunConfig, saved_yaml: str) -> list[str]:
     Raises:
         UserError: the saved text holds no settings.
     """
-    saved, now = saved_settings(saved_yaml), saved_settings(to_yaml(config))
+    saved, now = saved_settings(saved_yaml), set_values(config)
     names = [name for name in SPECS if name not in RESULT_NEUTRAL]
     return [f"{name}: {saved.get(name)} -> {now.get(name)}" for name in names if saved.get(name) != now.get(name)]
 

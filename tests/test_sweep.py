@@ -342,6 +342,22 @@ def test_a_run_with_other_settings_does_not_count_as_finished(
 
 
 @pytest.mark.starts(6)
+@pytest.mark.parametrize("name", ["config.yaml", "results.json"])
+@pytest.mark.parametrize(
+    "content",
+    ["", "[", "[]", "{}", "1", "null", "[" * 100_000, "9" * 5000, "dtype: [1]", "a: &a [*a]"]
+    + ['{"student": null, "settings": {"stages": [[]]}}', "lr: !!python/object:a b", b"\xff\xfe", b"\0"],
+)
+def test_a_damaged_run_is_unfinished(
+    grid_file: Callable[[str], str], tmp_path: Path, name: str, content: str | bytes
+) -> None:
+    element = read_grid(grid_file(GRID.replace("runs/x", str(tmp_path / "runs")))).elements[0]
+    finish(element.config)
+    assert sweep.state(element) == "finished"
+    (Path(element.config.run_dir) / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    assert sweep.state(element) == "unfinished"
+
+
 def test_two_elements_one_of_which_fails_first(
     grid_file: Callable[[str], str], tmp_path: Path, tiny_teacher: Callable[[str], Path], env: dict[str, str]
 ) -> None:

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from peakd_ds.command_line import parse, read_yaml, saved_settings, suggest, to_word, to_words, to_yaml
+from peakd_ds.command_line import parse, read_yaml, set_values, suggest, to_word, to_words, to_yaml
 from peakd_ds.config import RESULT_NEUTRAL, SPECS, RunConfig
 from peakd_ds.data.tasks import get_task
 from peakd_ds.errors import UserError, shown
@@ -180,8 +180,8 @@ def _element(where: str, words: list[str], method: str | None, chosen: Mapping[s
         parts = [get_task(config.task).name, method or config.method, *others, f"seed-{config.seed}"]
         name = "/".join(re.sub(r"[^\w.,:+-]+", "_", part, flags=re.ASCII) for part in parts)
         values = {name: getattr(config, name) for name in SPECS} | {"method": method}
-        given = saved_settings(to_yaml(config)) | {"run_dir": f"{config.run_dir.rstrip('/')}/{name}"}
-        defaults = saved_settings(to_yaml(RunConfig()))
+        given = set_values(config) | {"run_dir": f"{config.run_dir.rstrip('/')}/{name}"}
+        defaults = set_values(RunConfig())
         words = to_words(where, {name: value for name, value in given.items() if value != defaults.get(name)})
         words = [_fill_in(word, values) for word in words]
         return Element(name, words, parse(words))
