@@ -10,6 +10,7 @@ the old content or the new content. Two kinds have checksums, in the format of `
 import contextlib
 import errno
 import hashlib
+import json
 import os
 import re
 import secrets
@@ -17,6 +18,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from peakd_ds.errors import UserError, first_line
 
@@ -39,6 +41,7 @@ def whole_file(file: Path) -> Iterator[Path]:
     temporary = hidden_sibling(file, "new")
     try:
         yield temporary
+        _follow_umask(temporary)
         flush(temporary)
         temporary.replace(file)
     finally:
@@ -55,6 +58,7 @@ def whole_folder(folder: Path) -> Iterator[Path]:
     with _new_folder(folder) as new:
         yield new
         for file in _files_in(new):
+            _follow_umask(file)
             flush(file)
 
 
@@ -69,6 +73,13 @@ def create_file(file: Path, text: str) -> bool:
         return False
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _follow_umask(file: Path) -> None:
+    """Give a file the permissions of a new file: safetensors writes its files for their owner alone."""
+    for line in Path("/proc/self/status").read_text().splitlines() if Path("/proc/self/status").exists() else ():
+        if line.startswith("Umask:"):
+            file.chmod(0o666 & ~int(line.split()[1], 8))
 
 
 def flush(file: Path) -> None:
@@ -142,6 +153,17 @@ def _files_in(folder: Path) -> list[Path]:
     return sorted(path for path in folder.rglob("*") if path.is_file())
 
 
+# -- Reading -----------------------------------------------------------------------------------------------------------
+
+
+def parse_json(content: str | bytes) -> Any:
+    """The value of a JSON text. Raises ValueError for everything that is none, deep nesting included."""
+    try:
+        return json.loads(content)
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+
+
 # -- Checksums ---------------------------------------------------------------------------------------------------------
 
 
@@ -206,6 +228,7 @@ def checked_folder(folder: Path) -> Iterator[Path]:
 
 
 def _flush_and_hash(file: Path) -> str:
+    _follow_umask(file)
     flush(file)
     return known_sha256_of(file)
 

@@ -7,8 +7,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from peakd_ds import files
+from peakd_ds.errors import UserError
 from peakd_ds.files import (
     CHECKSUMS,
     DONE,
@@ -237,3 +240,43 @@ def test_a_file_without_its_checksum_is_not_written(tmp_path: Path, monkeypatch:
     with pytest.raises(KeyboardInterrupt):
         write_checked(file, b"second")
     assert file.read_bytes() == b"second" and not is_written(file)
+
+
+@pytest.mark.parametrize(("umask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600)])
+def test_permissions_follow_the_umask(tmp_path: Path, umask: int, mode: int) -> None:
+    """Of weights too, which safetensors writes for their owner alone."""
+    before = os.umask(umask)
+    try:
+        with files.whole_file(tmp_path / "one.safetensors") as file:
+            save_file({"a": torch.zeros(1)}, file)
+        for context, name in ((files.whole_folder, "whole"), (files.checked_folder, "checked")):
+            with context(tmp_path / name) as folder:
+                save_file({"a": torch.zeros(1)}, folder / "a.safetensors")
+    finally:
+        os.umask(before)
+    written = [path for path in tmp_path.rglob("*") if path.is_file()]
+    assert len(written) == 5 and {path.stat().st_mode & 0o777 for path in written} == {mode}
+
+
+@pytest.mark.parametrize("content", [b"[" * 100_000, b"{", b"\xff", b""])
+def test_json_that_is_none_is_a_value_error(content: bytes) -> None:
+    with pytest.raises(ValueError):
+        files.parse_json(content)
+    assert files.parse_json(b'{"a": [1]}') == {"a": [1]}
+
+
+def test_a_full_disk_is_a_line_with_the_remedy(tmp_path: Path) -> None:
+    """As Python, safetensors and tokenizers tell it; other errors stay what they are."""
+    for error in (OSError(28, "No space left on device"), Exception("No space left on device (os error 28)")):
+        with (
+            pytest.raises(UserError, match=r"folder cannot be written \(.*free some space"),
+            files.needs_space(tmp_path / "folder"),
+        ):
+            raise error
+    with pytest.raises(KeyError), files.needs_space(tmp_path):
+        raise KeyError("a bug")
+    with (
+        pytest.raises(UserError, match=r"is damaged \(KeyError|is damaged \('a'"),
+        files.damage_named(tmp_path, "delete it"),
+    ):
+        raise KeyError("a")

@@ -29,7 +29,7 @@ from peakd_ds.cluster import run_folder
 from peakd_ds.command_line import parse, to_yaml
 from peakd_ds.config.outputs import STAGES
 from peakd_ds.errors import UserError, exit_with, first_line
-from peakd_ds.files import write_atomically
+from peakd_ds.files import parse_json, write_atomically
 from peakd_ds.ranks.notes import Note, read_notes
 from peakd_ds.ranks.slurm_env import job_name
 
@@ -367,7 +367,7 @@ def _scontrol(kind: str, name: str) -> dict[str, str]:
 def _read_facts(file: Path) -> dict[str, Any]:
     """Contents of a JSON file of a start; empty if it is missing or damaged."""
     try:
-        facts = json.loads(_read(file))
+        facts = parse_json(_read(file))
     except ValueError:
         return {}
     return facts if isinstance(facts, dict) else {}
@@ -388,7 +388,7 @@ def _read_start(folder: Path) -> StartFacts:
     """Contents of a start's start.json. Raises UserError if it is missing or damaged."""
     file = folder / "start.json"
     try:
-        facts = json.loads(file.read_text())
+        facts = parse_json(file.read_text())
         if all(isinstance(facts[name], kind) for name, kind in _FACTS.items()):
             return cast(StartFacts, facts)
         reason = "its entries are not those of a start"

@@ -17,7 +17,7 @@ import yaml
 from peakd_ds.command_line import differences, to_yaml
 from peakd_ds.config import SPECS, RunConfig
 from peakd_ds.errors import UserError, first_line
-from peakd_ds.files import write_atomically
+from peakd_ds.files import parse_json, write_atomically
 
 CONFIG = "config.yaml"
 DATA = "data.json"
@@ -87,7 +87,7 @@ def check_data(config: RunConfig, fingerprints: dict[str, str], source: str) -> 
             f"{saved} is damaged; delete it, and the run continues without the check that its rows are the same, or "
             "take another --run_dir"
         )
-    if json.loads(_read_text(saved)) != fingerprints:
+    if parse_json(_read_text(saved)) != fingerprints:
         raise UserError(
             f"--run_dir {config.run_dir} holds a run on other rows than {source} has now; nothing was changed there: "
             "take another --run_dir, or the data it was started with"
@@ -154,7 +154,7 @@ def _is_fingerprints(file: Path) -> bool:
 def _read_json(file: Path) -> Any:
     """The content of a JSON file; None if it cannot be read."""
     try:
-        return json.loads(file.read_text())
+        return parse_json(file.read_text())
     except (OSError, ValueError, RecursionError):
         return None
 

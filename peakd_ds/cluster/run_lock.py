@@ -23,7 +23,7 @@ from pathlib import Path
 import psutil
 
 from peakd_ds.errors import UserError
-from peakd_ds.files import create_file, hidden_sibling
+from peakd_ds.files import create_file, hidden_sibling, parse_json
 from peakd_ds.ranks import dist, preempt
 from peakd_ds.ranks.slurm_env import job_name
 
@@ -243,7 +243,7 @@ def _owner_of(file: Path) -> Owner | None:
 
 def _parse(file: Path, content: bytes) -> Owner:
     try:
-        owner = Owner(**json.loads(content))
+        owner = Owner(**parse_json(content))
     except (ValueError, TypeError):
         owner = None
     if owner is None or not isinstance(owner.pid, int) or not isinstance(owner.restart, int):

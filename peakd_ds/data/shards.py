@@ -36,7 +36,7 @@ from peakd_ds.data.batches import NUM_SHARDS, shard_bounds, split_holdout
 from peakd_ds.data.tasks import Task
 from peakd_ds.data.tokens import ON_ALL_NODES, Split, TokenRows, tokenizer_digest
 from peakd_ds.errors import UserError
-from peakd_ds.files import damage_of_file, damage_of_written, damaged, whole_file
+from peakd_ds.files import damage_of_file, damage_of_written, damaged, parse_json, whole_file
 from peakd_ds.ranks import dist, launch
 
 FORMAT = 1
@@ -127,7 +127,7 @@ def read_manifest(folder: Path) -> Manifest:
     if damage is not None:
         raise damaged(folder, damage, remedy)
     try:
-        content = json.loads(file.read_text())
+        content = parse_json(file.read_text())
         files = {name: FileRecord(**record) for name, record in content["files"].items()}
         return Manifest(folder, dict(content["made_from"]), int(content["num_rows"]), files)
     except (ValueError, TypeError, KeyError, AttributeError) as error:

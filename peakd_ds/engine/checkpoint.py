@@ -40,7 +40,16 @@ from peakd_ds.engine.state import (
     write_full,
 )
 from peakd_ds.errors import UserError
-from peakd_ds.files import checked_folder, damage_of_file, damaged, known_sha256_of, remove_leftovers, write_atomically
+from peakd_ds.files import (
+    checked_folder,
+    damage_named,
+    damage_of_file,
+    damaged,
+    known_sha256_of,
+    parse_json,
+    remove_leftovers,
+    write_atomically,
+)
 from peakd_ds.ranks import dist
 
 NUM_KEPT = 2
@@ -167,10 +176,10 @@ def finish(folder: Path, state: TrainState, score: str, selected_on: str) -> Non
 def finished(folder: Path) -> dict[str, Any] | None:
     """The summary of a stage that is over; None for a stage that is not."""
     marker = folder / "FINISHED.json"
-    try:
-        return json.loads(marker.read_text()) if marker.exists() else None
-    except ValueError as error:
-        raise damaged(marker, str(error), "delete it, and the same command finishes the stage again") from error
+    if not marker.exists():
+        return None
+    with damage_named(marker, "delete it, and the same command finishes the stage again"):
+        return {**parse_json(marker.read_bytes())}
 
 
 def gather(engine: DeepSpeedEngine, moment: str | None) -> dict[str, torch.Tensor]:
@@ -309,7 +318,7 @@ def _damage_in_earlier_format(checkpoint: Path) -> str | None:
     """The same for versions before SHA256SUMS: state.json has the checksums, and DONE is the checksum of state.json."""
     try:
         marker, text = (checkpoint / files.DONE).read_text(), (checkpoint / "state.json").read_bytes()
-        digests: dict[str, str] | None = json.loads(text).get("sha256")
+        digests: dict[str, str] | None = parse_json(text).get("sha256")
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except (OSError, ValueError, AttributeError) as error:
@@ -346,7 +355,7 @@ def _check_finite(weights: dict[str, torch.Tensor], folder: Path, state: TrainSt
 
 
 def _position(checkpoint: Path) -> dict[str, Any]:
-    return json.loads((checkpoint / "state.json").read_text())["position"]
+    return parse_json((checkpoint / "state.json").read_text())["position"]
 
 
 def _candidates(folder: Path) -> list[Path]:

@@ -44,6 +44,7 @@ from peakd_ds.files import (
     checksum_file,
     damage_of_file,
     damage_of_written,
+    parse_json,
     write_atomically,
     write_checked,
     write_checksum,
@@ -170,7 +171,7 @@ def _claim(folder: Path, made_from: dict[str, Any]) -> None:
         if damage_of_written(file) is not None:  # the manifest, which is written again
             continue
         try:
-            content = json.loads(file.read_text())
+            content = parse_json(file.read_text())
             found, record = dict(content["made_from"]), content.get("record", {})
         except (ValueError, TypeError, KeyError):  # the manifest of an earlier version, damaged
             continue

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 from typing import NotRequired, TypedDict
 
-from peakd_ds.files import write_atomically
+from peakd_ds.files import parse_json, write_atomically
 
 START_DIR = "PEAKD_START_DIR"
 
@@ -55,7 +55,7 @@ def read_notes(start: Path) -> list[Note]:
     notes = []
     for file in sorted(start.glob("rank-*.json")):
         with contextlib.suppress(OSError, ValueError):
-            content = json.loads(file.read_text())
+            content = parse_json(file.read_text())
             if isinstance(content, dict) and content.keys() >= Note.__required_keys__:
                 notes.append(Note(**content))  # type: ignore[typeddict-item]
     return notes

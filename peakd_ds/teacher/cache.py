@@ -42,6 +42,7 @@ from peakd_ds.files import (
     damage_of_written,
     damaged,
     is_written,
+    parse_json,
     remove_leftovers,
     sha256_of,
     write_checked,
@@ -312,7 +313,7 @@ def _check_manifest(folder: Path, identity: Manifest, layers: list[int]) -> Mani
     if damage is not None:
         raise damaged(folder, damage, remedy)
     try:
-        manifest = json.loads(file.read_text())
+        manifest = parse_json(file.read_text())
         found, stored = {name: manifest.get(name) for name in identity}, list(manifest["layers"])
     except (ValueError, AttributeError, KeyError, TypeError) as error:
         raise damaged(file, str(error), remedy) from error
