@@ -517,3 +517,27 @@ def test_the_hub_out_of_reach() -> None:
 def test_what_the_hub_does_not_have(name: str) -> None:
     message = refusal(name, "")
     assert f"task {name} is not on the hub; give --data_dir (or PEAKD_DATA_DIR)" in message
+
+
+def test_rows_of_the_hub_are_checked_alike(monkeypatch: pytest.MonkeyPatch) -> None:
+    task = get_task("rte")
+    columns = {**made_up_rows("rte", 6, ""), "idx": list(range(6))}
+    names = list(task.label_names)
+
+    def load_dataset(name: str, base: str, split: str) -> datasets.Dataset:
+        if split == "test":
+            raise OSError("not there")
+        features = datasets.Features(
+            {**dict.fromkeys(task.text_columns, datasets.Value("string")), "label": datasets.ClassLabel(names=names)}
+            | {"idx": datasets.Value("int32")}
+        )
+        return datasets.Dataset.from_dict(columns, features=features)
+
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    rows = reading.load_splits(task, "")
+    assert list(rows) == ["train", "validation"] and rows["train"]["label"] == columns["label"]
+    names.reverse()
+    assert "nyu-mll/glue rte/train orders its labels ['not_entailment', 'entailment'], the task" in refusal("rte", "")
+    names.reverse()
+    columns["label"] = [0, 1, 0, 1, 0, -1]
+    assert "nyu-mll/glue rte/train row 5 has label -1; it must be a whole number from 0 to 1" in refusal("rte", "")

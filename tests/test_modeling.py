@@ -270,6 +270,32 @@ def test_an_encoder_that_lacks_weights(tiny_encoder: Path, tmp_path: Path) -> No
     make_student(encoder)  # some BERTs have no pooler; a new one is trained
 
 
+def test_an_old_model_of_the_hub(tmp_path: Path) -> None:
+    """Settings that change nothing, no model_type, gamma and beta, and position ids beside the weights."""
+    from safetensors.torch import load_file, save_file
+
+    encoder = save_encoder(tmp_path / "encoder")
+    document = json.loads((encoder / "config.json").read_text())
+    del document["model_type"]
+    document |= {"position_embedding_type": "absolute", "gradient_checkpointing": False, "torch_dtype": "float16"}
+    document |= {"pruned_heads": {}, "output_past": True, "attention_probs_dropout_prob": 0, "finetuning_task": None}
+    (encoder / "config.json").write_text(json.dumps({**document, "architectures": ["BertForMaskedLM"]}))
+    weights = load_file(encoder / "model.safetensors")
+    renamed = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+    old = {}
+    for name, tensor in weights.items():
+        if not name.startswith("pooler."):
+            end = next((end for end in renamed if name.endswith(end)), "")
+            old[f"bert.{name.removesuffix(end)}{renamed.get(end, '')}"] = tensor
+    old |= {"bert.embeddings.position_ids": torch.arange(128)[None], "cls.predictions.bias": torch.zeros(9)}
+    save_file(old, encoder / "model.safetensors", metadata={"format": "pt"})
+    student = make_student(encoder)
+    assert torch.equal(student.bert.embeddings.word_embeddings.weight, weights["embeddings.word_embeddings.weight"])
+    for layer, norm in ((0, "attention.output"), (1, "output")):
+        name = f"encoder.layer.{layer}.{norm}.LayerNorm.weight"
+        assert torch.equal(student.bert.get_parameter(name), weights[name])
+
+
 # -- Hidden states -----------------------------------------------------------------------------------------------------
 
 

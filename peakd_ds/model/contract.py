@@ -70,13 +70,14 @@ def _stored_tokens(path: str) -> set[str]:
 
 def _check_special_tokens(tokenizer: PreTrainedTokenizerBase, stored: set[str], encoder: Pretrained) -> None:
     ids = {}
-    for name in ("cls_token", "sep_token", "pad_token"):
+    names = ["cls_token", "sep_token", "pad_token", *(["unk_token"] if tokenizer.unk_token is not None else [])]
+    for name in names:
         token, number = getattr(tokenizer, name), getattr(tokenizer, f"{name}_id")
         if token not in stored or not isinstance(number, int):
             raise ValueError(f"its vocabulary has no {name}, {token!r}")
         ids[number] = name
-    if len(ids) < 3:
-        raise ValueError("cls_token, sep_token and pad_token are not three tokens")
+    if len(ids) < len(names):
+        raise ValueError(f"two of {', '.join(names)} are one token")
     pad = encoder.config.pad_token_id
     if pad not in (None, tokenizer.pad_token_id):
         raise ValueError(f"pad_token is {tokenizer.pad_token_id}, but pad_token_id in config.json is {pad}")
@@ -98,6 +99,7 @@ def _check_example(tokenizer: PreTrainedTokenizerBase) -> None:
         raise ValueError("token_type_ids of a pair of sentences are not zeros and then ones")
     if words and set(ids) <= {cls, sep, unknown}:
         raise ValueError("it does not know the words of its own vocabulary")
+    tokenizer(f"\u2603 {'x' * 300}")  # raises if it needs a token for unknown words and has none
 
 
 def check_vocabulary(tokenizer: PreTrainedTokenizerBase, encoder: Pretrained) -> None:

@@ -6,30 +6,20 @@ and rewritten. What is accepted is compared with the undamaged model, or with an
 
 import json
 import math
-import random
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import pytest
-import torch
-from conftest import NOUNS, save_encoder
-from harness import FACTOR, REMEDY, assert_refused, assert_refused_or_right, run, snapshot
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
-from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedTokenizerBase
+from harness import FACTOR, assert_refused, assert_refused_or_right, run, snapshot
+from model_folders import SENTENCES, TASK, assert_builds, flips, read, read_or_refuse, rows_of, save_both, settings_of
+from transformers import BertConfig, PreTrainedTokenizerBase
 
-from peakd_ds.command_line import parse
-from peakd_ds.data.tasks import get_task
-from peakd_ds.errors import UserError
 from peakd_ds.model import contract
-from peakd_ds.model.build import build_student, build_teacher, load_pretrained, task_head
 from peakd_ds.model.config_file import FACTS, ONLY_VALUES, SETTINGS, Pretrained
-from peakd_ds.packed.packing import pack
 from peakd_ds.programs import scripts
 
-TASK = get_task("rte")
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, 1, -1, 2, 3, 100, 2**31, 2**63, 10**30, 0.5, -0.5, 1e-12, 1.0, 1e308, math.nan, math.inf),
     *("", "x", "2", "relu", "float32", "int8", "a\nb", "\u0000", "[CLS]", "x" * 10_000),
@@ -43,8 +33,6 @@ OTHER_KEYS = (
     "transformers_version transformers_weights unknown use_bfloat16 validate_architecture"
 ).split()
 KEYS = sorted({*SETTINGS, *FACTS, *ONLY_VALUES, *OTHER_KEYS})
-SENTENCES = [f"the {one} sees a {other} ." for one, other in zip(NOUNS, reversed(NOUNS), strict=True)]
-NUM_FLIPS = 40 * FACTOR
 
 
 def some_values(number: int, step: int) -> tuple[Any, ...]:
@@ -52,15 +40,10 @@ def some_values(number: int, step: int) -> tuple[Any, ...]:
     return VALUES if FACTOR > 1 else VALUES[number % step :: step]
 
 
-# -- What a folder gives -----------------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def good(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """An encoder, and a classifier for rte."""
-    folder, sizes = tmp_path_factory.mktemp("good"), {"num_hidden_layers": 2, "intermediate_size": 48}
-    heads: dict[str, dict[str, Any] | None] = {"encoder": None, "classifier": task_head(TASK)}
-    return {kind: save_encoder(folder / kind, head=head, **sizes) for kind, head in heads.items()}
+    return save_both(tmp_path_factory.mktemp("good"))
 
 
 @pytest.fixture(params=["encoder", "classifier"])
@@ -75,19 +58,6 @@ def encoder(good: dict[str, Path], tmp_path: Path) -> Path:
     return Path(shutil.copytree(good["encoder"], tmp_path / "encoder"))
 
 
-def read(folder: Path) -> tuple[Pretrained, PreTrainedTokenizerBase]:
-    """The model and tokenizer, by the functions that every program calls."""
-    source = contract.find_encoder(str(folder), "teacher")
-    tokenizer = contract.load_tokenizer(source)
-    contract.check_contract(settings_of(folder), TASK, source, source, tokenizer)
-    return source, tokenizer
-
-
-def settings_of(folder: Path) -> Any:
-    words = ["--task", "rte", "--teacher", str(folder), "--run_dir", "unused"]
-    return parse([*words, "--max_seq_length", "16", "--num_hidden_layers", "1"])
-
-
 def model_alone(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Pretrained:
     """The model, checked with a tokenizer that is loaded already."""
     source = contract.find_encoder(str(folder), "teacher")
@@ -96,46 +66,10 @@ def model_alone(folder: Path, tokenizer: PreTrainedTokenizerBase) -> Pretrained:
     return source
 
 
-T = TypeVar("T")
-
-
-def read_or_refuse(folder: Path, what: str, reader: Callable[[Path], T] = read) -> T | None:  # type: ignore[assignment]
-    """What the reader gives, or None if the folder is refused as it should be; nothing on disk changes."""
-    before = snapshot(folder)
-    try:
-        return reader(folder)
-    except UserError as error:
-        message = str(error)
-        assert len(message.splitlines()) == 1 and len(message) < 2000, f"{what}: {message}"
-        assert str(folder) in message and REMEDY.search(message), f"{what}: {message}"
-        return None
-    finally:
-        assert snapshot(folder) == before, what
-
-
 def config_of(document: dict[str, Any]) -> dict[str, Any]:
     """What the settings of a config.json should give, by key."""
     default = BertConfig().to_dict()
     return {name: document.get(name, default[name]) for name in SETTINGS}
-
-
-def assert_builds(source: Pretrained, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Teacher and student have the file's weights, and give finite logits."""
-    settings = settings_of(Path(source.path))
-    teacher, student = build_teacher(settings, TASK, source), build_student(settings, source, task_head(TASK))
-    stored = load_file(Path(source.path) / "model.safetensors")
-    for name, weight in teacher.state_dict().items():
-        found = stored.get(name, stored.get(name.removeprefix("bert.")))
-        assert found is None or torch.equal(found.float(), weight), name
-    ids = tokenizer(SENTENCES[0], SENTENCES[1])["input_ids"]
-    for model in (teacher, student):
-        with torch.no_grad():
-            assert torch.isfinite(model.eval()(**pack([ids], [[0] * len(ids)])).logits).all()
-
-
-def rows_of(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
-    encoded = tokenizer(SENTENCES, SENTENCES[::-1], truncation=True, max_length=16, return_token_type_ids=True)
-    return [*encoded["input_ids"], *encoded["token_type_ids"]]
 
 
 # -- config.json -------------------------------------------------------------------------------------------------------
@@ -207,17 +141,6 @@ def test_a_folder_in_place_of_a_file(encoder: Path, good: dict[str, Path], name:
     found = read_or_refuse(encoder, name)
     assert (found is not None) == name.startswith("tokenizer")  # vocab.txt and BERT's settings give the same rows
     assert found is None or rows_of(found[1]) == rows_of(read(good["encoder"])[1])
-
-
-def flips(content: bytes, seed: str) -> Iterator[bytes]:
-    """The content with a few bytes changed, or cut, at places that the seed gives."""
-    generator = random.Random(seed)
-    for number in range(NUM_FLIPS):
-        damaged = bytearray(content)
-        for _ in range(generator.choice((1, 1, 2, 8))):
-            byte = generator.choice((0, 255, 34, 44, 48, generator.randrange(256)))
-            damaged[generator.randrange(len(damaged))] = byte
-        yield bytes(damaged[: generator.randrange(len(damaged))] if number % 4 == 3 else damaged)
 
 
 def test_changed_bytes_of_config_json(folder: Path) -> None:
@@ -325,126 +248,6 @@ def test_vocabularies(encoder: Path, good: dict[str, Path], name: str) -> None:
     found = read_or_refuse(encoder, name)
     assert (found is not None) == (name == "carriage returns")
     assert found is None or rows_of(found[1]) == rows_of(read(good["encoder"])[1])
-
-
-# -- Weights -----------------------------------------------------------------------------------------------------------
-
-
-def save(folder: Path, weights: dict[str, torch.Tensor]) -> None:
-    weights = {name: weight.clone().contiguous() for name, weight in weights.items()}
-    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
-
-
-FLOATS = {torch.float64, torch.float32, torch.float16, torch.bfloat16}
-DTYPES = sorted(
-    FLOATS | {torch.int8, torch.uint8, torch.int16, torch.int32, torch.int64, torch.bool, torch.float8_e4m3fn}, key=str
-)
-
-
-@pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("which", ["one", "all"])
-def test_stored_dtypes(folder: Path, dtype: torch.dtype, which: str) -> None:
-    weights = load_file(folder / "model.safetensors")
-    for name in list(weights) if which == "all" else [next(name for name in weights if "layer.1" in name)]:
-        weights[name] = weights[name].to(dtype)
-    save(folder, weights)
-    found = read_or_refuse(folder, str(dtype))
-    assert (found is not None) == (dtype in FLOATS)
-    if found is not None:
-        assert_builds(*found)
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, 1e300])
-def test_values_that_are_not_finite(folder: Path, value: float) -> None:
-    weights = load_file(folder / "model.safetensors")
-    for name in list(weights)[:: 1 if FACTOR > 1 else 4]:
-        damaged = weights[name].to(torch.float64 if value == 1e300 else torch.float32).clone()
-        damaged.view(-1)[-1] = value
-        save(folder, {**weights, name: damaged})
-        assert read_or_refuse(folder, name) is None, name
-
-
-def test_weights_missing_renamed_or_of_another_shape(folder: Path) -> None:
-    weights = load_file(folder / "model.safetensors")
-    for name, weight in list(weights.items())[:: 1 if FACTOR > 1 else 4]:
-        others = {other: tensor for other, tensor in weights.items() if other != name}
-        for changes in ({}, {f"{name}_": weight}, {name: weight[:-1]}, {name: weight[None]}):
-            save(folder, {**others, **changes})
-            assert read_or_refuse(folder, name) is None, name
-
-
-def test_names_that_mean_the_same(folder: Path) -> None:
-    """Names with and without prefix and the old gamma and beta are right, but not two of them for one weight."""
-    original = load_file(folder / "model.safetensors")
-    plain = {name.removeprefix("bert."): weight for name, weight in original.items()}
-    prefixed = {name if name.startswith("classifier") else f"bert.{name}": weight for name, weight in plain.items()}
-    old = {
-        name.replace("Norm.weight", "Norm.gamma").replace("Norm.bias", "Norm.beta"): weight
-        for name, weight in original.items()
-    }
-    heads = {"cls.predictions.bias": torch.zeros(3), "embeddings.position_ids": torch.arange(128)[None]}
-    for weights in (plain, prefixed, old, {**prefixed, **heads}):
-        save(folder, weights)
-        found = read_or_refuse(folder, "names")
-        assert found is not None
-        model_class = BertForSequenceClassification if found[0].is_classifier else BertModel
-        model = load_pretrained(model_class, str(folder), "teacher", config=found[0].config)
-        for name, weight in model.state_dict().items():
-            assert torch.equal(weight, plain[name.removeprefix("bert.")]), name
-    for weights in ({**plain, **prefixed}, {**old, **original}):
-        save(folder, weights)
-        assert read_or_refuse(folder, "twice") is None
-
-
-def test_changed_bytes_of_the_weights(folder: Path) -> None:
-    """Of the header for the most part: a number in the data that is finite is as good as another."""
-    file = folder / "model.safetensors"
-    content = file.read_bytes()
-    header = 8 + int.from_bytes(content[:8], "little")
-    for number, damaged in enumerate(flips(content[:header], "weights")):
-        damaged = damaged + content[header:] if number % 8 else content[: 997 * number]
-        file.write_bytes(damaged)
-        found = read_or_refuse(folder, str(damaged[:header]))
-        if found is not None:
-            with safe_open(file, "pt") as opened:
-                assert len(opened.keys()) > 10
-            assert_builds(*found)
-
-
-@pytest.mark.parametrize("damage", ["none", "outside", "missing", "not there", "no map", "a number"])
-def test_weights_in_several_files(encoder: Path, damage: str) -> None:
-    weights = load_file(encoder / "model.safetensors")
-    (encoder / "model.safetensors").unlink()
-    names = list(weights)
-    parts = {"model-00001-of-00002.safetensors": names[::2], "model-00002-of-00002.safetensors": names[1::2]}
-    for file, part in parts.items():
-        save_file({name: weights[name] for name in part}, encoder / file, metadata={"format": "pt"})
-    first, second = parts
-    weight_map: Any = {name: file for file, part in parts.items() for name in part}
-    if damage == "outside":
-        shutil.move(encoder / second, encoder.parent / second)
-        weight_map = {name: file if file == first else f"../{file}" for name, file in weight_map.items()}
-    elif damage == "missing":
-        (encoder / second).unlink()
-    elif damage == "not there":
-        weight_map = {name: file for name, file in weight_map.items() if file == first}
-    index = {"metadata": {}, "weight_map": 3 if damage == "a number" else weight_map}
-    text = json.dumps({} if damage == "no map" else index)
-    (encoder / "model.safetensors.index.json").write_text(text)
-    found = read_or_refuse(encoder, damage)
-    assert (found is not None) == (damage == "none")
-    if found is not None:
-        model = load_pretrained(BertModel, str(encoder), "teacher", config=found[0].config)
-        assert all(torch.equal(weight, weights[name]) for name, weight in model.state_dict().items())
-
-
-def test_a_head_that_no_architecture_names(good: dict[str, Path], tmp_path: Path) -> None:
-    """It would be loaded as the new head of a teacher that is fine-tuned."""
-    folder = Path(shutil.copytree(good["classifier"], tmp_path / "classifier"))
-    document = json.loads((folder / "config.json").read_text())
-    for names in (None, [], ["BertModel"], ["BertForTokenClassification"]):
-        (folder / "config.json").write_text(json.dumps({**document, "architectures": names}))
-        assert read_or_refuse(folder, str(names)) is None
 
 
 # -- Programs ----------------------------------------------------------------------------------------------------------
