@@ -198,6 +198,20 @@ def test_a_damaged_model_is_refused_on_all_ranks(
         ], "nothing was trained"
 
 
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_teacher_is_named_although_its_outputs_are_cached(
+    argv: list[str], pools, saved: Path, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    run_dir = Path(shutil.copytree(saved, tmp_path / "run"))
+    shutil.rmtree(run_dir / "checkpoints" / "ptp")
+    words = [*argv, "--run_dir", str(run_dir), "--teacher_mode", "cached"]
+    pools(2).run(run_all, [*words, *stages_until("ptp")])
+    assert (run_dir / "teacher_cache" / "train" / "manifest.json").exists()
+    damage(run_dir / "teacher" / "model.safetensors")
+    for message in pools(2).run(refusal_of, words):
+        assert f"{run_dir / 'teacher'} is damaged (model.safetensors is " in message
+
+
 @pytest.mark.parametrize("stage", SAVED)
 @pytest.mark.parametrize("damage", [*DAMAGES, shutil.rmtree])
 def test_the_remedy_writes_the_model_again(
