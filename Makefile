@@ -12,7 +12,7 @@ BENCH_STAMP := .venv/.has-bench
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv demo test test-cluster fuzz checks bench bench-scaling bench-loss clean
+.PHONY: help venv demo test test-cluster fuzz chaos checks bench bench-scaling bench-loss clean
 
 help:
 	@echo "make venv    .venv with the versions of constraints.txt (PYTHON=$(PYTHON), 3.11 or newer)"
@@ -20,6 +20,7 @@ help:
 	@echo "make test    run the tests (PYTEST_ARGS='-k name -x')"
 	@echo "make test-cluster  run the tests on a Slurm cluster of several hosts inside this machine (slurm-wlm, munge)"
 	@echo "make fuzz    search for wrong inputs that end badly, longer than make test does (FUZZ=30 times as many)"
+	@echo "make chaos   kill, stop and damage real runs at random, and compare their losses (MINUTES=5 SEED=7)"
 	@echo "make checks  lint, format and types"
 	@echo "make bench   train with ours and with what people use instead, hours (CASES=mrpc_n1: that one; MINUTES=15 for repeats)"
 	@echo "make bench-scaling  what a step of ours costs by samples, length, layers and ranks"
@@ -68,6 +69,11 @@ FUZZ ?= 30
 fuzz: export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/build/torch_extensions
 fuzz: $(STAMP)
 	PEAKD_FUZZ=$(FUZZ) $(BIN)/pytest -n 2 tests/fuzz --timeout 0 $(PYTEST_ARGS)
+
+# A run that is killed, stopped or damaged must end with the losses of one that is not. SEED repeats an earlier search.
+chaos: export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/build/torch_extensions
+chaos: $(STAMP)
+	$(BIN)/python tests/chaos.py --minutes $(if $(filter 0,$(MINUTES)),5,$(MINUTES)) $(if $(SEED),--seed $(SEED))
 
 $(BENCH_STAMP): $(STAMP)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[bench]'

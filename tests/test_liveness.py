@@ -1,24 +1,30 @@
 """Ranks that do not come, fall silent, fail or do not belong are named, and the others leave soon."""
 
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 from conftest import ROOT
 from torch.utils.file_baton import FileBaton
 
 from peakd_ds.errors import UserError
-from peakd_ds.ranks import host, liveness
+from peakd_ds.ranks import host, liveness, parents
 
 RANK = """
-import os, sys, time
+import itertools, os, sys, time
 import torch
+if "JUMPS" in os.environ:
+    clock, number = time.time, itertools.count()
+    time.time = lambda: clock() + (1e6 if next(number) % 2 else -1e6)
 torch.cuda.device_count = lambda: int(os.environ.get("NUM_GPUS", "0"))
 from peakd_ds.errors import UserError
 from peakd_ds.ranks import launch, liveness
@@ -31,6 +37,10 @@ print("there", flush=True)
 what = sys.stdin.readline().strip()
 if what == "fail":
     liveness.report_failure("ZeroDivisionError: it divides by zero")
+    raise SystemExit(1)
+if what == "lose":
+    print(liveness.why_lost(RuntimeError("[pair.cc:547] Connection closed by peer")), flush=True)
+    liveness.leave()
     raise SystemExit(1)
 if what == "leave":
     time.sleep(0.5 if os.environ["RANK"] == "0" else 0)
@@ -120,6 +130,113 @@ def test_ranks_that_finish(ranks: Ranks) -> None:
         process.stdin.flush()
     for process in both:
         assert process.communicate(timeout=30)[1] == "" and process.returncode == 0
+
+
+@pytest.mark.parametrize(("killed", "name"), [(0, "rank 0 is gone ("), (1, f"rank 1 on {HOST} is gone\n")])
+def test_a_failed_collective_names_the_rank_that_was_killed(ranks: Ranks, killed: int, name: str) -> None:
+    both = pair(ranks, 60)
+    both[killed].kill()
+    output, errors = both[1 - killed].communicate("lose\n", timeout=30)
+    assert output.startswith(name) and both[1 - killed].returncode == 1 and errors == ""
+
+
+def test_wall_clocks_that_jump(ranks: Ranks) -> None:
+    """A clock that is set while ranks train, by days, ends none of them."""
+    both = [ranks.start(rank, 6, JUMPS="1") for rank in (0, 1)]
+    for process in both:
+        assert process.stdout.readline() == "there\n"
+    time.sleep(8)
+    for process in both:
+        process.stdin.write("leave\n")
+        process.stdin.flush()
+    for process in both:
+        assert process.communicate(timeout=30)[1] == "" and process.returncode == 0
+
+
+def test_a_monotonic_clock_that_jumps(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As after a suspension that the clock counts: the silence of that time is nobody's fault."""
+    monkeypatch.setattr(liveness, "PERIOD_S", 0.01)
+    now = [0.0]
+
+    class Clock:
+        @staticmethod
+        def monotonic() -> float:
+            now[0] += 1000.0
+            return now[0]
+
+    monkeypatch.setattr(liveness, "time", Clock)
+    monitor = liveness._Monitor(SilentStore(), 60, on_end=lambda cause: None)
+    monkeypatch.setattr(monitor, "end", lambda cause: pytest.fail(cause))
+    threading.Timer(0.5, monitor.is_leaving.set).start()
+    monitor.guard()
+    assert now[0] > 5000.0
+
+
+def test_the_store_listens_on_the_address_in_use_alone() -> None:
+    for address in ("127.0.0.1", "localhost"):
+        number = liveness._listening_socket(address, 0)
+        assert number is not None
+        with socket.socket(fileno=number) as listener:
+            assert listener.getsockname()[0] in ("127.0.0.1", "::1")
+    assert liveness._listening_socket("192.0.2.1", 0) is None, "no interface of this host has that address"
+
+
+PARENTS = """
+import os, sys, time
+sys.path.insert(0, sys.argv[1])
+from peakd_ds.ranks import parents
+parents.remember()
+print(os.getpid(), len(parents._links), flush=True)
+sys.stdin.readline()
+print("gone" if parents.gone() else "all run", flush=True)
+"""
+LAUNCH = """
+import subprocess, sys, time
+subprocess.Popen(sys.argv[1:])
+time.sleep(60)
+"""
+
+
+@pytest.mark.parametrize("killed", ["runner", "launcher", "shell"])
+@pytest.mark.parametrize("variable", ["CROSS_RANK", ""])
+def test_killed_parents(env: dict[str, str], tmp_path: Path, killed: str, variable: str) -> None:
+    """A shell starts deepspeed, which starts its launcher, which starts a rank; without the variable, it is no rank."""
+    (tmp_path / "deepspeed").write_text(LAUNCH)
+    (tmp_path / "rank.py").write_text(PARENTS)
+    python = sys.executable
+    words = [
+        python,
+        str(tmp_path / "deepspeed"),
+        python,
+        str(tmp_path / "deepspeed"),
+        python,
+        str(tmp_path / "rank.py"),
+    ]
+    command = ["bash", "-c", '"$@"; true', "bash", *words, str(ROOT)]
+    env = env | ({variable: "0"} if variable else {})
+    process = subprocess.Popen(command, env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    rank, num_links = map(int, process.stdout.readline().split())
+    launcher = psutil.Process(rank).parent()
+    runner = launcher.parent()
+    assert num_links == (2 if variable else 0)
+    {"shell": process, "runner": runner, "launcher": launcher}[killed].kill()
+    time.sleep(0.5)
+    process.stdin.close()
+    assert process.stdout.readline().strip() == ("gone" if variable and killed != "shell" else "all run")
+    for one in (launcher, runner):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    process.wait()
+
+
+def test_a_shell_in_an_srun_task_is_no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_STEP_ID", "0")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    for name in parents.VARIABLES:
+        monkeypatch.delenv(name, raising=False)
+    assert parents._launcher_links() == []
+    monkeypatch.setattr(parents, "_words_of", lambda process: ["slurmstepd:", "[7.0]"])
+    assert parents._launcher_links()[0] == (os.getpid(), os.getppid())
 
 
 def test_rank_that_does_not_come(ranks: Ranks) -> None:

@@ -2,15 +2,21 @@
 
 import json
 import os
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ENVIRONMENT
 
+from peakd_ds import __version__
 from peakd_ds.cluster import job
 from peakd_ds.cluster.job import cause_of, decide
 from peakd_ds.errors import UserError
 from peakd_ds.ranks import dist, preempt
+from peakd_ds.ranks.liveness import LostRank
 from peakd_ds.ranks.notes import START_DIR, Note, note, read_notes
 from peakd_ds.ranks.outcome import noted
 from peakd_ds.ranks.slurm_env import num_nodes_of_this_start
@@ -145,11 +151,24 @@ def start_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (preempt.Stopped(preempt.signal.SIGUSR1), "stopped", 138),
         (preempt.Stopped(preempt.signal.SIGTERM), "stopped", 143),
         (UserError("--lr"), "refused", None),
-        (RuntimeError("[gloo] Connection closed by peer [10.77.0.12]:5531"), "lost", None),
+        (RuntimeError("[gloo] Connection closed by peer [10.77.0.12]:5531"), "lost", 1),
+        (LostRank("rank 1 of 2 did not come"), "lost", 1),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes"), "failed", 1),
+        (MemoryError("too much"), "failed", 1),
+        (OSError(12, "Cannot allocate memory"), "failed", 1),
         (ZeroDivisionError("division"), "failed", None),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), "failed", None),
     ],
 )
-def test_rank_notes_how_it_ended(start_dir: Path, error: BaseException, how: str, code: int | None) -> None:
+def test_rank_notes_how_it_ended(
+    start_dir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: BaseException,
+    how: str,
+    code: int | None,
+) -> None:
+    monkeypatch.setattr(dist, "world_size", lambda: 2)
     with pytest.raises(SystemExit if code else type(error)) as caught, noted():
         raise error
     assert code is None or caught.value.code == code
@@ -158,6 +177,22 @@ def test_rank_notes_how_it_ended(start_dir: Path, error: BaseException, how: str
     assert first.get("signal") == (error.signal.name if isinstance(error, preempt.Stopped) else None)
     note("lost", "later")
     assert read_notes(start_dir) == [first], "the first note is kept"
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == (code is not None) and all(line.startswith("rank 3 on ") for line in lines)
+
+
+def test_a_lone_rank_has_lost_nobody(start_dir: Path) -> None:
+    """Another program refuses its connection: a traceback helps to find it."""
+    with pytest.raises(RuntimeError), noted():
+        raise RuntimeError("Connection refused")
+    assert read_notes(start_dir)[0]["how"] == "failed"
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"{}", b"\xff", b'{"how": "lost"}'])
+def test_a_damaged_note_is_left_out(start_dir: Path, content: bytes) -> None:
+    note("failed", "it divides by zero")
+    (start_dir / "rank-00001.json").write_bytes(content)
+    assert [found["rank"] for found in read_notes(start_dir)] == [3]
 
 
 def test_no_note_outside_slurm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -181,6 +216,120 @@ def test_open_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot be written"):
         job.open_start([*words, "--run_dir", str(tmp_path / "file" / "run")])
+
+
+def test_files_of_a_start_follow_the_umask(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = os.umask(0o077)
+    try:
+        folder = job.open_start(["--task", "rte", "--teacher", "somewhere", "--run_dir", str(tmp_path / "run")])
+        monkeypatch.setenv(START_DIR, str(folder))
+        note("finished")
+    finally:
+        os.umask(before)
+    files = [file for file in (tmp_path / "run").rglob("*") if file.is_file()]
+    assert len(files) >= 3 and all(file.stat().st_mode & 0o077 == 0 for file in files), files
+
+
+def test_a_folder_whose_name_srun_would_change(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"has a backslash in its path.*choose a folder without one"):
+        job.open_start(["--task", "rte", "--teacher", "somewhere", "--run_dir", str(tmp_path / "a\\b")])
+    assert not any(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        *([], ["x"], ["[]"], ["\0"], ["open", "[]"], ["open", "\0"], ["open", "--run_dir", "a\0b"]),
+        *(["watch"], ["watch", "START"], ["watch", "START", "x"], ["watch", "START", "\0"], ["watch", "START", "1"]),
+        *(["watch", "START", "99999"], ["watch", "a\0b", "99999"], ["close"], ["close", "START", "x"]),
+        *(["close", "START"], ["close", "nowhere"], ["close", "a\0b"], ["close", "[]"], ["close", ""]),
+    ],
+)
+@pytest.mark.parametrize("content", [None, b"", b"[]", b"{}", b"\xff\0", b'{"job": 7}'])
+def test_wrong_words(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    words: list[str],
+    content: bytes | None,
+) -> None:
+    """One line and exit code 2, whatever is wrong with the words or the start's folder."""
+    if content is not None:
+        (tmp_path / "start.json").write_bytes(content)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["job", *(str(tmp_path) if word == "START" else word for word in words)])
+    with pytest.raises(SystemExit) as ended:
+        job.cli()
+    (line,) = capsys.readouterr().err.splitlines()
+    assert ended.value.code == 2 and line.startswith("distill.sh: error: ") and "\0" not in line
+
+
+def test_restart_count_that_is_no_number(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "x")
+    with pytest.raises(UserError, match="SLURM_RESTART_COUNT 'x' is not a number"):
+        job.open_start(["--task", "rte", "--teacher", "somewhere", "--run_dir", str(tmp_path / "run")])
+
+
+@pytest.fixture
+def copied_package(tmp_path: Path) -> Path:
+    """The package inside a repository of somebody else, which has a secret and a diff program, and tracks not ours."""
+    root = tmp_path / "theirs"
+    for name in ("peakd_ds", "kernels", "ds_configs"):
+        ignored = shutil.ignore_patterns("__pycache__")
+        shutil.copytree(Path(job.__file__).parents[2] / name, root / "venv" / name, ignore=ignored)
+    marker = tmp_path / "marker"
+    (tmp_path / "differ").write_text(f"#!/bin/sh\ntouch {marker}\n")
+    (tmp_path / "differ").chmod(0o755)
+    (root / "secret.env").write_text("nothing\n")
+    (root / ".gitattributes").write_text("* diff=ours\n")
+    git(root, "init", "-q")
+    git(root, "config", "diff.ours.command", str(tmp_path / "differ"))
+    git(root, "config", "diff.ours.textconv", str(tmp_path / "differ"))
+    git(root, "config", "diff.external", str(tmp_path / "differ"))
+    git(root, "config", "core.fsmonitor", str(tmp_path / "differ"))
+    git(root, "add", "secret.env", ".gitattributes")
+    git(root, "-c", "user.name=a", "-c", "user.email=a@b.example", "commit", "-qm", "theirs")
+    (root / "secret.env").write_text("API_KEY=abc\n")
+    marker.unlink(missing_ok=True)
+    return root
+
+
+def git(root: Path, *words: str) -> None:
+    subprocess.run(["git", "-C", str(root), *words], check=True)
+
+
+def opened_with(package_root: Path, run_dir: Path) -> dict[str, str]:
+    """Contents of the files that `job open` of this copy of the package makes."""
+    words = ["--task", "rte", "--teacher", "somewhere", "--run_dir", str(run_dir)]
+    env = {**ENVIRONMENT, "PYTHONPATH": str(package_root)}
+    done = subprocess.run(
+        [sys.executable, "-m", "peakd_ds.cluster.job", "open", *words],
+        env=env,
+        cwd=run_dir.parent,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return {file.name: file.read_text() for file in Path(done.stdout.strip()).iterdir()}
+
+
+def test_code_of_a_strangers_repository_is_not_recorded(copied_package: Path, tmp_path: Path) -> None:
+    files = opened_with(copied_package / "venv", tmp_path / "run")
+    assert "code.diff" not in files and json.loads(files["start.json"])["code"] == f"version {__version__}"
+    assert "API_KEY" not in str(files) and not (tmp_path / "marker").exists()
+
+
+def test_only_our_code_is_recorded(copied_package: Path, tmp_path: Path) -> None:
+    """The same repository after it has taken the package in: its other files stay out of code.diff."""
+    git(copied_package, "add", "venv")
+    git(copied_package, "-c", "user.name=a", "-c", "user.email=a@b.example", "commit", "-qm", "ours", "--", "venv")
+    module = copied_package / "venv" / "peakd_ds" / "ptp.py"
+    module.write_text(module.read_text() + "# changed\n")
+    (tmp_path / "marker").unlink(missing_ok=True)
+    files = opened_with(copied_package / "venv", tmp_path / "run")
+    assert json.loads(files["start.json"])["code"].endswith(" with code.diff")
+    assert "+# changed" in files["code.diff"] and "API_KEY" not in str(files)
+    assert not (tmp_path / "marker").exists()
 
 
 def test_nodes_of_a_step_and_of_a_job(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -96,6 +96,20 @@ def test_run_folder_unset_or_unwritable(slurm_job: dict[str, str], tmp_path: Pat
     assert code == 2 and "cannot be written on" in output and output.count("\n") == 1
 
 
+def test_percent_signs_in_the_run_folders_name(slurm_job: dict[str, str], tmp_path: Path) -> None:
+    """srun's --output would read %N and %j there as its own."""
+    (tmp_path / "srun").write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" > {tmp_path}/words\nexit 1\n')
+    (tmp_path / "scontrol").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    run_dir = tmp_path / "100%N %% %j"
+    words = ("--task", "rte", "--teacher", "somewhere", "--run_dir", str(run_dir))
+    code, output = run("slurm/distill.sh", *words, **slurm_job, PEAKD_VENV=str(BIN.parent), PEAKD_PREFLIGHT="no")
+    assert code == 1, output
+    given = f"--output={tmp_path}/100%%N %%%% %%j/logs/7-0/%N.log"
+    assert given in (tmp_path / "words").read_text().splitlines()
+    assert (run_dir / "logs" / "7-0" / "start.json").exists()
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

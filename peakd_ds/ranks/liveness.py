@@ -202,7 +202,7 @@ class _Monitor:
             try:
                 store.set(f"beat/{rank}", str(number))
                 if rank == 0:
-                    self.find_silent_rank(store, seen)
+                    self.find_silent_rank(store, seen, now)
                 cause = store.get("lost").decode() if store.check(["lost"]) else ""
                 self.last_answer = time.monotonic()
             except RuntimeError as error:
@@ -210,17 +210,18 @@ class _Monitor:
             if cause:
                 self.end(cause)
 
-    def find_silent_rank(self, store: Store, seen: dict[int, tuple[str, float]]) -> None:
+    def find_silent_rank(self, store: Store, seen: dict[int, tuple[str, float]], now: float) -> None:
         """Report a rank whose heartbeat has not changed for the timeout.
 
         Args:
             seen: The last heartbeat of each rank and when it came; updated here.
+            now: Read before any wait in which this process may have been stopped.
         """
         for other, (last, since) in seen.items():
             beat = store.get(f"beat/{other}").decode() if store.check([f"beat/{other}"]) else ""
             if beat != last:
-                seen[other] = (beat, time.monotonic())
-            elif time.monotonic() - since > self.timeout_s:
+                seen[other] = (beat, now)
+            elif now - since > self.timeout_s:
                 host = _host_of(store, other)
                 store.compare_set("lost", "", f"rank {other} on {host} has been silent for {self.timeout_s:g} s")
 
@@ -231,7 +232,7 @@ class _Monitor:
             last, slept = time.monotonic(), time.monotonic() - last
             if slept > PERIOD_S + STOPPED_S:
                 self.last_answer = last
-            if time.monotonic() - self.last_answer > self.timeout_s:
+            if last - self.last_answer > self.timeout_s:
                 self.end(f"rank 0 has been silent for {self.timeout_s:g} s")
 
     def find_gone_rank(self) -> str:
@@ -261,7 +262,9 @@ class _Monitor:
         self.cause = self.cause or cause
         if self.is_leaving.wait(GRACE_S):
             return
-        print(f"{this_rank()} leaves: {cause}", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            sys.stderr.write(f"{this_rank()} leaves: {cause}\n")
+            sys.stderr.flush()
         self.on_end(cause)
         os._exit(1)
 

@@ -79,4 +79,5 @@ def _has_sign(error: BaseException, signs: Collection[str]) -> bool:
 
 def _say(line: str) -> None:
     with contextlib.suppress(OSError):  # a launcher that is gone was perhaps the reader of this pipe
-        print(line, file=sys.stderr, flush=True)
+        sys.stderr.write(f"{line}\n")  # one write, so that the lines of two ranks stay apart
+        sys.stderr.flush()
