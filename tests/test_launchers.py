@@ -5,8 +5,10 @@ import shutil
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 
 from peakd_ds.ranks import launch
@@ -52,6 +54,41 @@ def test_torchrun(argv: list[str], env: dict[str, str]) -> None:
 
 
 @pytest.mark.starts(1)
+def test_killed_under_deepspeed(tiny_data: Path, tiny_encoder: Path, tmp_path: Path, env: dict[str, str]) -> None:
+    """One rank, then the launcher: whoever is left leaves soon, says why in one line, and gives the run folder back."""
+    run_dir, log = tmp_path / "run", tmp_path / "log"
+    words = "--task rte --num_hidden_layers 2 --teacher_epochs 500 --global_batch_size 16 --log_steps 1 --save_steps 4"
+    words += f" --dtype fp32 --rank_timeout 10 --teacher {tiny_encoder} --data_dir {tiny_data} --run_dir {run_dir}"
+
+    def start_and_train(num_records: int) -> tuple[subprocess.Popen[bytes], list[psutil.Process]]:
+        command = [str(BIN / "deepspeed"), "--master_port", free_port(), "--num_gpus", "2", "peakd_ds/train.py"]
+        with log.open("w") as opened:
+            process = subprocess.Popen([*command, *words.split()], cwd=ROOT, env=env, stdout=opened, stderr=opened)
+        metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + 240
+        while not (metrics.exists() and len(metrics.read_text().splitlines()) >= num_records):
+            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            time.sleep(0.05)
+        (launcher,) = psutil.Process(process.pid).children()
+        return process, sorted(launcher.children(), key=lambda rank: rank.environ()["RANK"])
+
+    process, ranks = start_and_train(6)
+    ranks[1].kill()
+    assert process.wait(timeout=60) != 0
+    output, host = log.read_text(), socket.gethostname()
+    assert f"rank 0 on {host} leaves: rank 1 on {host} is gone\n" in output and "Traceback" not in output, output
+
+    process, ranks = start_and_train(20)
+    process.kill()
+    psutil.wait_procs(ranks, timeout=60)
+    assert not any(rank.is_running() for rank in ranks)
+    process.wait()
+    output = log.read_text()
+    for number in (0, 1):
+        line = f"rank {number} on {host}: stopped, since the launcher (process {process.pid}) is gone; the same command"
+        assert line in output and "Traceback" not in output, output
+    assert not (run_dir / "lock.json").exists() and (run_dir / "checkpoints" / "teacher" / "latest").exists()
+
+
 @pytest.mark.skipif(shutil.which("mpirun", path=str(BIN)) is None, reason="no mpirun in the environment")
 def test_mpirun(argv: list[str], env: dict[str, str]) -> None:
     options = ["--allow-run-as-root", "--oversubscribe", "--bind-to", "none"]

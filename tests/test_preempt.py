@@ -1,5 +1,9 @@
 """Stop requests: all ranks agree on one, save, and a later start continues from there."""
 
+import os
+import pty
+import select
+import shlex
 import signal
 import subprocess
 import sys
@@ -11,7 +15,7 @@ from typing import Any
 import pytest
 from test_resume import ROOT, assert_same_curve, curve
 
-from peakd_ds.ranks import preempt, signals
+from peakd_ds.ranks import parents, preempt, signals
 
 
 def signal_one_rank(number: int) -> tuple[str | None, str | None]:
@@ -74,3 +78,42 @@ def test_signalled_run_saves_and_continues(
     assert code == process.wait(timeout=240)
     assert start(run_dir).wait(timeout=240) == 0
     assert_same_curve(tmp_path / "undisturbed", run_dir, 1e-6)
+
+
+def test_a_launcher_that_is_gone_counts_as_term(single_rank: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(parents, "gone", lambda: 4321)
+    assert preempt.stop_agreed() == signal.SIGTERM
+    with pytest.raises(
+        preempt.Stopped, match=r"^stopped, since the launcher \(process 4321\) is gone; the same command"
+    ):
+        preempt.leave_if(signal.SIGTERM)
+    monkeypatch.setattr(parents, "gone", lambda: None)
+    assert preempt.stop_agreed() is None
+    assert str(preempt.Stopped(signal.SIGTERM)).startswith("stopped by SIGTERM;")
+
+
+def test_a_run_without_a_launcher_outlives_its_shell_and_terminal(
+    tiny_data: Path, tiny_teacher: Callable[[str], Path], tmp_path: Path, env: dict[str, str]
+) -> None:
+    """The shell is killed and its terminal is closed while the run prints there; the run is finished all the same."""
+    words = "--task rte --num_hidden_layers 2 --no_ptp --epochs 3 --global_batch_size 8 --log_steps 1 --dtype fp32"
+    run_dir = tmp_path / "run"
+    paths = ["--teacher", str(tiny_teacher("rte")), "--data_dir", str(tiny_data), "--run_dir", str(run_dir)]
+    command = shlex.join([sys.executable, "-m", "peakd_ds", *words.split(), *paths])
+    shell, terminal = pty.fork()
+    if shell == 0:
+        os.chdir(ROOT)
+        os.execve("/bin/bash", ["bash", "--norc", "--noprofile", "-i"], env)
+    os.write(terminal, f"{command} & disown\n".encode())
+    deadline = time.monotonic() + 240
+    while not (run_dir / "metrics.jsonl").exists():
+        assert time.monotonic() < deadline
+        if select.select([terminal], [], [], 0.1)[0]:
+            os.read(terminal, 65536)
+    os.kill(shell, signal.SIGKILL)
+    os.waitpid(shell, 0)
+    os.close(terminal)
+    assert not (run_dir / "results.json").exists(), "the run was over before its terminal"
+    while not (run_dir / "results.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
