@@ -8,10 +8,10 @@ import shutil
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
+from deepspeed import DeepSpeedEngine
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from test_files import DAMAGES as FILE_DAMAGES
@@ -34,6 +34,7 @@ DTYPES = ("fp32", "bf16")
 CONFIGS = [f"zero{stage}_{dtype}" for dtype in DTYPES for stage in STAGES]
 NUM_STEPS = 12  # of the schedule
 MICRO, ACCUM = 4, 2
+NewEngine = Callable[..., DeepSpeedEngine]
 FILES = ("weights.safetensors", "exp_avg.safetensors", "exp_avg_sq.safetensors", "state.json")
 
 
@@ -56,11 +57,11 @@ def build(config: RunConfig, seed: int = 0, num_hidden_layers: int | None = None
 
 
 @pytest.fixture
-def new_engine(config: RunConfig) -> Iterator[Callable[..., Any]]:
+def new_engine(config: RunConfig) -> Iterator[NewEngine]:
     """`new_engine("zero1_fp32")` gives an engine; all end with the test."""
-    made = []
+    made: list[DeepSpeedEngine] = []
 
-    def make(ds_config: str, module: nn.Module | None = None) -> Any:
+    def make(ds_config: str, module: nn.Module | None = None) -> DeepSpeedEngine:
         settings = load_ds_config(ds_config, "student_ds_config")
         made.append(engines.training_engine(module or build(config), config, settings, NUM_STEPS, "teacher"))
         return made[-1]
@@ -70,8 +71,8 @@ def new_engine(config: RunConfig) -> Iterator[Callable[..., Any]]:
         engine.destroy()
 
 
-def train(engine: Any, first_step: int, num_steps: int) -> list[float]:
-    """Optimiser steps on batches that follow from the step's number; their losses."""
+def train(engine: DeepSpeedEngine, first_step: int, num_steps: int) -> list[float]:
+    """Optimizer steps on batches that follow from the step's number; their losses."""
     engine.train()
     losses = []
     for step in range(first_step, first_step + num_steps):
@@ -87,7 +88,7 @@ def train(engine: Any, first_step: int, num_steps: int) -> list[float]:
     return losses
 
 
-def state_of(engine: Any) -> dict[str, torch.Tensor]:
+def state_of(engine: DeepSpeedEngine) -> dict[str, torch.Tensor]:
     """fp32 weights and moments by kind and name, the counted steps and the learning rates."""
     state = {
         f"{moment}/{name}": tensor
@@ -109,7 +110,9 @@ def largest_difference(one: dict[str, torch.Tensor], other: dict[str, torch.Tens
     return max((one[name] - other[name]).abs().max().item() for name in one)
 
 
-def resume(folder: Path, config: RunConfig, new_engine: Callable[..., Any], ds_config: str) -> tuple[Any, TrainState]:
+def resume(
+    folder: Path, config: RunConfig, new_engine: NewEngine, ds_config: str
+) -> tuple[DeepSpeedEngine, TrainState]:
     """What the program does with its newest checkpoint."""
     newest, skipped = checkpoint.newest(folder)
     assert newest is not None and skipped == []
@@ -124,7 +127,7 @@ def resume(folder: Path, config: RunConfig, new_engine: Callable[..., Any], ds_c
 
 @pytest.mark.parametrize("ds_config", CONFIGS)
 def test_a_restored_engine_is_the_one_that_was_saved(
-    config: RunConfig, new_engine: Callable[..., Any], tmp_path: Path, ds_config: str
+    config: RunConfig, new_engine: NewEngine, tmp_path: Path, ds_config: str
 ) -> None:
     engine = new_engine(ds_config)
     train(engine, 0, 3)
@@ -148,7 +151,7 @@ def test_a_restored_engine_is_the_one_that_was_saved(
 
 @pytest.mark.parametrize(("saved_at", "read_at"), [(s, r) for s in STAGES for r in STAGES if s != r])
 def test_every_stage_reads_what_every_other_wrote(
-    config: RunConfig, new_engine: Callable[..., Any], tmp_path: Path, saved_at: int, read_at: int
+    config: RunConfig, new_engine: NewEngine, tmp_path: Path, saved_at: int, read_at: int
 ) -> None:
     engine = new_engine(f"zero{saved_at}_fp32")
     train(engine, 0, 2)
@@ -156,14 +159,14 @@ def test_every_stage_reads_what_every_other_wrote(
     other, _ = resume(tmp_path, config, new_engine, f"zero{read_at}_fp32")
     assert largest_difference(state_of(other), state_of(engine)) == 0
     assert train(other, 2, 2) == pytest.approx(train(engine, 2, 2), abs=1e-6)
-    # Adam makes a whole step of the sign of a gradient that should be 0, so rounding can show in single weights.
+    # Adam makes a full step in the sign of a gradient that should be 0, so rounding can show in single weights.
     ours, theirs = state_of(other), state_of(engine)
     assert largest_difference(ours, theirs) < 1e-5
 
 
 @pytest.mark.parametrize(("saved_at", "read_at"), [("zero1_bf16", "zero3_bf16"), ("zero0_bf16", "zero2_bf16")])
 def test_every_stage_reads_what_every_other_wrote_in_bf16(
-    config: RunConfig, new_engine: Callable[..., Any], tmp_path: Path, saved_at: str, read_at: str
+    config: RunConfig, new_engine: NewEngine, tmp_path: Path, saved_at: str, read_at: str
 ) -> None:
     """Exactly too, since fp32 masters are what is written."""
     engine = new_engine(saved_at)
@@ -175,7 +178,7 @@ def test_every_stage_reads_what_every_other_wrote_in_bf16(
     assert any((tensor != tensor.bfloat16().float()).any() for tensor in weights.values()), "masters, not copies"
 
 
-def test_a_fresh_engine_has_fp32_weights_and_counts_no_step(config: RunConfig, new_engine: Callable[..., Any]) -> None:
+def test_a_fresh_engine_has_fp32_weights_and_counts_no_step(config: RunConfig, new_engine: NewEngine) -> None:
     """DeepSpeed's stage 0 in bf16 steps once with zero gradients at construction."""
     for ds_config in CONFIGS:
         module = build(config)
@@ -188,7 +191,7 @@ def test_a_fresh_engine_has_fp32_weights_and_counts_no_step(config: RunConfig, n
         assert not any(tensor.any() for name, tensor in state.items() if name.startswith("exp_avg")), ds_config
 
 
-def test_all_stages_train_alike(new_engine: Callable[..., Any]) -> None:
+def test_all_stages_train_alike(new_engine: NewEngine) -> None:
     """The first steps from the same weights; bf16 roughly."""
     losses = {ds_config: train(new_engine(ds_config), 0, 3) for ds_config in CONFIGS}
     for ds_config in CONFIGS:
@@ -196,7 +199,7 @@ def test_all_stages_train_alike(new_engine: Callable[..., Any]) -> None:
         assert losses[ds_config] == pytest.approx(losses["zero0_fp32"], abs=tolerance), ds_config
 
 
-def test_the_best_epoch_s_weights(config: RunConfig, new_engine: Callable[..., Any], tmp_path: Path) -> None:
+def test_the_best_epoch_s_weights(config: RunConfig, new_engine: NewEngine, tmp_path: Path) -> None:
     engine = new_engine("zero2_fp32")
     train(engine, 0, 1)
     checkpoint.save_best(tmp_path, engine, TrainState(step=1, epoch=1, best_score=0.4, best_epoch=1))
@@ -208,7 +211,7 @@ def test_the_best_epoch_s_weights(config: RunConfig, new_engine: Callable[..., A
     checkpoint.load_weights(module, checkpoint.best_folder(tmp_path, 2))
     assert all(torch.equal(tensor, expected[name]) for name, tensor in module.state_dict().items() if name in expected)
     assert names(tmp_path) == ["best-0001", "best-0002"], "an older checkpoint may still name the older one"
-    assert checkpoint.newest(tmp_path) == (None, []), "the best weights have no Adam state to go on from"
+    assert checkpoint.newest(tmp_path) == (None, []), "the best weights have no Adam state to continue from"
     checkpoint.save(tmp_path, engine, better)
     assert names(tmp_path) == ["best-0002", "latest", "step-00000002"]
     (tmp_path / "best-0002" / "weights.safetensors").unlink()
@@ -295,7 +298,7 @@ def empty_folder(path: Path) -> None:
     path.mkdir()
 
 
-DAMAGES: dict[str, Callable[[Path], Any]] = {
+DAMAGES: dict[str, Callable[[Path], object]] = {
     "DONE is missing": lambda path: (path / "DONE").unlink(),
     "SHA256SUMS is missing": lambda path: (path / "SHA256SUMS").unlink(),
     "state is missing": lambda path: (path / "state.json").unlink(),
@@ -326,7 +329,7 @@ def test_what_a_kill_leaves_behind_is_no_checkpoint(folder: Path) -> None:
 
 
 def test_the_next_save_removes_what_a_kill_leaves_behind(
-    folder: Path, config: RunConfig, new_engine: Callable[..., Any]
+    folder: Path, config: RunConfig, new_engine: NewEngine
 ) -> None:
     of_this_version = (".step-00000004.new-00ff00ff", ".best-0001.new-00ff00ff", ".step-00000003.old-00ff00ff")
     for name in (*of_this_version, "step-00000009.tmp", "best-0001.tmp"):
@@ -336,7 +339,7 @@ def test_the_next_save_removes_what_a_kill_leaves_behind(
 
 
 def test_a_damaged_newer_one_does_not_push_out_good_ones(
-    folder: Path, config: RunConfig, new_engine: Callable[..., Any]
+    folder: Path, config: RunConfig, new_engine: NewEngine
 ) -> None:
     """Step 9 was skipped; saving more often than before must not count it among those to keep."""
     (folder / "step-00000009").mkdir()
@@ -348,7 +351,7 @@ def test_a_damaged_newer_one_does_not_push_out_good_ones(
 
 @pytest.mark.parametrize("damage", ["a byte", "state is missing"])
 def test_a_damaged_older_one_does_not_push_out_good_ones(
-    folder: Path, config: RunConfig, new_engine: Callable[..., Any], damage: str
+    folder: Path, config: RunConfig, new_engine: NewEngine, damage: str
 ) -> None:
     """Step 3 was skipped, and the next to be saved is step 4: step 2 is still the only good one before it."""
     DAMAGES[damage](folder / "step-00000003")
@@ -359,8 +362,8 @@ def test_a_damaged_older_one_does_not_push_out_good_ones(
 
 
 def resume_skipping(
-    folder: Path, config: RunConfig, new_engine: Callable[..., Any], warning: str
-) -> tuple[Any, TrainState]:
+    folder: Path, config: RunConfig, new_engine: NewEngine, warning: str
+) -> tuple[DeepSpeedEngine, TrainState]:
     newest, skipped = checkpoint.newest(folder)
     assert newest is not None and skipped[0].startswith(warning)
     module = build(config)
@@ -370,7 +373,7 @@ def resume_skipping(
 
 
 def test_a_damaged_one_is_replaced_when_its_step_comes_again(
-    folder: Path, config: RunConfig, new_engine: Callable[..., Any]
+    folder: Path, config: RunConfig, new_engine: NewEngine
 ) -> None:
     flip(folder / "step-00000003" / "weights.safetensors")
     engine, state = resume_skipping(folder, config, new_engine, "checkpoint step-00000003 is skipped")
@@ -384,7 +387,7 @@ def test_a_damaged_one_is_replaced_when_its_step_comes_again(
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
 @pytest.mark.parametrize("ds_config", ["zero0_fp32", "zero3_bf16"])
 def test_weights_that_are_not_finite_are_not_saved(
-    folder: Path, config: RunConfig, new_engine: Callable[..., Any], value: float, ds_config: str
+    folder: Path, config: RunConfig, new_engine: NewEngine, value: float, ds_config: str
 ) -> None:
     """A finite loss can have a gradient that is not; a run that continues from its step never recovers."""
     module = build(config)
@@ -404,7 +407,7 @@ def test_weights_that_are_not_finite_are_not_saved(
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), SafetensorError("I/O error")])
 @pytest.mark.parametrize("at_file", [1, 3])
 def test_a_failing_write_leaves_the_earlier_ones(
-    folder: Path, new_engine: Callable[..., Any], monkeypatch: pytest.MonkeyPatch, error: Exception, at_file: int
+    folder: Path, new_engine: NewEngine, monkeypatch: pytest.MonkeyPatch, error: Exception, at_file: int
 ) -> None:
     engine = new_engine("zero1_fp32")
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}

@@ -335,7 +335,7 @@ def test_holdout_is_a_fixed_tenth_that_does_not_train(num_rows: int) -> None:
 
 @pytest.fixture
 def copy(tiny_data: Path, tmp_path: Path) -> Path:
-    """A data folder to spoil."""
+    """A data folder that a test may damage."""
     return Path(shutil.copytree(tiny_data, tmp_path / "data"))
 
 

@@ -19,6 +19,7 @@ from transformers import (
     BertTokenizer,
 )
 
+from peakd_ds.files import damage_of, has_checksums
 from peakd_ds.results import export
 from peakd_ds.results.export import export_model, export_onnx, model_card, unroll
 from peakd_ds.sps import SHARINGS, SPSBertConfig, SPSBertForSequenceClassification, init_from_encoder
@@ -161,6 +162,16 @@ def test_exported_folder_loads(tmp_path, tokenizer):
     inputs = AutoTokenizer.from_pretrained(folder)(SENTENCES, padding=True, return_tensors="pt")
     assert torch.equal(inputs["input_ids"], encode(tokenizer)["input_ids"])
     torch.testing.assert_close(again(**inputs).logits, student(**inputs).logits, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("with_checksums", [False, True])
+def test_checksums_are_written_where_they_are_wanted(tmp_path, tokenizer, with_checksums):
+    folder = tmp_path / "student"
+    export_model(make_student(1), tokenizer, folder, "the card", with_checksums=with_checksums)
+    assert has_checksums(folder) == with_checksums
+    assert not with_checksums or damage_of(folder) is None
+    export_model(make_student(2), tokenizer, folder, "the card", with_checksums=not with_checksums)
+    assert has_checksums(folder) != with_checksums, "one replaces the other"
 
 
 def test_export_replaces_an_earlier_one(tmp_path, tokenizer):

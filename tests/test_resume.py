@@ -67,7 +67,7 @@ def assert_same_curve(first: Path, second: Path, tolerance: float) -> None:
         assert one.keys() == other.keys()
         for name in one.keys() - {"stage", "split"}:
             if name == "grad_norm" and None in (one[name], other[name]):
-                continue  # DeepSpeed does not tell it at stage 0
+                continue  # DeepSpeed does not report it at stage 0
             assert one[name] == pytest.approx(other[name], rel=tolerance, abs=tolerance), (name, one, other)
 
 

@@ -10,6 +10,7 @@ import sys
 import threading
 from collections import namedtuple
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -27,11 +28,12 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from peakd_ds import train
 from peakd_ds.command_line import parse
+from peakd_ds.config import RunConfig
 from peakd_ds.data import reading
 from peakd_ds.data import shards as shard_files
 from peakd_ds.data.batches import NUM_SHARDS, epoch_slots, eval_batches, global_batches, split_holdout
 from peakd_ds.data.tasks import get_task
-from peakd_ds.data.tokens import tokenize
+from peakd_ds.data.tokens import MicroBatch, tokenize
 from peakd_ds.errors import UserError
 from peakd_ds.packed.packing import padded
 from peakd_ds.programs import scripts, shard
@@ -73,7 +75,7 @@ def tokenizer(tiny_encoder: Path) -> PreTrainedTokenizerBase:
     return AutoTokenizer.from_pretrained(tiny_encoder)
 
 
-def without_launcher() -> Any:
+def without_launcher() -> AbstractContextManager[object]:
     names = ("OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_ID", "SLURM_TMPDIR", "PEAKD_SCRATCH")
     return mock.patch.dict(os.environ, {name: "" for name in names})
 
@@ -202,7 +204,7 @@ def test_a_later_start_makes_what_is_missing(made: Path, make: Callable[..., Any
     """After a stop midway, any number of workers keeps the finished shards."""
     folder, write = tmp_path / "shards", shard._write
 
-    def write_until_full(file: Path, columns: dict[str, np.ndarray]) -> Any:
+    def write_until_full(file: Path, columns: dict[str, np.ndarray]) -> str:
         if file.name == SHARDS[40]:
             raise OSError(28, "No space left on device", str(file))
         return write(file, columns)
@@ -277,7 +279,7 @@ def test_an_error_of_one_worker_ends_all(make: Callable[..., Any], tmp_path: Pat
     assert all(isinstance(error, UserError) for error in errors)
 
 
-def nothing() -> Any:
+def nothing() -> AbstractContextManager[object]:
     return mock.patch.object(shard, "MIB", shard.MIB)
 
 
@@ -429,7 +431,7 @@ def test_sharded_is_replicated(
         assert content(staged).keys() == {*own, "holdout.safetensors", "index.safetensors"}
 
 
-def test_a_replicated_run_goes_on_sharded(
+def test_a_replicated_run_continues_sharded(
     replicated: Path, made: Path, words: list[str], two_ranks, tmp_path: Path
 ) -> None:
     """A run may change its data placement between two starts."""
@@ -449,7 +451,7 @@ def as_node(monkeypatch: pytest.MonkeyPatch, single_rank: None) -> Callable[[int
     return become
 
 
-def sharded_config(words: list[str], folder: Path, *more: str) -> Any:
+def sharded_config(words: list[str], folder: Path, *more: str) -> RunConfig:
     placed = ["--data_placement", "sharded", "--shard_dir", str(folder), "--run_dir", "unused"]
     return parse([*words, *placed, *more])
 
@@ -484,7 +486,7 @@ def test_a_node_composes_its_part_of_every_batch(
                 part.micro_batch(train_rows)
 
 
-def assert_rows_equal(ours: Any, theirs: Any) -> None:
+def assert_rows_equal(ours: MicroBatch, theirs: MicroBatch) -> None:
     assert torch.equal(ours.rows, theirs.rows) and torch.equal(ours.labels, theirs.labels)
     mine, others = padded(ours.inputs), padded(theirs.inputs)
     assert all(torch.equal(mine[name], others[name]) for name in others)
@@ -517,14 +519,14 @@ def test_each_node_predicts_its_own_rows_once(
     assert len(passes) == 2, "every rank makes as many passes, as sharded engines need"
 
 
-def real_rows(batches: Iterable[Any]) -> list[int]:
+def real_rows(batches: Iterable[MicroBatch]) -> list[int]:
     return [row for batch in batches for row in batch.rows[: batch.num_real].tolist()]
 
 
 # -- Wrong input of train.py -------------------------------------------------------------------------------------------
 
 
-def open_refusal(config: Any) -> str:
+def open_refusal(config: RunConfig) -> str:
     from peakd_ds.run import open_run
 
     message = refusal(open_run, config)
@@ -532,7 +534,7 @@ def open_refusal(config: Any) -> str:
     return message
 
 
-def placed(words: list[str], shard_dir: Path, tmp_path: Path, *more: str) -> Any:
+def placed(words: list[str], shard_dir: Path, tmp_path: Path, *more: str) -> RunConfig:
     paths = ["--shard_dir", str(shard_dir), "--run_dir", str(tmp_path / "new")]
     return parse([*words, *RUN_WORDS, "--data_placement", "sharded", *paths, *more])
 

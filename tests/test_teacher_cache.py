@@ -158,10 +158,10 @@ def test_parts_are_mapped_not_read(argv: list[str], tmp_path: Path, single_rank:
     assert f"{tmp_path / 'cache' / 'train' / 'part-00.safetensors'}" in Path("/proc/self/maps").read_text()
 
 
-def test_a_build_that_is_cut_off_goes_on(
+def test_a_build_that_is_cut_off_continues(
     argv: list[str], tmp_path: Path, single_rank: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """By a full disk: the message says what to do, what is whole stays, and no half file is left."""
+    """By a full disk: the message says what to do, finished parts stay, and no partial file is left."""
     folder, write = tmp_path / "cache" / "train", Path.write_bytes
 
     def full_disk(self: Path, content: bytes) -> int:
@@ -338,7 +338,7 @@ def test_a_dead_builder_s_lock_is_taken(argv: list[str], tmp_path: Path, single_
 
 
 def test_a_lock_that_another_start_has_taken_is_kept(argv: list[str], tmp_path: Path, single_rank: None) -> None:
-    """A user may delete a lock, as the message says, while its start goes on."""
+    """A user may delete a lock, as the message says, while its start still runs."""
     lock = tmp_path / "cache" / "train" / "lock.json"
     with run_lock.waiting_for(lock, print):
         lock.unlink()
@@ -350,7 +350,7 @@ def test_a_lock_that_another_start_has_taken_is_kept(argv: list[str], tmp_path: 
 def test_the_lock_of_this_job_s_earlier_start_is_taken(
     argv: list[str], tmp_path: Path, single_rank: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its host has died, and Slurm has begun the job anew on another."""
+    """Its host has died, and Slurm has started the job again on another host."""
     monkeypatch.setattr(run_lock, "POLL_S", 0.0)
     monkeypatch.setenv("SLURM_JOB_ID", "7")
     lock = lock_of(tmp_path / "cache" / "train", 1, host="elsewhere")
@@ -359,7 +359,7 @@ def test_the_lock_of_this_job_s_earlier_start_is_taken(
     assert not lock.exists() and not list(lock.parent.glob(".*"))
 
 
-def test_another_host_s_silent_lock_is_told(argv: list[str], tmp_path: Path, single_rank: None) -> None:
+def test_another_host_s_silent_lock_is_named(argv: list[str], tmp_path: Path, single_rank: None) -> None:
     lock = lock_of(tmp_path / "cache" / "train", 1, host="elsewhere")
     os.utime(lock, (0, 0))
     with pytest.raises(
@@ -442,7 +442,7 @@ def test_of_two_starts_one_builds(start: Callable[..., Start], tmp_path: Path) -
 @pytest.mark.parametrize(
     ("number", "code"), [(signal.SIGKILL, -signal.SIGKILL), (signal.SIGTERM, 128 + signal.SIGTERM)]
 )
-def test_a_stopped_build_goes_on(
+def test_a_stopped_build_continues(
     start: Callable[..., Start], tmp_path: Path, number: signal.Signals, code: int
 ) -> None:
     folder = tmp_path / "cache" / "train"
