@@ -322,6 +322,22 @@ def test_an_error_without_a_message_does_not_kill_the_heartbeat(monkeypatch: pyt
     assert causes == ["rank 0 is gone (RuntimeError)"] * 2
 
 
+def test_a_store_that_went_with_the_launcher_leaves_time_to_save(monkeypatch: pytest.MonkeyPatch) -> None:
+    """torchrun keeps the store. When it is killed, ranks have the whole timeout, not seconds, to save and leave."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(liveness, "PERIOD_S", 0.01)
+    monkeypatch.setattr(liveness, "GRACE_S", 0.01)
+    monkeypatch.setattr(parents, "gone", lambda: 4321)
+    monitor = liveness._Monitor(SilentStore(), 60, on_end=pytest.fail)
+    monitor.heart.start()
+    time.sleep(1)
+    assert monitor.heart.is_alive() and monitor.cause == "the launcher (process 4321) is gone"
+    monitor.is_leaving.set()
+    monitor.heart.join(30)
+    assert not monitor.heart.is_alive()
+
+
 def test_ranks_that_torchrun_restarts(env: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(RESTARTED)
     launcher = (

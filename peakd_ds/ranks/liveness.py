@@ -20,6 +20,7 @@ from typing import NamedTuple
 from torch.distributed import PrefixStore, Store, TCPStore
 
 from peakd_ds.errors import UserError, first_line
+from peakd_ds.ranks import parents
 from peakd_ds.ranks.slurm_env import num_nodes_of_this_start
 
 PERIOD_S = 1.0  # between heartbeats
@@ -206,7 +207,7 @@ class _Monitor:
                 cause = store.get("lost").decode() if store.check(["lost"]) else ""
                 self.last_answer = time.monotonic()
             except RuntimeError as error:
-                cause = f"rank 0 is gone ({first_line(error)})"
+                cause = _why_no_answer(error)
             if cause:
                 self.end(cause)
 
@@ -249,7 +250,7 @@ class _Monitor:
             gone = [rank for rank, beat in now.items() if beat == before[rank] and rank != int(own)]
             names = [f"rank {rank} on {_host_of(self.store, rank)}" for rank in gone[:20]]
         except RuntimeError as error:
-            return self.cause or f"rank 0 is gone ({first_line(error)})"
+            return self.cause or _why_no_answer(error)
         return f"{', '.join(names)} is gone" if names else ""
 
     def heartbeats(self) -> dict[int, str]:
@@ -260,13 +261,19 @@ class _Monitor:
     def end(self, cause: str) -> None:
         """End the process with `cause`, unless its main thread is leaving already."""
         self.cause = self.cause or cause
-        if self.is_leaving.wait(GRACE_S):
+        if self.is_leaving.wait(GRACE_S if parents.gone() is None else self.timeout_s):  # the latter: to save first
             return
         with contextlib.suppress(OSError):
             sys.stderr.write(f"{this_rank()} leaves: {cause}\n")
             sys.stderr.flush()
         self.on_end(cause)
         os._exit(1)
+
+
+def _why_no_answer(error: RuntimeError) -> str:
+    """Why the store is gone. torchrun's is in the launcher, all others' in rank 0."""
+    launcher = parents.gone()
+    return f"rank 0 is gone ({first_line(error)})" if launcher is None else f"the launcher (process {launcher}) is gone"
 
 
 def _host_of(store: Store, rank: int) -> str:

@@ -4,6 +4,7 @@ This module imports nothing heavy: the handlers must be set before imports that 
 first would kill the rank.
 """
 
+import os
 import signal
 from types import FrameType
 
@@ -17,6 +18,8 @@ def listen() -> None:
     for number in (signal.SIGUSR1, signal.SIGTERM):
         signal.signal(number, _record)
     parents.remember()
+    # When a connection is lost, torch warns with stack frames; liveness.py says in one line what it means.
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")
 
 
 def _record(number: int, frame: FrameType | None) -> None:
