@@ -338,6 +338,44 @@ def test_a_store_that_went_with_the_launcher_leaves_time_to_save(monkeypatch: py
     assert not monitor.heart.is_alive()
 
 
+class LiveStore:
+    """torchrun's store, which answers while rank 0 sends no heartbeat."""
+
+    def __init__(self) -> None:
+        self.values = {"here/0": '["node1", "", "cpu", ""]'}
+
+    def clone(self) -> "LiveStore":
+        return self
+
+    def set(self, key: str, value: str) -> None:
+        self.values[key] = value
+
+    def get(self, key: str) -> bytes:
+        return self.values[key].encode()
+
+    def check(self, keys: list[str]) -> bool:
+        return keys[0] in self.values
+
+    def compare_set(self, key: str, expected: str, value: str) -> None:
+        self.values.setdefault(key, value)
+
+
+def test_rank_0_that_is_silent_while_the_store_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr(liveness, "PERIOD_S", 0.01)
+    monitor, causes = liveness._Monitor(LiveStore(), 0.5, on_end=pytest.fail), []
+
+    def end(cause: str) -> None:
+        causes.append(cause)
+        monitor.is_leaving.set()
+
+    monkeypatch.setattr(monitor, "end", end)
+    monitor.heart.start()
+    monitor.heart.join(30)
+    assert causes == ["rank 0 on node1 has been silent for 0.5 s"]
+
+
 def test_ranks_that_torchrun_restarts(env: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(RESTARTED)
     launcher = (

@@ -191,9 +191,13 @@ class _Monitor:
         threading.Thread(target=self.guard, daemon=True).start()
 
     def beat(self, store: Store) -> None:
-        """Send heartbeats until this rank leaves. Rank 0 also finds the ranks that send none."""
+        """Send heartbeats until this rank leaves. Rank 0 finds the ranks that send none, and they find it.
+
+        Under torchrun, whose launcher has the store, rank 0 may be silent while the store answers.
+        """
         rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-        seen = {other: ("", time.monotonic()) for other in range(1, world_size)}
+        watched = range(1, world_size) if rank == 0 else (0,)
+        seen = {other: ("", time.monotonic()) for other in watched}
         number, last = 0, time.monotonic()
         while not self.is_leaving.wait(PERIOD_S):
             number, now = number + 1, time.monotonic()
@@ -202,8 +206,7 @@ class _Monitor:
             last = now
             try:
                 store.set(f"beat/{rank}", str(number))
-                if rank == 0:
-                    self.find_silent_rank(store, seen, now)
+                self.find_silent_rank(store, seen, now)
                 cause = store.get("lost").decode() if store.check(["lost"]) else ""
                 self.last_answer = time.monotonic()
             except RuntimeError as error:
