@@ -9,7 +9,7 @@ from transformers.utils import cached_file
 
 from peakd_ds.config import RunConfig
 from peakd_ds.data.tasks import Task
-from peakd_ds.errors import UserError, as_user_error
+from peakd_ds.errors import UserError, as_user_error, shown
 from peakd_ds.model.config_file import Pretrained, read_config
 from peakd_ds.model.weights_file import check_weights
 
@@ -41,6 +41,9 @@ def load_tokenizer(encoder: Pretrained) -> PreTrainedTokenizerBase:
     problem, remedy = f"{encoder.name} has no tokenizer that can be read", "save it there with save_pretrained"
     with as_user_error(problem, remedy):
         settings = get_tokenizer_config(encoder.path)
+        name = settings.get("tokenizer_class")
+        if not isinstance(name, str | None):
+            raise ValueError(f"tokenizer_class is {shown(name)} in tokenizer_config.json, but it must name a class")
         if settings.get("auto_map") is not None:
             raise ValueError("tokenizer_config.json has auto_map, code of its own that is not run")
         tokenizer = AutoTokenizer.from_pretrained(encoder.path, config=encoder.config, trust_remote_code=False)
