@@ -17,6 +17,7 @@ from unittest import mock
 from hypothesis import HealthCheck, settings
 
 from peakd_ds import __main__
+from peakd_ds.ranks import dist, liveness
 
 FACTOR = int(os.environ.get("PEAKD_FUZZ", "1"))
 REMEDY = re.compile(
@@ -48,6 +49,8 @@ def run(words: Sequence[str], program: Callable[[], None] = __main__.main) -> Ou
     with (
         mock.patch.object(sys, "argv", ["program", *words]),
         _signals_kept(),
+        mock.patch.object(dist, "leave"),  # the process group belongs to other tests too
+        mock.patch.object(liveness, "leave"),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(err),
     ):
