@@ -23,6 +23,12 @@ METRICS = dict.fromkeys((*TERMS, "samples_per_s", "tokens_per_s", "padding_share
 pytestmark = pytest.mark.usefixtures("single_rank")
 
 
+@pytest.fixture(autouse=True)
+def _ordered_event_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Event files of one second are read in the order of their numbers as text, where 10 comes before 9."""
+    monkeypatch.setattr("tensorboard.summary.writer.event_file_writer._global_uid", 0)
+
+
 class Engine:
     """What the log reads of an engine."""
 
