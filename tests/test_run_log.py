@@ -10,6 +10,7 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import plugin_data_pb2
+from tensorboard.summary.writer import event_file_writer
 
 from peakd_ds.engine.checkpoint import TrainState
 from peakd_ds.errors import UserError
@@ -26,7 +27,7 @@ pytestmark = pytest.mark.usefixtures("single_rank")
 @pytest.fixture(autouse=True)
 def _ordered_event_files(monkeypatch: pytest.MonkeyPatch) -> None:
     """Event files of one second are read in the order of their numbers as text, where 10 comes before 9."""
-    monkeypatch.setattr("tensorboard.summary.writer.event_file_writer._global_uid", 0)
+    monkeypatch.setattr(event_file_writer, "_global_uid", event_file_writer.AtomicCounter(0))
 
 
 class Engine:
