@@ -282,7 +282,7 @@ def test_a_host_without_a_gpu_among_others(ranks: Ranks) -> None:
 
 
 RESTARTED = """
-import os
+import os, sys
 from peakd_ds.ranks import launch, liveness
 liveness.watch(launch.find_ranks(20), 20, on_end=lambda cause: None)
 if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
@@ -290,7 +290,8 @@ if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     raise SystemExit(1)
 import time
 time.sleep(3 * liveness.GRACE_S)  # long enough for remains of the first attempt to end this one
-print("there", launch.local_world_size(), flush=True)
+sys.stdout.write(f"there {launch.local_world_size()}\\n")  # one write: the ranks share the pipe, and it may be unbuffered
+sys.stdout.flush()
 liveness.leave()
 """
 
@@ -383,7 +384,7 @@ def test_ranks_that_torchrun_restarts(env: dict[str, str], tmp_path: Path) -> No
     )
     command = [sys.executable, *launcher, str(tmp_path / "program.py")]
     done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True, timeout=120)
-    assert (done.returncode, done.stdout.count("there 2")) == (0, 2), done.stderr
+    assert (done.returncode, done.stdout.count("there 2")) == (0, 2), done.stdout + done.stderr
 
 
 def test_one_rank_in_a_job_of_two_nodes(ranks: Ranks) -> None:
