@@ -135,6 +135,8 @@ def test_position_shows_progress(tmp_path: Path) -> None:
     (tmp_path / "cache" / "train").mkdir(parents=True)
     (tmp_path / "cache" / "train" / "part-00.sha256").touch()
     assert job.position(tmp_path, tmp_path / "cache")[-1] == "1 parts of the teacher cache"
+    (tmp_path / "cache" / "train" / "layer-03-part-00.sha256").touch()
+    assert job.position(tmp_path, tmp_path / "cache")[-1] == "2 parts of the teacher cache", "a layer is progress too"
 
 
 @pytest.fixture

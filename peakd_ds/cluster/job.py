@@ -135,7 +135,7 @@ def position(run_dir: Path, teacher_cache: Path) -> list[str]:
             stages.append(f"{stage} finished")
         elif (folder / "latest").exists():
             stages.append(f"{stage} {(folder / 'latest').read_text()}")
-    num_parts = len(list(teacher_cache.glob("*/part-*.sha256")))
+    num_parts = len(list(teacher_cache.glob("*/*part-*.sha256")))
     return [*stages, *([f"{num_parts} parts of the teacher cache"] if num_parts else [])]
 
 

@@ -193,6 +193,6 @@ def _kind_of(folder: Path) -> str | None:
     if (folder / "manifest.json").is_file():
         if any(folder.glob("shard-*.safetensors")):
             return "a folder of shards"
-        if any(folder.glob("part-*.safetensors")):
+        if any(folder.glob("*part-*.safetensors")):
             return "a teacher cache"
     return None

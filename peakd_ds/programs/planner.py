@@ -33,7 +33,7 @@ from peakd_ds.programs import scripts
 from peakd_ds.programs.traffic import Sizes, step_traffic
 from peakd_ds.results import markdown
 from peakd_ds.sps import SPSBertForSequenceClassification
-from peakd_ds.teacher import cache as teacher_cache
+from peakd_ds.teacher.cache_files import row_bytes
 
 TEACHERS = ("teacher_zero0", "teacher_zero3", "teacher_zero3_offload")
 FP32 = 4
@@ -310,7 +310,7 @@ def make_plan(
         **{"global_batch_size": config.global_batch_size, "micro_batch_size": micro, "num_accum_steps": accum},
         **{"world_size": options.world_size, "tokens": num_tokens},
         "train_rows": options.train_rows,
-        "cache_bytes_per_row": {dtype: teacher_cache.row_bytes(*row_sizes, dtype) for dtype in cached},
+        "cache_bytes_per_row": {dtype: row_bytes(*row_sizes, dtype) for dtype in cached},
         "choices": choices,
         "recommended": recommend(choices, options.gpu_memory_gib * GIB),
     }
