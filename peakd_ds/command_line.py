@@ -20,6 +20,7 @@ import yaml
 
 from peakd_ds import __version__
 from peakd_ds.config import GROUPS, RESULT_NEUTRAL, SPECS, RunConfig, validate, yaml_file
+from peakd_ds.config.data import OWN_DATA, SOURCES
 from peakd_ds.config.setting import Range, finite_number, shown_default, whole_number
 from peakd_ds.errors import UserError, exit_with, first_line, shown
 
@@ -36,12 +37,11 @@ def parse(argv: Sequence[str]) -> RunConfig:
     """
     parser = build_parser()
     without_help = [word for word in argv if word not in ("-h", "--help", "--version")]
-    config_file = parser.parse_known_args(without_help)[0].config
-    source = f"--config {config_file}"
-    words = [*to_words(source, read_yaml(source, config_file)), *argv] if config_file is not None else argv
-    values = parser.parse_args(words)
-    settings = {name: value for name, value in vars(values).items() if name not in ("config", "local_rank")}
-    config = RunConfig(**settings)
+    typed = parser.parse_known_args(without_help)[0]
+    source, words = f"--config {typed.config}", list(argv)
+    if typed.config is not None:
+        words = [*to_words(source, _without_other_rows(read_yaml(source, typed.config), typed)), *argv]
+    config = RunConfig(**settings_of(parser.parse_args(words)))
     config = replace(
         config,
         data_dir=config.data_dir or os.environ.get("PEAKD_DATA_DIR", ""),
@@ -49,6 +49,24 @@ def parse(argv: Sequence[str]) -> RunConfig:
     )
     validate(config)
     return config
+
+
+def settings_of(values: argparse.Namespace) -> dict[str, Any]:
+    """The settings of `RunConfig` among parsed options; lists are tuples."""
+    return {
+        name: tuple(value) if isinstance(value, list) else value
+        for name, value in vars(values).items()
+        if name in SPECS
+    }
+
+
+def _without_other_rows(settings: dict[str, Any], typed: argparse.Namespace) -> dict[str, Any]:
+    """The settings of a YAML file without its rows, if the command line names rows of another kind: it wins."""
+    if typed.task:
+        return {name: value for name, value in settings.items() if name not in OWN_DATA}
+    if any(getattr(typed, name) for name in SOURCES):
+        return {name: value for name, value in settings.items() if name != "task"}
+    return settings
 
 
 def start(
@@ -190,6 +208,7 @@ def add_setting(parser: argparse._ActionsContainer, spec: Field[Any], default: s
             choices=meta["choices"] or None,
             help=text,
             metavar=spec.name.upper() if not meta["choices"] else None,
+            **({"nargs": "+"} if meta["takes_many"] else {}),
         )
 
 
@@ -219,7 +238,8 @@ _EXPECTED = {int: "a whole number", float: "a finite number", str: "a value that
 
 def _value_type(spec: Field[Any]) -> Callable[[str], Any]:
     """What argparse converts the word of a setting with."""
-    kind = next((kind for kind in (int, float) if spec.type in (kind, kind | None)), str)
+    one_of_many = (float,) if spec.type == tuple[float, ...] | None else ()
+    kind = next((kind for kind in (int, float) if spec.type in (kind, kind | None) or kind in one_of_many), str)
     range = spec.metadata["range"]
     rule = f"{f'its range is {range}; ' if range else ''}the default is {shown_default(spec)}"
     return _convert(kind, spec.metadata["parse"] or _PARSERS[kind], rule)
@@ -276,7 +296,9 @@ def differences(config: RunConfig, saved_yaml: str) -> list[str]:
     Raises:
         UserError: the saved text holds no settings.
     """
-    saved, now = saved_settings(saved_yaml), set_values(config)
+    # A setting that a former version did not have was at its default, or unset.
+    defaults = {name: _as_lists(spec.default) for name, spec in SPECS.items() if spec.default not in (None, "")}
+    saved, now = defaults | saved_settings(saved_yaml), set_values(config)
     names = [name for name in SPECS if name not in RESULT_NEUTRAL]
     return [f"{name}: {saved.get(name)} -> {now.get(name)}" for name in names if saved.get(name) != now.get(name)]
 
@@ -329,6 +351,8 @@ def to_words(source: str, settings: Mapping[Any, Any]) -> list[str]:
         elif not _is_word(value) and not (_takes_list(spec) and _is_list(value)):
             expected = "a value, or a list of values" if _takes_list(spec) else "one value"
             raise UserError(f"{source}: {name}: {shown(value)} does not fit; write {expected}")
+        elif spec.metadata["takes_many"]:
+            words += [f"--{name}", *map(str, value if isinstance(value, list) else [value])]
         else:
             words.append(f"--{name}={to_word(value)}")
     return words

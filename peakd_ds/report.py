@@ -21,6 +21,7 @@ from peakd_ds.results.log import RunLog, read_metrics
 from peakd_ds.results.markdown import table
 from peakd_ds.run import Run
 from peakd_ds.sps import SPSBertForSequenceClassification
+from peakd_ds.teacher.stored import StoredTeacher
 
 
 def write(run: Run, log: RunLog) -> None:
@@ -46,6 +47,8 @@ def write(run: Run, log: RunLog) -> None:
 
 
 def _judge_teacher(run: Run) -> tuple[dict[str, Any] | None, dict[str, torch.Tensor]]:
+    if isinstance(run.teacher, StoredTeacher):
+        return _judge_outputs(run, run.teacher)
     if not run.teacher.is_trained():
         return None, {}
     engine = run.teacher.engine()
@@ -59,6 +62,15 @@ def _judge_teacher(run: Run) -> tuple[dict[str, Any] | None, dict[str, torch.Ten
         "effective_layers": engine.module.model.config.num_hidden_layers,
         "samples_per_s": round(speed, 1),
     }, logits
+
+
+def _judge_outputs(run: Run, teacher: StoredTeacher) -> tuple[dict[str, Any] | None, dict[str, torch.Tensor]]:
+    """The scores of a teacher's stored outputs, if its files have the reported rows."""
+    logits = {name: teacher.logits_NC[name] for name in run.dev if name in teacher.logits_NC}
+    if logits.keys() != run.dev.keys():
+        return None, {}
+    metrics = evaluation.metrics_of(run.task, run.dev, logits)
+    return {"metrics": metrics, "params": None, "effective_layers": None, "samples_per_s": None}, logits
 
 
 def _judge_student(run: Run, teacher_logits: dict[str, torch.Tensor]) -> dict[str, Any] | None:
@@ -158,13 +170,15 @@ def markdown_table(results: dict[str, Any]) -> str:
 
 def _table_row(name: str, model: dict[str, Any], metrics: list[str]) -> list[str]:
     agreement = model.get("agreement")
+    is_known = model["params"] is not None  # not of outputs that were read from a file
+    layers = f"{model['effective_layers']} ({model.get('stored_layers', model['effective_layers'])})"
     return [
         name,
-        f"{model['params'] / 1e6:.1f} M",
-        f"{model['effective_layers']} ({model.get('stored_layers', model['effective_layers'])})",
+        f"{model['params'] / 1e6:.1f} M" if is_known else "",
+        layers if is_known else "",
         *(f"{model['metrics'][metric]:.4f}" for metric in metrics),
         "" if agreement is None else f"{agreement:.4f}",
-        f"{model['samples_per_s']:.0f}",
+        f"{model['samples_per_s']:.0f}" if is_known else "",
     ]
 
 

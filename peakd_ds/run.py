@@ -3,7 +3,6 @@
 Every user error is found here, on all ranks together, before anything saved is touched.
 """
 
-import math
 import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -16,34 +15,37 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from peakd_ds.cluster import run_folder
-from peakd_ds.config import RunConfig
+from peakd_ds.config import SPECS, RunConfig
 from peakd_ds.config.optimisation import EVAL_BATCH_FACTOR
 from peakd_ds.data import reading
 from peakd_ds.data import shards as shard_files
-from peakd_ds.data.batches import NUM_SHARDS, check_holdout, split_holdout
+from peakd_ds.data.batches import TrainRows, check_holdout, divide_rows, holds_out
+from peakd_ds.data.labels import is_labeled, label_array, label_weights
 from peakd_ds.data.shards import Manifest
-from peakd_ds.data.tasks import Task, get_task
+from peakd_ds.data.tasks import Task
 from peakd_ds.data.tokens import Split, tokenize, used_tokens
 from peakd_ds.engine import checkpoint
-from peakd_ds.engine.ds_config import batch_plan, has_fast_bf16, resolve, zero_stage
+from peakd_ds.engine.ds_config import batch_plan, has_fast_bf16, resolve
 from peakd_ds.errors import UserError
-from peakd_ds.kernels import check_backend, choose_backend
+from peakd_ds.kernels import check_backend
 from peakd_ds.model import contract
 from peakd_ds.model.build import layer_pairs
 from peakd_ds.model.contract import Pretrained
-from peakd_ds.ranks import dist, host
+from peakd_ds.ranks import dist
 from peakd_ds.ranks.device import device
 from peakd_ds.results.export import require_onnx
 from peakd_ds.sps import execution_order
+from peakd_ds.teacher import stored
 from peakd_ds.teacher.cache import TeacherCache
 from peakd_ds.teacher.online import OnlineTeacher
+from peakd_ds.teacher.stored import StoredTeacher
 
 
 class Selection(NamedTuple):
     """The rows that pick the best epoch of every stage."""
 
     name: str
-    """holdout or dev."""
+    """holdout, dev, or validation of the user's own rows."""
     split: Split
     rows: np.ndarray
     """int64 [N], positions in `split`."""
@@ -56,20 +58,36 @@ class Run:
     config: RunConfig
     """With dtype resolved."""
     task: Task
-    teacher: OnlineTeacher
-    teacher_cache: TeacherCache
+    teacher: OnlineTeacher | StoredTeacher
+    teacher_cache: TeacherCache | StoredTeacher
     student_init: Pretrained
     tokenizer: PreTrainedTokenizerBase
     student_ds_config: dict[str, Any]
     pairs: tuple[tuple[int, int], ...]
     """Matched (student, teacher) layers, 1-based; none without a hidden-state loss."""
     train: Split
-    train_rows: np.ndarray
-    """int64 [N], rows of `train` that are trained on."""
+    trained: TrainRows
+    """Rows of `train` that are trained on."""
     selection: Selection
     dev: dict[str, Split]
     used_tokens: torch.Tensor
     """Ids of the tokens that occur in `train` and the selection rows, int64 [K]."""
+    notes: tuple[str, ...] = ()
+    """Lines of the plan on the rows."""
+
+    @property
+    def train_rows(self) -> np.ndarray:
+        """Rows of `train` that are trained on, int64 [N]."""
+        return self.trained.rows
+
+    def rows_of(self, stage: str) -> TrainRows:
+        """Rows that a stage trains on: all in distillation, those with a label before."""
+        return self.trained if stage == "distill" else self.trained.only(is_labeled(self.train.labels.numpy()))
+
+    @property
+    def alpha(self) -> float:
+        """Weight of the soft loss: 1 where no row has a label."""
+        return self.config.alpha if self.task.has_labels else 1.0
 
     @property
     def folder(self) -> Path:
@@ -103,7 +121,7 @@ class Run:
     @property
     def runs_ptp(self) -> bool:
         """Whether the student is pretrained with the teacher's predictions."""
-        return self.config.runs_ptp(self.task.is_regression)
+        return self.config.runs_ptp(self.task.has_right_and_wrong)
 
     @property
     def loss_reads_teacher(self) -> bool:
@@ -126,6 +144,9 @@ class _Checked:
     splits: dict[str, datasets.Dataset]
     fingerprints: dict[str, str]
     shards: Manifest | None
+    notes: tuple[str, ...]
+    stored_logits: dict[str, torch.Tensor] | None
+    """Logits [N, C] by split, from `--teacher_outputs`."""
 
 
 def open_run(config: RunConfig) -> Run:
@@ -143,14 +164,14 @@ def open_run(config: RunConfig) -> Run:
     checked = dist.agree(lambda: _check(config, is_bf16_fast))
     config, task, fingerprints = checked.config, checked.task, checked.fingerprints
     fingerprints_of_rank_0 = dist.broadcast(fingerprints)
-    names = ("train", *task.eval_splits)
+    names = ("train", *task.read_splits)
     dist.agree(lambda: _check_equal_on_ranks(config, names, fingerprints, fingerprints_of_rank_0))
-    train = None if checked.shards is None else shard_files.load(config, checked.shards)
+    train = None if checked.shards is None else shard_files.load(config, task, checked.shards)
     if not config.dry_run:
         dist.on_main(lambda: run_folder.create(config, fingerprints))
 
     cache = None if config.dry_run else Path(config.run_dir) / "cache"
-    wanted = task.eval_splits if train is not None else names
+    wanted = task.read_splits if train is not None else names
     tokenized = {
         name: tokenize(task, checked.splits[name], checked.tokenizer, config.max_seq_length, cache) for name in wanted
     }
@@ -162,17 +183,42 @@ def open_run(config: RunConfig) -> Run:
 def _assemble(checked: _Checked, train: Split, dev: dict[str, Split]) -> Run:
     """The run of checked settings and tokenised rows (collective)."""
     config, task = checked.config, checked.task
-    train_rows, selection = _select(config, task, train, dev)
-    teacher = OnlineTeacher(
-        config,
-        task,
-        checked.teacher_source,
-        Path(config.run_dir) / "teacher",
-        checked.teacher_ds_config,
-        _eval_batch_size(config),
+    trained, selection = _select(config, task, train, dev)
+    train.label_weights = label_weights(train.labels.numpy(), trained.rows, task.num_labels, config.class_weights)
+    dev = {name: split for name, split in dev.items() if name in task.eval_splits}
+    teacher, teacher_cache = _teacher_of(checked, train, selection)
+    return Run(
+        config=config,
+        task=task,
+        teacher=teacher,
+        teacher_cache=teacher_cache,
+        student_init=checked.student_init,
+        tokenizer=checked.tokenizer,
+        student_ds_config=checked.student_ds_config,
+        pairs=checked.pairs,
+        train=train,
+        trained=trained,
+        selection=selection,
+        dev=dev,
+        used_tokens=used_tokens((train, selection.split), max(checked.tokenizer.get_vocab().values()) + 1),
+        notes=checked.notes,
     )
+
+
+def _teacher_of(
+    checked: _Checked, train: Split, selection: Selection
+) -> tuple[OnlineTeacher | StoredTeacher, TeacherCache | StoredTeacher]:
+    """The teacher, and what keeps its outputs."""
+    config, task = checked.config, checked.task
+    if checked.stored_logits is not None:
+        split = "train" if selection.split is train else task.selection_split or task.eval_splits[0]
+        stored = StoredTeacher(config, checked.stored_logits, selection.name, split)
+        return stored, stored
+    eval_batch_size = _eval_batch_size(config)
+    folder = Path(config.run_dir) / "teacher"
+    teacher = OnlineTeacher(config, task, checked.teacher_source, folder, checked.teacher_ds_config, eval_batch_size)
     reads_teacher = _loss_reads_teacher(config, checked.pairs)
-    reads_teacher |= "ptp" in config.stages and config.runs_ptp(task.is_regression)
+    reads_teacher |= "ptp" in config.stages and config.runs_ptp(task.has_right_and_wrong)
     teacher_cache = TeacherCache(
         config=config,
         task=task,
@@ -184,51 +230,46 @@ def _assemble(checked: _Checked, train: Split, dev: dict[str, Split]) -> Run:
         train=train,
         selection_name=selection.name,
         selection_split=selection.split,
-        eval_batch_size=_eval_batch_size(config),
+        eval_batch_size=eval_batch_size,
     )
-    return Run(
-        config=config,
-        task=task,
-        teacher=teacher,
-        teacher_cache=teacher_cache,
-        student_init=checked.student_init,
-        tokenizer=checked.tokenizer,
-        student_ds_config=checked.student_ds_config,
-        pairs=checked.pairs,
-        train=train,
-        train_rows=train_rows,
-        selection=selection,
-        dev=dev,
-        used_tokens=used_tokens((train, selection.split), max(checked.tokenizer.get_vocab().values()) + 1),
-    )
+    return teacher, teacher_cache
 
 
 def _check(config: RunConfig, is_bf16_fast: bool) -> _Checked:
     """Everything about a run that one rank can check alone. Raises UserError."""
-    task = get_task(config.task)
     dtype, student_ds_config, teacher_ds_config = resolve(config, is_bf16_fast)
     config = replace(config, dtype=dtype)
     run_folder.check(config)
     _check_loss_backend(config)
     _batch_plan(config)
-    teacher = contract.find_encoder(config.teacher, "teacher")
+    option = "teacher" if config.teacher else "student_init"
+    teacher = contract.find_encoder(config.teacher or config.student_init, option)
     student_init = contract.find_encoder(config.student_init, "student_init") if config.student_init else teacher
     tokenizer = contract.load_tokenizer(teacher)
+    is_sharded, shards = config.data_placement == "sharded", None
+    # Of sharded rows of a task, rank 0 alone reads the files, to see that the shards were made from them.
+    task, splits, notes = reading.load(
+        config,
+        contract.classes_of(teacher) if config.teacher else None,
+        config.metric,
+        train=not is_sharded or dist.is_main() or bool(config.teacher_outputs),
+    )
+    stored_logits = stored.read(config, task, splits) if config.teacher_outputs else None
     contract.check_contract(config, task, teacher, student_init, tokenizer)
+    _check_labels(config, task)
     pairs = layer_pairs(config.layer_map, _student_depth(config), teacher.config.num_hidden_layers)
     _check_stages(config, task, teacher)
     if config.export_onnx:
         require_onnx()
-    is_sharded, shards = config.data_placement == "sharded", None
-    # Of sharded rows, rank 0 alone reads the files, to see that the shards were made from them.
-    splits = reading.load_splits(task, config.data_dir, train=not is_sharded or dist.is_main())
     fingerprints = reading.fingerprints(splits)
     if is_sharded:
         shards = shard_files.find(config, task, tokenizer, fingerprints.get("train"))
         fingerprints["train"] = shards.data_fingerprint
-    elif config.select_on == "holdout":
-        check_holdout(task, len(splits["train"]))
-    run_folder.check_data(config, fingerprints, config.data_dir or reading.HUB_DATASET)
+    elif holds_out(config, task):
+        check_holdout(task, label_array(splits["train"].data.column("label")))
+    if stored_logits is not None:
+        fingerprints["teacher_outputs"] = stored.fingerprint(config)
+    run_folder.check_data(config, fingerprints, reading.source_of(config))
     return _Checked(
         config,
         task,
@@ -241,16 +282,20 @@ def _check(config: RunConfig, is_bf16_fast: bool) -> _Checked:
         splits,
         fingerprints,
         shards,
+        notes,
+        stored_logits,
     )
 
 
-def _select(config: RunConfig, task: Task, train: Split, dev: dict[str, Split]) -> tuple[np.ndarray, Selection]:
+def _select(config: RunConfig, task: Task, train: Split, others: dict[str, Split]) -> tuple[TrainRows, Selection]:
     """Rows of `train` to train on, and the rows that pick epochs."""
-    if config.select_on == "holdout":
-        train_rows, holdout_rows = split_holdout(len(train))
-        return train_rows, Selection("holdout", train, holdout_rows)
-    first = dev[task.eval_splits[0]]
-    return np.arange(len(train)), Selection("dev", first, np.arange(len(first)))
+    trained, held_out = divide_rows(task, train.labels.numpy(), holds_out(config, task))
+    if len(held_out):
+        return trained, Selection("holdout", train, held_out)
+    name = task.selection_split or "dev"
+    split = others[task.selection_split or task.eval_splits[0]]
+    rows = np.arange(len(split))
+    return trained, Selection(name, split, rows[is_labeled(split.labels.numpy())] if task.has_labels else rows)
 
 
 # -- What follows from settings ----------------------------------------------------------------------------------------
@@ -288,6 +333,20 @@ def _check_loss_backend(config: RunConfig) -> None:
         raise UserError(f"--loss_backend {config.loss_backend}: {error}") from error
 
 
+def _check_labels(config: RunConfig, task: Task) -> None:
+    """Raise UserError for settings of the hard loss that these labels have no use for."""
+    if config.class_weights != "none" and (task.is_regression or task.is_multi_label or not task.has_labels):
+        raise UserError(
+            f"--class_weights {config.class_weights} weighs the one class of each row, which rows of {task.name} "
+            f"do not "
+            "have; leave it out"
+        )
+    if not task.has_labels and config.alpha not in (SPECS["alpha"].default, 1):
+        raise UserError(
+            f"--alpha {config.alpha:g} gives labels a weight, but no row has one; leave it out, and it is 1"
+        )
+
+
 def _check_equal_on_ranks(
     config: RunConfig, names: Sequence[str], fingerprints: dict[str, str], fingerprints_of_rank_0: dict[str, str]
 ) -> None:
@@ -296,17 +355,22 @@ def _check_equal_on_ranks(
     if differing:
         raise UserError(
             f"{socket.gethostname()} has other rows of {', '.join(differing)} in "
-            f"{config.data_dir or reading.HUB_DATASET} than the host of rank 0; give all nodes the same data"
+            f"{reading.source_of(config)} than the host of rank 0; give all nodes the same data"
         )
 
 
 def _check_stages(config: RunConfig, task: Task, teacher: Pretrained) -> None:
     """Raise UserError if a chosen stage needs the output of one that has not run."""
-    folder, runs_ptp = Path(config.run_dir), config.runs_ptp(task.is_regression)
+    folder, runs_ptp = Path(config.run_dir), config.runs_ptp(task.has_right_and_wrong)
     needs_teacher = "ptp" in config.stages and runs_ptp
     needs_teacher |= "distill" in config.stages and (config.alpha > 0 or config.beta > 0)
+    if not task.has_labels and not (teacher.is_classifier or config.teacher_outputs):
+        raise UserError(
+            f"no row has a label, and --teacher {teacher.path} is an encoder, which cannot be fine-tuned without; give "
+            "a classifier, or rows with labels"
+        )
     is_there = teacher.is_classifier or "teacher" in config.stages or (folder / "teacher" / "config.json").exists()
-    if needs_teacher and not is_there:
+    if needs_teacher and not is_there and not config.teacher_outputs:
         raise UserError(
             f"--stages {','.join(config.stages)} needs a trained teacher, but --teacher {teacher.path} is "
             "an encoder without a head for the task; add the teacher stage, or give a classifier"
@@ -317,45 +381,3 @@ def _check_stages(config: RunConfig, task: Task, teacher: Pretrained) -> None:
             f"--stages {','.join(config.stages)} distils a PTP student, but the ptp stage has not run in "
             f"{folder}; add it, or set --no_ptp"
         )
-
-
-# -- The plan ----------------------------------------------------------------------------------------------------------
-
-
-def plan(run: Run) -> str:
-    """What is about to run, with every derived number beside the numbers it follows from."""
-    config, source = run.config, run.teacher.source
-    pairs = ", ".join(f"{i}:{j}" for i, j in run.pairs) or "none"
-    placement, warnings = [], [f"warning: {host.describe(lock)}" for lock in host.stale_locks()]
-    if config.data_placement == "sharded":
-        placement = [f"rows of {NUM_SHARDS // dist.num_nodes()} shards on each of {dist.num_nodes()} nodes"]
-    if source.is_classifier and not run.task.is_regression and contract.has_unnamed_labels(source):
-        names = ", ".join(run.task.label_names)
-        warnings.insert(0, f"warning: the teacher does not name its classes; they are taken for {names}")
-    return "\n".join(
-        [
-            f"task {run.task.name}, method {run.method}, seed {config.seed}, {config.dtype} on {device().type}",
-            f"rows: train {len(run.train_rows):,}, {run.selection.name} {len(run.selection.rows):,} (picks epochs), "
-            + ", ".join(f"{name} {len(split):,}" for name, split in run.dev.items()),
-            f"batch: global {config.global_batch_size} = micro {run.micro_batch_size} x accum {run.num_accum_steps} x "
-            f"world {dist.world_size()}, from {math.gcd(config.global_batch_size, NUM_SHARDS)} of {NUM_SHARDS} shards "
-            "at a time",
-            *placement,
-            f"teacher: {source.path}, {source.config.num_hidden_layers} layers of {source.config.hidden_size}, "
-            f"ZeRO stage {run.teacher.zero_stage}",
-            f"student: {config.num_hidden_layers} stored layers run as {run.student_depth} of "
-            f"{run.student_init.config.hidden_size}, ZeRO stage {zero_stage(run.student_ds_config)}, "
-            f"layer pairs {pairs}",
-            f"vocabulary: {len(run.used_tokens):,} of {len(run.tokenizer):,} tokens occur and are trained",
-            f"loss: {_loss_backend(config)}",
-            *warnings,
-        ]
-    )
-
-
-def _loss_backend(config: RunConfig) -> str:
-    """What computes the losses, and why."""
-    if config.loss_backend != "auto":
-        return f"{config.loss_backend} kernels (--loss_backend)"
-    chosen, reason = choose_backend(device().type)
-    return f"{chosen} kernels, since {reason}"

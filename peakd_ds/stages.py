@@ -3,7 +3,7 @@
 train.py drives all of them with one loop; here is what differs between them. B rows, N rows of a split, C classes.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,10 +34,15 @@ from peakd_ds.results.log import RunLog
 from peakd_ds.run import Run
 from peakd_ds.sps import SPSBertForSequenceClassification
 from peakd_ds.teacher.cache import CachedOutputs
-from peakd_ds.teacher.online import with_teacher_outputs
+from peakd_ds.teacher.online import OnlineTeacher, with_teacher_outputs
+from peakd_ds.teacher.stored import StoredOutputs, StoredTeacher
 
 StageLoss = tuple[DistillationLoss, Tensor | None]
 """A micro-batch's share of the global batch's mean loss, and of each layer pair's distance [K]."""
+
+
+Outputs = Mapping[str, CachedOutputs | StoredOutputs]
+"""A teacher's kept outputs by the name of the split."""
 
 
 @dataclass
@@ -74,12 +79,15 @@ def names_to_run(run: Run, say: Callable[[str], None]) -> Iterator[str]:
 def _why_skipped(name: str, run: Run) -> str | None:
     if dist.on_main(lambda: checkpoint.finished(run.checkpoint_folder(name))) is not None:
         return "it is finished"
+    if name == "teacher" and isinstance(run.teacher, StoredTeacher):
+        return "--teacher_outputs has its predictions"
     if name == "teacher" and run.teacher.source.is_classifier:
         return f"{run.teacher.source.path} is a classifier for {run.task.name} already"
     if name == "ptp" and not run.config.ptp:
         return "--no_ptp"
     if name == "ptp" and not run.runs_ptp:
-        return f"PTP needs right and wrong classes, and {run.task.name} has scores"
+        kind = "scores" if run.task.is_regression else "several labels a row" if run.task.has_labels else "no labels"
+        return f"PTP needs right and wrong classes, and {run.task.name} has {kind}"
     return None
 
 
@@ -124,17 +132,21 @@ def _teacher_stage(run: Run, log: RunLog) -> Stage:
 
     def loss(engine: DeepSpeedEngine, micro: MicroBatch, batch: GlobalBatch, with_distances: bool) -> StageLoss:
         logits_BC = engine(**micro.inputs).logits[: micro.num_real]
-        return _hard_loss(run, engine, logits_BC, micro.labels[: micro.num_real], batch), None
+        options = _label_options(run, micro, batch)
+        return _hard_loss(run, engine, logits_BC, micro.labels[: micro.num_real], batch, **options), None
 
     def evaluate(module: nn.Module) -> dict[str, float]:
         return _task_metrics(run, _predict_selection(run, lambda inputs: module(**inputs).logits, run.task.num_labels))
 
+    teacher = run.teacher
+    assert isinstance(teacher, OnlineTeacher)
+
     def finish(module: SPSBertForSequenceClassification) -> None:
-        dist.on_main(lambda: export_model(unroll(module), run.tokenizer, run.teacher.folder, "", with_checksums=True))
+        dist.on_main(lambda: export_model(unroll(module), run.tokenizer, teacher.folder, "", with_checksums=True))
 
     return Stage(
         name="teacher",
-        build=lambda: build_teacher(run.config, run.task, run.teacher.source),
+        build=lambda: build_teacher(run.config, run.task, teacher.source),
         loss=loss,
         evaluate=evaluate,
         score=run.task.primary_metric,
@@ -235,9 +247,10 @@ def _distill_loss(
             student_hidden,
             teacher_hidden,
             temperature=config.temperature,
-            alpha=config.alpha,
+            alpha=run.alpha,
             beta=config.beta,
             normalize=config.hidden_loss == "cls",
+            **_label_options(run, micro, batch),
             num_items=batch.num_items,
             num_tokens=batch.num_tokens,
             grad_scale=engines.expected_upstream(engine),
@@ -252,28 +265,37 @@ def _distill_loss(
     return compare(student_hidden, teacher_hidden), distances_K
 
 
-def _with_teacher_outputs(
-    run: Run, cached: dict[str, CachedOutputs] | None, batches: Iterator[GlobalBatch]
-) -> Iterator[GlobalBatch]:
+def _with_teacher_outputs(run: Run, cached: Outputs | None, batches: Iterator[GlobalBatch]) -> Iterator[GlobalBatch]:
     """The batches with the teacher's outputs, from the cache or its forward pass, if the loss reads them."""
     if not run.loss_reads_teacher:
         return batches
-    layers, with_logits = [teacher_layer for _, teacher_layer in run.pairs], run.config.alpha > 0
+    layers, with_logits = [teacher_layer for _, teacher_layer in run.pairs], run.alpha > 0
     if cached is not None:
         train = cached["train"]
         return with_teacher_outputs(
             batches, lambda micro: train.of(micro.rows[: micro.num_real], with_logits), run.teacher.clock, False
         )
+    teacher = run.teacher
+    assert isinstance(teacher, OnlineTeacher)
     return with_teacher_outputs(
-        batches,
-        lambda micro: run.teacher.forward(micro, layers, with_logits),
-        run.teacher.clock,
-        run.teacher.runs_ahead(),
+        batches, lambda micro: teacher.forward(micro, layers, with_logits), teacher.clock, teacher.runs_ahead()
     )
 
 
+def _label_options(run: Run, micro: MicroBatch, batch: GlobalBatch) -> dict[str, Any]:
+    """How the hard loss reads the task's labels: weights of rows, and several labels a row."""
+    weights = micro.label_weights
+    if weights is None and not run.task.is_multi_label:
+        return {}
+    return {
+        "label_weights": None if weights is None else weights[: micro.num_real],
+        "label_divisor": batch.label_divisor,
+        "multi_label": run.task.is_multi_label,
+    }
+
+
 def _hard_loss(
-    run: Run, engine: DeepSpeedEngine, logits_BC: Tensor, labels_B: Tensor, batch: GlobalBatch
+    run: Run, engine: DeepSpeedEngine, logits_BC: Tensor, labels_B: Tensor, batch: GlobalBatch, **label_options: Any
 ) -> DistillationLoss:
     return distillation_loss(
         logits_BC,
@@ -287,6 +309,7 @@ def _hard_loss(
         num_items=batch.num_items,
         grad_scale=engines.expected_upstream(engine),
         backend=run.config.loss_backend,
+        **label_options,
     )
 
 
@@ -339,8 +362,9 @@ def _write_ptp_labels(run: Run, log: RunLog, file: Path) -> None:
     """Compute the labels from the teacher's predictions (collective); medians are over the rows trained on."""
     name, split, rows = run.selection
     cached = run.teacher_cache.outputs(log.say)
-    logits_NC = _teacher_logits(run, cached, "train", run.train, run.train_rows)
-    labels_N = run.train.labels[run.train_rows]
+    train_rows = run.rows_of("ptp").rows
+    logits_NC = _teacher_logits(run, cached, "train", run.train, train_rows)
+    labels_N = run.train.labels[train_rows]
     published = run.task.ptp_thresholds or ("median", "median")
     t_correct, t_wrong = ptp.resolve_thresholds(
         logits_NC,
@@ -349,7 +373,7 @@ def _write_ptp_labels(run: Run, log: RunLog, file: Path) -> None:
         published[1] if run.config.t_wrong is None else run.config.t_wrong,
     )
     train_labels_N = torch.full((len(run.train),), -1, dtype=torch.int64)
-    train_labels_N[torch.from_numpy(run.train_rows)] = ptp.ptp_labels(logits_NC, labels_N, t_correct, t_wrong)
+    train_labels_N[torch.from_numpy(train_rows)] = ptp.ptp_labels(logits_NC, labels_N, t_correct, t_wrong)
     selection_logits_NC = _teacher_logits(run, cached, name, split, rows)
     selection_labels_N = ptp.ptp_labels(selection_logits_NC, split.labels[rows], t_correct, t_wrong)
 
@@ -368,10 +392,9 @@ def _ptp_student_folder(run: Run) -> Path:
     return run.checkpoint_folder("ptp") / "student"
 
 
-def _teacher_logits(
-    run: Run, cached: dict[str, CachedOutputs] | None, name: str, split: Split, rows: np.ndarray
-) -> Tensor:
+def _teacher_logits(run: Run, cached: Outputs | None, name: str, split: Split, rows: np.ndarray) -> Tensor:
     """float32 [N, C] over rows of the split of that name, on the CPU: from the cache or the teacher (collective)."""
     if cached is None:
+        assert isinstance(run.teacher, OnlineTeacher)
         return run.teacher.logits(split, rows)
     return cached[name].logits(torch.from_numpy(rows))

@@ -24,16 +24,17 @@ from peakd_ds import report, stages
 from peakd_ds.cluster import run_folder, run_lock
 from peakd_ds.command_line import to_yaml
 from peakd_ds.config import RunConfig
-from peakd_ds.data.batches import GlobalBatch, epoch_slots, global_batches
+from peakd_ds.data.batches import GlobalBatch, global_batches
 from peakd_ds.engine import checkpoint, engines
 from peakd_ds.engine.checkpoint import TrainState
 from peakd_ds.engine.schedule import Schedule
 from peakd_ds.errors import UserError
+from peakd_ds.plan import plan
 from peakd_ds.ranks import dist, preempt
 from peakd_ds.ranks.outcome import noted
 from peakd_ds.results.log import RunLog
 from peakd_ds.results.meter import StepMeter
-from peakd_ds.run import Run, open_run, plan
+from peakd_ds.run import Run, open_run
 from peakd_ds.stages import Stage
 
 
@@ -61,7 +62,8 @@ def main(config: RunConfig) -> None:
 def train(stage: Stage, run: Run, log: RunLog) -> None:
     """Train one stage, from its newest checkpoint or its start to the export of its best epoch."""
     config, folder = run.config, run.checkpoint_folder(stage.name)
-    schedule = Schedule.of(config, stage.name, len(run.train_rows))
+    rows = run.rows_of(stage.name)
+    schedule = Schedule.of(config, stage.name, rows)
     module, tokens = stages.trainable_module(stage, run)
     engine, state = checkpoint.resume(
         folder, module, tokens, config, run.student_ds_config, schedule.num_steps, log.say
@@ -70,8 +72,8 @@ def train(stage: Stage, run: Run, log: RunLog) -> None:
     meter = StepMeter(stage.name, run.teacher.clock)
 
     while not schedule.is_over(state):
-        slots = epoch_slots(len(run.train_rows), config.global_batch_size, config.seed, state.epoch)
-        batches = global_batches(run.train, run.train_rows, slots, run.num_accum_steps, first=state.batch)
+        slots = rows.slots(config.global_batch_size, config.seed, state.epoch)
+        batches = global_batches(run.train, rows.rows, slots, run.num_accum_steps, first=state.batch)
         for batch in stage.with_teacher_outputs(batches):
             dist.seed_everything(config.seed, stage.name, state.step, dist.rank())  # dropout masks
             lr, is_logged = engine.get_lr()[0], schedule.is_logged(state.step + 1)

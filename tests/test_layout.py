@@ -19,7 +19,7 @@ PACKAGE = ROOT / "peakd_ds"
 ORDER = (
     ("programs", "__main__"),
     ("train",),
-    ("report", "stages"),
+    ("plan", "report", "stages"),
     ("run",),
     ("teacher",),
     ("results",),

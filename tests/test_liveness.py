@@ -290,7 +290,8 @@ if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0":
     raise SystemExit(1)
 import time
 time.sleep(3 * liveness.GRACE_S)  # long enough for remains of the first attempt to end this one
-sys.stdout.write(f"there {launch.local_world_size()}\\n")  # one write: the ranks share the pipe, and it may be unbuffered
+# One write: the ranks share the pipe, and it may be unbuffered.
+sys.stdout.write(f"there {launch.local_world_size()}\\n")
 sys.stdout.flush()
 liveness.leave()
 """

@@ -7,14 +7,14 @@
 from dataclasses import dataclass, fields
 from typing import Any
 
-from peakd_ds.config.data import DataSettings
+from peakd_ds.config.data import DataSettings, check_data_source
 from peakd_ds.config.engines import EngineSettings
 from peakd_ds.config.objective import ObjectiveSettings
 from peakd_ds.config.optimisation import OptimisationSettings
 from peakd_ds.config.outputs import OutputSettings
 from peakd_ds.config.setting import check_text, shown_default
 from peakd_ds.config.student import StudentSettings
-from peakd_ds.config.teacher import TeacherSettings
+from peakd_ds.config.teacher import TeacherSettings, check_teacher_source
 from peakd_ds.errors import UserError, shown
 
 GROUPS = {
@@ -60,11 +60,12 @@ RESULT_NEUTRAL = frozenset(spec.name for spec in SPECS.values() if spec.metadata
 
 def validate(config: RunConfig) -> None:
     """Raise UserError for the first setting outside its range, with value, rule and remedy."""
-    for name in ("task", "teacher", "run_dir"):
-        if not getattr(config, name):
-            raise UserError(f"--{name} is missing: {SPECS[name].metadata['help']}; give one")
     for name in SPECS:
         check_range(name, getattr(config, name))
+    check_data_source(config)
+    check_teacher_source(config)
+    if not config.run_dir:
+        raise UserError(f"--run_dir is missing: {SPECS['run_dir'].metadata['help']}; give one")
     if config.init_layers is not None and len(config.init_layers) != config.num_hidden_layers:
         raise UserError(
             f"--init_layers {','.join(map(str, config.init_layers))} names {len(config.init_layers)} "
@@ -80,6 +81,12 @@ def validate(config: RunConfig) -> None:
             "--teacher_mode cached reads any row on any node, but --data_placement sharded leaves a node its own; "
             "set --teacher_mode online, or --data_placement replicated"
         )
+    if config.teacher_outputs and config.beta > 0:
+        raise UserError(f"--teacher_outputs has no hidden states, which --beta {config.beta:g} compares; set --beta 0")
+    if config.teacher_outputs and not config.student_init:
+        raise UserError(
+            "--teacher_outputs has no weights to start the student from; give an encoder with --student_init"
+        )
     if config.data_placement == "sharded" and not config.shard_dir:
         raise UserError("--data_placement sharded reads shards; make them with peakd-shard and give their --shard_dir")
     if config.export_onnx and not config.export_unrolled:
@@ -91,8 +98,9 @@ def check_range(name: str, value: Any) -> None:
     """Raise UserError if the value of a setting is outside its range, or is text that no path can have."""
     spec = SPECS[name]
     check = spec.metadata["check"]
-    if isinstance(value, str):
-        check_text(f"--{name}", value)
+    for text in value if isinstance(value, tuple) else (value,):
+        if isinstance(text, str):
+            check_text(f"--{name}", text)
     if value is not None and check is not None and not check(value):
         rule = spec.metadata["range"]
         raise UserError(f"--{name} {shown(value)} is outside its range {rule}; the default is {shown_default(spec)}")

@@ -54,7 +54,7 @@ class ObjectiveSettings:
     )
     alpha: float = setting(
         0.7,
-        "weight of the soft loss; 1 - alpha weighs the hard loss",
+        "weight of the soft loss; 1 - alpha weighs the hard loss; 1 where no row has a label",
         range=Range(0, 1),
     )
     beta: float = setting(100.0, "weight of the hidden-state loss", range=Range(0, 1_000_000))
@@ -69,7 +69,18 @@ class ObjectiveSettings:
         "compare L2-normalised [CLS] vectors, or all non-padded tokens as they are",
         choices=("cls", "tokens"),
     )
+    class_weights: str = setting(
+        "none",
+        "weights of the classes in the hard loss; balanced: inversely proportional to their counts",
+        choices=("none", "balanced"),
+    )
+    metric: str = setting(
+        "",
+        "score of your own task that picks the best epoch: accuracy, macro_f1, weighted_f1; for several labels "
+        "micro_f1, macro_f1, exact_match; for scores pearson, spearmanr, rmse",
+        shown_default="accuracy, micro_f1 or spearmanr",
+    )
 
-    def runs_ptp(self, is_regression: bool) -> bool:
-        """Whether the student is pretrained with the teacher's predictions: scores have no right and wrong class."""
-        return self.ptp and not is_regression
+    def runs_ptp(self, has_classes: bool) -> bool:
+        """Whether the student is pretrained with the teacher's predictions, which needs right and wrong classes."""
+        return self.ptp and has_classes

@@ -51,6 +51,7 @@ def setting(
     parse: Callable[[str], Any] | None = None,
     shown_default: str = "",
     is_neutral: bool = False,
+    takes_many: bool = False,
 ) -> Any:
     """A field whose metadata the command line, `--help` and `config.validate` read.
 
@@ -64,6 +65,8 @@ def setting(
         shown_default: What `--help` prints for the default.
         is_neutral: Whether two starts in one run folder may differ in it: it changes results by rounding, and by which
             dropout masks are drawn, at most.
+        takes_many: Whether one or several words may follow the option, as in `--train_file a.csv b.csv`; the value is
+            a tuple.
     """
     metadata = dict(
         help=help,
@@ -74,6 +77,7 @@ def setting(
         parse=parse,
         shown_default=shown_default,
         is_neutral=is_neutral,
+        takes_many=takes_many,
     )
     return field(default=default, metadata=metadata)
 

@@ -129,3 +129,25 @@ def label_names(schema: pyarrow.Schema, where: str) -> tuple[str, ...] | None:
         if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
             raise ValueError(f"names are {shown(names)}")
     return tuple(names)
+
+
+def class_names(schema: pyarrow.Schema, where: str) -> dict[str, tuple[str, ...]]:
+    """Names of the classes, in the order of their ids, of each column of class ids or of lists of them.
+
+    Raises:
+        UserError: a note from which the order of the classes cannot be read.
+    """
+    note = (schema.metadata or {}).get(b"huggingface")
+    if note is None:
+        return {}
+    found: dict[str, tuple[str, ...]] = {}
+    problem = f"{where} has metadata ('huggingface' in its schema) from which the order of the labels cannot be read"
+    with as_user_error(problem, "write the file again with to_parquet of datasets"):
+        for column, feature in ((json.loads(note).get("info") or {}).get("features") or {}).items():
+            inner = feature.get("feature", feature) if isinstance(feature, dict) else {}
+            if inner.get("_type") == "ClassLabel":
+                names = inner["names"]
+                if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+                    raise ValueError(f"names are {shown(names)}")
+                found[column] = tuple(names)
+    return found

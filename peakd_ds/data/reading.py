@@ -4,6 +4,7 @@ Whatever the types in the files, a split has strings, int64 classes or float32 s
 """
 
 import hashlib
+from dataclasses import replace
 from pathlib import Path
 
 import datasets
@@ -11,13 +12,72 @@ import numpy as np
 import pyarrow
 from pyarrow import types
 
-from peakd_ds.data import parquet_files
-from peakd_ds.data.tasks import Task
+from peakd_ds.config.data import DataSettings
+from peakd_ds.data import own_rows, parquet_files
+from peakd_ds.data.labels import TeacherClasses
+from peakd_ds.data.tasks import Task, get_task
 from peakd_ds.errors import UserError, as_user_error, first_line
 
 MAX_SCORE = 5.0
 """Largest score of stsb, the only regression task."""
 HUB_DATASET = "nyu-mll/glue"
+
+
+def load(
+    settings: DataSettings, teacher: TeacherClasses | None, metric: str = "", train: bool = True
+) -> tuple[Task, dict[str, datasets.Dataset], tuple[str, ...]]:
+    """The task, its splits and notes for the plan, whether the rows are a task of GLUE's or the user's own.
+
+    Args:
+        teacher: The classes of a teacher that is a classifier: labels are numbered in its order.
+        metric: The score that picks the best epoch of own rows; "" for the usual one.
+        train: Whether the train split of a `task` is read.
+
+    Raises:
+        UserError: as `load_splits` and `own_rows.load`.
+    """
+    if not settings.task:
+        own = own_rows.load(settings, teacher, metric)
+        return own.task, own.splits, own.notes
+    task = get_task(settings.task)
+    if metric:
+        raise UserError(
+            f"--metric {metric} is for rows of your own; task {task.name} is scored by {task.primary_metric}"
+        )
+    splits = load_splits(task, settings.data_dir, train)
+    order = _order_of(task, teacher)
+    if order is None or teacher is None:
+        return task, splits, unnamed_classes(task, teacher)
+    ordered = replace(task, label_names=teacher.names, official_ids=() if order == sorted(order) else tuple(order))
+    if not ordered.official_ids:
+        return ordered, splits, ()
+    note = f"labels are numbered as the teacher does: {', '.join(teacher.names)}"
+    return ordered, {name: _in_order(ordered, rows) for name, rows in splits.items()}, (note,)
+
+
+def unnamed_classes(task: Task, teacher: TeacherClasses | None) -> tuple[str, ...]:
+    """A warning if the teacher calls its classes LABEL_0, LABEL_1, ..., so that their order cannot be checked."""
+    if teacher is None or teacher.is_named or task.is_regression:
+        return ()
+    return (f"warning: {teacher.name} does not name its classes; they are taken for {', '.join(task.label_names)}",)
+
+
+def _order_of(task: Task, teacher: TeacherClasses | None) -> list[int] | None:
+    """The task's number of each of the teacher's classes; None if the names are not the same."""
+    if teacher is None or not teacher.is_named or task.is_regression:
+        return None
+    names = [name.casefold() for name in teacher.names]
+    return [task.label_names.index(name) for name in names] if sorted(names) == sorted(task.label_names) else None
+
+
+def _in_order(task: Task, rows: datasets.Dataset) -> datasets.Dataset:
+    """Rows with labels as numbers of `task.label_names`; -1, a hidden label, stays."""
+    number_of = np.argsort(task.official_ids)
+    labels = _column(rows, "label")
+    table = rows.data.table.select([name for name in rows.column_names if name != "label"])
+    table = table.append_column("label", pyarrow.array(np.where(labels < 0, labels, number_of[labels])))
+    digest = hashlib.sha256(f"{rows._fingerprint} {task.official_ids}".encode()).hexdigest()[:16]
+    return _dataset(task, table, digest)
 
 
 def load_splits(task: Task, data_dir: str, train: bool = True) -> dict[str, datasets.Dataset]:
@@ -41,6 +101,13 @@ def load_splits(task: Task, data_dir: str, train: bool = True) -> dict[str, data
                 f"PEAKD_DATA_DIR) a folder with it, or leave both unset to read {HUB_DATASET} from the hub"
             )
     return splits
+
+
+def source_of(settings: DataSettings) -> str:
+    """Where the rows come from, for messages."""
+    if settings.task:
+        return settings.data_dir or HUB_DATASET
+    return settings.dataset_name or " ".join(settings.train_file or settings.unlabeled_file or ())
 
 
 def fingerprints(splits: dict[str, datasets.Dataset]) -> dict[str, str]:

@@ -32,7 +32,8 @@ from safetensors.torch import load_file
 from transformers import PreTrainedTokenizerBase
 
 from peakd_ds.config import RunConfig
-from peakd_ds.data.batches import NUM_SHARDS, shard_bounds, split_holdout
+from peakd_ds.config.data import DataSettings
+from peakd_ds.data.batches import NUM_SHARDS, divide_rows, holds_out
 from peakd_ds.data.tasks import Task
 from peakd_ds.data.tokens import ON_ALL_NODES, Split, TokenRows, tokenizer_digest
 from peakd_ds.errors import UserError
@@ -89,13 +90,20 @@ def describe(
     }
 
 
-def rows_of_files(num_rows: int, select_on: str) -> dict[str, np.ndarray]:
-    """Numbers of the rows in each file, int64, sorted, for `num_rows` training rows. Shards hold the trained rows."""
-    trained, held_out = np.arange(num_rows), np.arange(0)
-    if select_on == "holdout":
-        trained, held_out = split_holdout(num_rows)
-    bounds = shard_bounds(len(trained))
-    shards = {_shard_name(number): trained[bounds[number] : bounds[number + 1]] for number in range(NUM_SHARDS)}
+def select_on_of(settings: DataSettings, task: Task) -> str:
+    """`--select_on` as it changes the shards: rows are held out, or not."""
+    return "holdout" if holds_out(settings, task) else "dev"
+
+
+def rows_of_files(task: Task, labels: np.ndarray, select_on: str) -> dict[str, np.ndarray]:
+    """Numbers of the rows in each file, int64. Shards hold the trained rows.
+
+    Args:
+        labels: [N] or [N, C] of all training rows.
+    """
+    trained, held_out = divide_rows(task, labels, select_on == "holdout")
+    bounds = trained.bounds
+    shards = {_shard_name(number): trained.rows[bounds[number] : bounds[number + 1]] for number in range(NUM_SHARDS)}
     return {**shards, HOLDOUT: held_out}
 
 
@@ -166,12 +174,15 @@ def find(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, data
     """
     manifest = read_manifest(Path(config.shard_dir))
     wanted = describe(
-        task, data_fingerprint or manifest.data_fingerprint, tokenizer, config.max_seq_length, config.select_on
+        task,
+        data_fingerprint or manifest.data_fingerprint,
+        tokenizer,
+        config.max_seq_length,
+        select_on_of(config, task),
     )
     check_made_from(manifest.folder, manifest.made_from, wanted)
     shards_of_node(dist.node_rank(), dist.num_nodes())
-    rows = rows_of_files(manifest.num_rows, config.select_on)
-    num_trained = manifest.num_rows - len(rows[HOLDOUT])
+    num_trained = manifest.num_rows - manifest.files[HOLDOUT].num_rows
     if num_trained < dist.num_nodes():
         raise UserError(
             f"task {task.name} has {num_trained} rows to train on, fewer than the {dist.num_nodes()} nodes; "
@@ -180,7 +191,7 @@ def find(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, data
     return manifest
 
 
-def load(config: RunConfig, manifest: Manifest) -> Split:
+def load(config: RunConfig, task: Task, manifest: Manifest) -> Split:
     """The train split (collective), with the tokens of this node's shards and of the held out rows.
 
     One rank of each node copies its files to scratch and verifies the copies. A dry run verifies the originals.
@@ -198,7 +209,7 @@ def load(config: RunConfig, manifest: Manifest) -> Split:
         index = load_file(folder / INDEX)
         lengths = index["lengths"].numpy().astype(np.int64)
         node_of = np.full(manifest.num_rows, ON_ALL_NODES)
-        rows = rows_of_files(manifest.num_rows, manifest.made_from["select_on"])
+        rows = rows_of_files(task, index["labels"].numpy(), manifest.made_from["select_on"])
         for other in range(num_nodes):
             for name in shards_of_node(other, num_nodes):
                 node_of[rows[name]] = other

@@ -17,6 +17,8 @@ from numpy.typing import ArrayLike, NDArray
 from scipy.stats import pearsonr, spearmanr
 from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
 
+from peakd_ds.errors import UserError
+
 
 @dataclass(frozen=True)
 class Task:
@@ -25,7 +27,7 @@ class Task:
     name: str
     """Name as the user wrote it, also the name of its data folder: "qnli", "qnli_10k"."""
     base: str
-    """The task that the fields below are of: "qnli" for "qnli_10k"."""
+    """The task that the fields below are of: "qnli" for "qnli_10k"; "" for the user's own rows."""
     text_columns: tuple[str, ...]
     """One or two text columns, in the order that the tokenizer gets them."""
     label_names: tuple[str, ...]
@@ -39,10 +41,33 @@ class Task:
     """(t_correct, t_wrong) of Pea-KD's published code; None if it has none for the task."""
     submission_files: Mapping[str, str] = field(default_factory=dict, hash=False)
     """File name that the GLUE server expects for each test split; empty outside GLUE."""
+    is_multi_label: bool = False
+    """Whether a row may have several of the classes, or none."""
+    selection_split: str = ""
+    """The split that picks the best epoch, if it is neither of train nor reported."""
+    has_labels: bool = True
+    """Whether any row has a label."""
+    official_ids: tuple[int, ...] = ()
+    """The benchmark's number of each class, where the teacher orders them otherwise; empty: they are the same."""
 
     @property
     def is_regression(self) -> bool:
         return not self.label_names
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the rows are the user's own."""
+        return not self.base
+
+    @property
+    def read_splits(self) -> tuple[str, ...]:
+        """Splits beside train that a run reads."""
+        return (self.selection_split, *self.eval_splits) if self.selection_split else self.eval_splits
+
+    @property
+    def has_right_and_wrong(self) -> bool:
+        """Whether a prediction of a row is right or wrong, which PTP needs."""
+        return self.has_labels and not self.is_regression and not self.is_multi_label
 
     @property
     def num_labels(self) -> int:
@@ -138,6 +163,47 @@ def get_task(name: str) -> Task:
     )
 
 
+METRICS = {
+    "classes": ("accuracy", "macro_f1", "weighted_f1"),
+    "multi_label": ("micro_f1", "macro_f1", "exact_match"),
+    "scores": ("spearmanr", "pearson", "rmse"),
+}
+"""Scores of own rows by kind; the first picks the best epoch unless `--metric` names another."""
+
+
+def own_task(
+    name: str,
+    kind: str,
+    text_columns: tuple[str, ...],
+    label_names: tuple[str, ...],
+    metric: str,
+    eval_splits: tuple[str, ...],
+    selection_split: str,
+    has_labels: bool,
+) -> Task:
+    """The task of the user's own rows.
+
+    Raises:
+        UserError: the metric is not one of this kind of task.
+    """
+    metrics = METRICS[kind] if has_labels else ()
+    if metric and metric not in metrics:
+        choices = f"take {', '.join(metrics)}" if metrics else "without labels there is none: leave it out"
+        raise UserError(f"--metric {metric} is no score of rows whose labels are {kind.replace('_', ' ')}; {choices}")
+    return Task(
+        name=name,
+        base="",
+        text_columns=text_columns,
+        label_names=label_names,
+        metrics=metrics,
+        primary_metric=metric or (metrics[0] if metrics else "agreement"),
+        eval_splits=eval_splits,
+        is_multi_label=kind == "multi_label",
+        selection_split=selection_split,
+        has_labels=has_labels,
+    )
+
+
 def compute_metrics(task: Task, logits: ArrayLike, labels: ArrayLike) -> dict[str, float]:
     """GLUE's metrics of `task` over a whole split, as fractions (accuracy 0.5, not 50).
 
@@ -158,6 +224,9 @@ def compute_metrics(task: Task, logits: ArrayLike, labels: ArrayLike) -> dict[st
     logits_NC, labels_N = _as_float64(logits), _as_float64(labels)
     _check_predictions(task, logits_NC, labels_N)
     predictions_N = logits_NC[:, 0] if task.is_regression else logits_NC.argmax(axis=1)
+    if task.official_ids:  # F1 is of the benchmark's class 1
+        official = np.array(task.official_ids)
+        labels_N, predictions_N = official[labels_N.astype(int)], official[predictions_N]
     return {metric: _METRICS[metric](labels_N, predictions_N) for metric in task.metrics}
 
 

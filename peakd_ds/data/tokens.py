@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from peakd_ds.data import reading
+from peakd_ds.data.labels import label_array, without_missing
 from peakd_ds.data.tasks import Task
 from peakd_ds.files import checked_folder, damage_of
 from peakd_ds.packed.packing import pack
@@ -40,11 +41,13 @@ class MicroBatch:
     inputs: dict[str, Any]
     """Packed rows: input_ids, token_type_ids, position_ids, int64 [1, T], and their `Packing` (packed/packing.py)."""
     labels: torch.Tensor
-    """int64 [B], or float32 [B] for regression."""
+    """int64 [B], or float32 [B] for regression, float32 [B, C] of 0 and 1 for several labels."""
     rows: torch.Tensor
     """int64 [B], positions in the split."""
     num_real: int
     """Rows that are not filler. They come first; filler must not touch loss or metrics."""
+    label_weights: torch.Tensor | None = None
+    """Weight of each row's hard loss, float32 [B], 0 without a label; None: all rows have a label and count alike."""
     teacher_outputs: TeacherOutputs | None = None
     """Added by `teacher.online.with_teacher_outputs`."""
 
@@ -97,9 +100,11 @@ class Split:
     lengths: np.ndarray
     """Token counts, int64 [N]."""
     labels: torch.Tensor
-    """int64 [N], or float32 [N] for regression."""
+    """int64 [N], or float32 [N] for regression, float32 [N, C] for several labels. labels.py says what is no label."""
     node_of: np.ndarray
     """The node that holds each row's tokens, int64 [N], or ON_ALL_NODES."""
+    label_weights: torch.Tensor | None = None
+    """Weight of each row's hard loss, float32 [N], 0 without a label; None: all rows have a label and count alike."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -110,11 +115,13 @@ class Split:
         if not num_real:
             rows = np.flatnonzero(np.isin(self.node_of, (ON_ALL_NODES, dist.node_rank())))[:1]
         columns = self.rows[rows]
+        labels, weights = self.labels[rows], self.label_weights
         return MicroBatch(
             inputs=pack(columns["input_ids"], columns["token_type_ids"]),
-            labels=to_device(self.labels[rows]),
+            labels=to_device(labels if weights is None else without_missing(labels)),
             rows=torch.from_numpy(rows),
             num_real=num_real,
+            label_weights=None if weights is None else to_device(weights[rows]),
         )
 
 
@@ -192,8 +199,8 @@ def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def label_dtype(task: Task) -> type[np.generic]:
-    """Storage type of labels: float32 scores or int64 class ids."""
-    return np.float32 if task.is_regression else np.int64
+    """Storage type of labels: float32 scores or switches, or int64 class ids."""
+    return np.float32 if task.is_regression or task.is_multi_label else np.int64
 
 
 def _whole_split(task: Task, rows: datasets.Dataset) -> Split:
@@ -208,7 +215,7 @@ def _whole_split(task: Task, rows: datasets.Dataset) -> Split:
     return Split(
         TokenRows(parts(), lengths),
         lengths,
-        torch.from_numpy(reading._column(rows, "label").astype(label_dtype(task))),
+        torch.from_numpy(label_array(rows.data.column("label")).astype(label_dtype(task))),
         np.full(len(rows), ON_ALL_NODES),
     )
 

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from peakd_ds.config import RunConfig
-from peakd_ds.data.batches import steps_per_epoch
+from peakd_ds.data.batches import TrainRows, steps_per_epoch
 from peakd_ds.engine.checkpoint import TrainState
 
 
@@ -33,11 +33,11 @@ class Schedule:
     """Epochs without a better score after which the stage ends; 0: it runs all epochs."""
 
     @staticmethod
-    def of(config: RunConfig, stage: str, num_rows: int) -> "Schedule":
-        """The schedule of a stage that trains on `num_rows` rows."""
+    def of(config: RunConfig, stage: str, rows: TrainRows) -> "Schedule":
+        """The schedule of a stage that trains on these rows."""
         return Schedule(
             config.epochs_of(stage),
-            steps_per_epoch(num_rows, config.global_batch_size),
+            steps_per_epoch(rows, config.global_batch_size),
             config.log_steps,
             config.eval_steps,
             config.save_steps,

@@ -8,6 +8,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import cached_file
 
 from peakd_ds.config import RunConfig
+from peakd_ds.data.labels import TeacherClasses
 from peakd_ds.data.tasks import Task
 from peakd_ds.errors import UserError, as_user_error, shown
 from peakd_ds.model.config_file import Pretrained, read_config
@@ -144,7 +145,9 @@ def check_contract(
             f"--teacher {teacher.path} and --{student_init.option} {student_init.path} have different "
             "vocabularies; take a student encoder with the teacher's tokenizer"
         )
-    if teacher.is_classifier:
+    if not config.teacher:
+        pass  # its outputs are in files
+    elif teacher.is_classifier:
         check_labels(task, teacher)
     elif "classifier.weight" in teacher.weight_names:  # its head would be taken for one of the task
         raise UserError(
@@ -179,13 +182,21 @@ def check_labels(task: Task, teacher: Pretrained) -> None:
     if task.is_regression:
         return
     names = _label_names(teacher)
-    fits = has_unnamed_labels(teacher) or tuple(name.lower() for name in names) == task.label_names
+    expected = tuple(name.casefold() for name in task.label_names)
+    fits = has_unnamed_labels(teacher) or tuple(name.casefold() for name in names) == expected
     if len(names) != task.num_labels or not fits:
         raise UserError(
-            f"--{teacher.option} {teacher.path} orders its labels {list(names)}, task {task.name} orders them "
-            f"{list(task.label_names)}; take a model of this task with this order "
-            "(or fix id2label in its config.json)"
+            f"--{teacher.option} {teacher.path} has the labels {list(names)}, task {task.name} has "
+            f"{list(task.label_names)}; take a model of this task, whatever its order (or fix id2label in its "
+            f"config.json)"
         )
+
+
+def classes_of(teacher: Pretrained) -> TeacherClasses | None:
+    """The classes of a model that is a classifier; None for an encoder."""
+    if not teacher.is_classifier:
+        return None
+    return TeacherClasses(teacher.name, _label_names(teacher), not has_unnamed_labels(teacher))
 
 
 def has_unnamed_labels(teacher: Pretrained) -> bool:

@@ -23,6 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from peakd_ds.data import reading
 from peakd_ds.data.batches import NUM_SHARDS, check_holdout
+from peakd_ds.data.labels import label_array
 from peakd_ds.data.shards import (
     HOLDOUT,
     INDEX,
@@ -99,7 +100,8 @@ def make(
             f"start at most {NUM_SHARDS}"
         )
     made_from = describe(task, rows._fingerprint, tokenizer, max_seq_length, select_on)
-    files = rows_of_files(len(rows), select_on)
+    labels = label_array(rows.data.column("label")).astype(label_dtype(task))
+    files = rows_of_files(task, labels, select_on)
     _agree(workers, lambda: _claim(folder, made_from) if workers.rank == 0 else None)
     digests = _agree(workers, lambda: _digests_in(folder, list(files)))
     encode = encoder_of(task, tokenizer, max_seq_length)
@@ -121,7 +123,7 @@ def make(
 
     def write_index_and_manifest() -> None:
         finished = {name: done[name][1] for name in files}
-        finished[INDEX] = _record(folder / INDEX, _write_index(folder, files, label_dtype(task)))
+        finished[INDEX] = _record(folder / INDEX, _write_index(folder, files, labels))
         manifest = Manifest(folder, made_from, len(rows), finished)
         write_checked(folder / "manifest.json", f"{manifest.to_json()}\n".encode())
         for file in (folder / MADE_FROM, *(checksum_file(folder / name) for name in finished)):
@@ -219,15 +221,13 @@ def _record(file: Path, digest: str) -> FileRecord:
     return FileRecord(digest, file.stat().st_size, len(lengths), int(lengths.sum()))
 
 
-def _write_index(folder: Path, files: dict[str, np.ndarray], label_dtype: npt.DTypeLike) -> str:
+def _write_index(folder: Path, files: dict[str, np.ndarray], labels: np.ndarray) -> str:
     """Write lengths and labels of all rows; return the SHA-256 of the file."""
-    num_rows = sum(map(len, files.values()))
-    index = {"lengths": np.zeros(num_rows, np.int32), "labels": np.zeros(num_rows, label_dtype)}
+    lengths = np.zeros(len(labels), np.int32)
     for name in files:
         columns = safetensors.numpy.load_file(folder / name)
-        for column in index:
-            index[column][columns["rows"]] = columns[column]
-    return _write(folder / INDEX, index)
+        lengths[columns["rows"]] = columns["lengths"]
+    return _write(folder / INDEX, {"lengths": lengths, "labels": labels})
 
 
 # -- The program -------------------------------------------------------------------------------------------------------

@@ -48,16 +48,22 @@ def evaluate(
         Metrics, with a suffix for a second split (mnli: accuracy and accuracy_mismatched); logits [N, C] by split;
         samples per second over all ranks.
     """
-    metrics: dict[str, float] = {}
     logits: dict[str, torch.Tensor] = {}
     num_samples, seconds = 0, 0.0
     for name, split in dev.items():
         rows = np.arange(len(split))
         logits[name], spent = predict(forward, split, rows, micro_batch_size, task.num_labels)
+        num_samples, seconds = num_samples + len(split), seconds + spent
+    return metrics_of(task, dev, logits), logits, num_samples / seconds
+
+
+def metrics_of(task: Task, dev: dict[str, Split], logits: dict[str, torch.Tensor]) -> dict[str, float]:
+    """Metrics of logits [N, C] on every eval split, with a suffix for a second split (accuracy_mismatched)."""
+    metrics: dict[str, float] = {}
+    for name, split in dev.items():
         suffix = "" if name == task.eval_splits[0] else "_" + name.removeprefix("validation_")
         metrics |= {key + suffix: value for key, value in compute_metrics(task, logits[name], split.labels).items()}
-        num_samples, seconds = num_samples + len(split), seconds + spent
-    return metrics, logits, num_samples / seconds
+    return metrics
 
 
 def agreement(task: Task, logits: torch.Tensor, teacher_logits: torch.Tensor) -> float:

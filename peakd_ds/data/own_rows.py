@@ -1,0 +1,278 @@
+"""The user's own rows as a task and its splits: which columns are read, which rows do what.
+
+    train, validation and test   validation picks epochs, test is reported
+    train and validation (or test)   a held-out tenth of train picks epochs, the other split is reported
+    train alone                  a tenth of train picks epochs, another is reported; both have all classes alike
+
+Rows of `--unlabeled_file` follow those of train. Their labels are not read.
+"""
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pyarrow
+from pyarrow import types
+
+from peakd_ds.config.data import DataSettings
+from peakd_ds.data import labels, own_files
+from peakd_ds.data.batches import HOLDOUT_SHARE, stratified_tenth
+from peakd_ds.data.labels import Labels, LabelSpec, TeacherClasses
+from peakd_ds.data.own_files import Rows
+from peakd_ds.data.tasks import Task, own_task
+from peakd_ds.errors import UserError, shown
+
+PAIRS = (
+    ("sentence1", "sentence2"),
+    ("premise", "hypothesis"),
+    ("question1", "question2"),
+    ("question", "sentence"),
+    ("question", "context"),
+    ("text1", "text2"),
+    ("text_a", "text_b"),
+    ("query", "passage"),
+)
+SINGLES = ("text", "sentence", "content", "review", "body", "message", "title", "question")
+LABEL_COLUMNS = ("label", "labels", "target")
+ROW = "row"
+"""Column of the number of a row among the train files and then the unlabelled ones, -1 in other splits."""
+ID = "id"
+
+
+@dataclass(frozen=True)
+class OwnRows:
+    """A task of the user's own."""
+
+    task: Task
+    splits: dict[str, datasets.Dataset]
+    """Columns: the texts, label, id (if the files have one) and row."""
+    notes: tuple[str, ...]
+    """Lines for the plan: what was found and how it was taken."""
+
+
+def load(settings: DataSettings, teacher: TeacherClasses | None, metric: str = "") -> OwnRows:
+    """Read the rows and find out what they are.
+
+    Args:
+        teacher: The classes of a teacher that is a classifier.
+        metric: The score that picks the best epoch; "" for the usual one.
+
+    Raises:
+        UserError: a file, column, text or label that cannot be used; names file, row, rule and remedy.
+    """
+    files = _read(settings)
+    texts = _text_columns(settings, files)
+    column = _label_column(settings, files)
+    read = _read_labels(settings, files, column)
+    labeled = {name: found for name, found in read.items() if any(file.kind for file in found)}
+    notes = []
+    if "train" in labeled:
+        spec = labels.find_spec(labeled, teacher, settings.label_names)
+    elif labeled:
+        raise UserError(f"{files[next(iter(labeled))][0].where} has labels, but no train row has one; label some")
+    else:
+        spec = labels.of_unlabeled(teacher, settings.label_names)
+    hidden = [name for name in ("validation", "test") if name in files and name not in labeled and labeled]
+    for name in hidden:
+        notes.append(f"{name} rows have no labels, so they are not used")
+    splits = {
+        name: _split(settings, name, files[name], read[name], spec, texts)
+        for name in files
+        if name not in hidden and name != "unlabeled"
+    }
+    if "unlabeled" in files:
+        unlabeled = _split(settings, "unlabeled", files["unlabeled"], read["unlabeled"], spec, texts)
+        splits["train"] = _joined(splits["train"], unlabeled) if "train" in splits else unlabeled
+    splits["train"] = splits["train"].append_column(ROW, pyarrow.array(np.arange(len(splits["train"]))))
+    if not {"validation", "test"} & set(splits):
+        splits["train"], splits["test"] = _carve(spec, splits["train"])
+    task = own_task(
+        name=settings.name or _name_of(settings),
+        kind=spec.kind,
+        text_columns=texts,
+        label_names=spec.names,
+        metric=metric,
+        eval_splits=("test",) if "test" in splits else ("validation",),
+        selection_split="validation" if {"validation", "test"} <= set(splits) else "",
+        has_labels=bool(labeled),
+    )
+    notes += [f"columns: {' and '.join(texts)}" + (f", labels in {column or ', '.join(settings.label_columns or ())}"
+              if labeled else ", no labels")]  # fmt: skip
+    return OwnRows(task, {name: _dataset(task, table) for name, table in splits.items()}, (*notes, *spec.notes))
+
+
+# -- Files and columns -------------------------------------------------------------------------------------------------
+
+
+def _read(settings: DataSettings) -> dict[str, list[Rows]]:
+    """The files of each split: train, validation, test, unlabeled; those that are given."""
+    files: dict[str, list[Rows]] = {}
+    if settings.dataset_name:
+        found = own_files.read_dataset(settings.dataset_name, settings.dataset_config_name)
+        files = {name: [rows] for name, rows in found.items()}
+    seen: dict[Path, str] = {}
+    for name in ("train", "validation", "test", "unlabeled"):
+        option = f"{name}_file"
+        patterns = getattr(settings, option)
+        if not patterns:
+            continue
+        paths = own_files.find_files(option, patterns)
+        for path in paths:
+            other = seen.setdefault(path.resolve(), option)
+            if other != option:
+                raise UserError(f"--{option} {path} is --{other} too; give each file once")
+        files[name] = [own_files.read_file(option, path) for path in paths]
+    return files
+
+
+def _text_columns(settings: DataSettings, files: Mapping[str, Sequence[Rows]]) -> tuple[str, ...]:
+    """The given columns of text, or those with a usual name."""
+    every = [rows for split in files.values() for rows in split]
+    columns = every[0].columns
+    if settings.text_columns:
+        chosen = settings.text_columns
+    else:
+        groups = (*PAIRS, *((name,) for name in SINGLES))
+        found = next((group for group in groups if set(group) <= set(columns)), None)
+        if found is None:
+            raise UserError(
+                f"{every[0].where} has the columns {shown(columns)}, none of which is called text, sentence or another "
+                "usual name; say with --text_columns which hold the text"
+            )
+        chosen = found
+    for rows in every:
+        for name in chosen:
+            _check_column("text_columns", name, rows)
+    return chosen
+
+
+def _label_column(settings: DataSettings, files: Mapping[str, Sequence[Rows]]) -> str:
+    """The given column of labels, or the one with a usual name; "" if there is none."""
+    if settings.label_columns:
+        return ""
+    labeled = [rows for name, split in files.items() if name != "unlabeled" for rows in split]
+    if settings.label_column:
+        for rows in labeled:
+            _check_column("label_column", settings.label_column, rows)
+        return settings.label_column
+    columns = labeled[0].columns if labeled else []
+    return next((name for name in LABEL_COLUMNS if name in columns), "")
+
+
+def _check_column(option: str, name: str, rows: Rows) -> None:
+    if name not in rows.columns:
+        raise UserError(
+            f"--{option} {name} is no column of {rows.where}, which has {shown(rows.columns)}; name one of them"
+        )
+
+
+def _read_labels(settings: DataSettings, files: Mapping[str, Sequence[Rows]], column: str) -> dict[str, list[Labels]]:
+    found: dict[str, list[Labels]] = {}
+    for name, split in files.items():
+        found[name] = []
+        for rows in split:
+            for switch in settings.label_columns or ():
+                if name != "unlabeled":
+                    _check_column("label_columns", switch, rows)
+            is_there = bool(settings.label_columns) or column in rows.columns
+            if name == "unlabeled" or not is_there:
+                found[name].append(Labels(rows.where, [None] * len(rows.table), "", None))
+            else:
+                found[name].append(labels.read(rows, column, settings.label_columns))
+    return found
+
+
+# -- Splits ------------------------------------------------------------------------------------------------------------
+
+
+def _split(
+    settings: DataSettings,
+    name: str,
+    files: Sequence[Rows],
+    read: Sequence[Labels],
+    spec: LabelSpec,
+    texts: Sequence[str],
+) -> pyarrow.Table:
+    """The columns of one split: texts, label, and id if every file has it."""
+    own_files.check_set(f"{name}_file", files, texts)
+    tables = []
+    for rows, found in zip(files, read, strict=True):
+        columns = {text: _checked_text(rows, text) for text in texts}
+        encoded = found.encode(spec)
+        columns["label"] = (
+            pyarrow.FixedSizeListArray.from_arrays(pyarrow.array(encoded.reshape(-1)), len(spec.names))
+            if encoded.ndim == 2
+            else pyarrow.array(encoded)
+        )
+        if all(settings.id_column in other.columns for other in files):
+            ids = rows.table.column(settings.id_column)
+            if ids.null_count or not (types.is_integer(ids.type) or types.is_string(ids.type)):
+                raise UserError(
+                    f"{rows.where} column {settings.id_column!r} must name every row with a word or a whole "
+                    f"number, but "
+                    f"holds {ids.type}, {ids.null_count} of them null; fix it, or name another --id_column"
+                )
+            columns[ID] = ids.cast(pyarrow.string())
+        tables.append(pyarrow.table(columns))
+    return pyarrow.concat_tables(tables, promote_options="permissive")
+
+
+def _checked_text(rows: Rows, name: str) -> pyarrow.ChunkedArray:
+    """A column of text. Raises UserError, with the row, for another type, no text, or text of spaces alone."""
+    column = rows.table.column(name)
+    if types.is_dictionary(column.type):
+        column = column.dictionary_decode()
+    if not (types.is_string(column.type) or types.is_large_string(column.type) or types.is_string_view(column.type)):
+        raise UserError(f"{rows.where} column {name!r} holds {column.type}, not text; name another of --text_columns")
+    column = column.cast(pyarrow.large_string())
+    for row, value in enumerate(column.to_pylist()):
+        problem = (
+            "no text"
+            if value is None
+            else "text of spaces alone"
+            if not value.strip()
+            else "a NUL character"
+            if "\0" in value
+            else ""
+        )
+        if problem:
+            raise UserError(f"{rows.where} row {row} has {problem} in column {name!r}; fix the row or leave it out")
+    return column
+
+
+def _joined(labeled: pyarrow.Table, unlabeled: pyarrow.Table) -> pyarrow.Table:
+    """Both, one after the other, with the columns that both have."""
+    names = [name for name in labeled.column_names if name in unlabeled.column_names]
+    return pyarrow.concat_tables([labeled.select(names), unlabeled.select(names)], promote_options="permissive")
+
+
+def _carve(spec: LabelSpec, train: pyarrow.Table) -> tuple[pyarrow.Table, pyarrow.Table]:
+    """The train rows without a fixed stratified tenth of the labelled ones, and that tenth, which is reported."""
+    values = labels.label_array(train.column("label"))
+    if len(train) < 2 * HOLDOUT_SHARE:
+        raise UserError(
+            f"there are {len(train)} rows, too few to hold out two tenths; give a --validation_file or a --test_file"
+        )
+    is_reported = np.zeros(len(train), bool)
+    is_reported[stratified_tenth(values, seed=1)] = True
+    return train.filter(pyarrow.array(~is_reported)), train.filter(pyarrow.array(is_reported))
+
+
+def _name_of(settings: DataSettings) -> str:
+    """The name of the first file, or the last word of the dataset's, with what paths do not take left out."""
+    first = settings.dataset_name or next(iter(settings.train_file or settings.unlabeled_file or ("rows",)))
+    stem = Path(first).name.split(".")[0]
+    name = "".join(char if char.isascii() and (char.isalnum() or char in "-_") else "_" for char in stem).strip("_-")
+    return name or "rows"
+
+
+def _dataset(task: Task, table: pyarrow.Table) -> datasets.Dataset:
+    """Rows as datasets holds them, with a fingerprint of their content and of what their labels mean."""
+    digest = hashlib.sha256(repr((task.is_multi_label, task.text_columns, task.label_names)).encode())
+    for batch in table.combine_chunks().to_batches(max_chunksize=2**16):
+        digest.update(batch.serialize())
+    info = datasets.DatasetInfo(features=datasets.Features.from_arrow_schema(table.schema))
+    return datasets.Dataset(table, info=info, fingerprint=digest.hexdigest()[:16])

@@ -1,0 +1,59 @@
+"""What a run is about to do, printed before it starts: rows, batches, teacher, student and loss."""
+
+import math
+
+from peakd_ds.config import RunConfig
+from peakd_ds.data.batches import NUM_SHARDS
+from peakd_ds.engine.ds_config import zero_stage
+from peakd_ds.kernels import choose_backend
+from peakd_ds.ranks import dist, host
+from peakd_ds.ranks.device import device
+from peakd_ds.run import Run
+from peakd_ds.teacher.online import OnlineTeacher
+
+
+def plan(run: Run) -> str:
+    """What is about to run, with every derived number beside the numbers it follows from."""
+    config = run.config
+    pairs = ", ".join(f"{i}:{j}" for i, j in run.pairs) or "none"
+    placement, warnings = [], [f"warning: {host.describe(lock)}" for lock in host.stale_locks()]
+    if config.data_placement == "sharded":
+        placement = [f"rows of {NUM_SHARDS // dist.num_nodes()} shards on each of {dist.num_nodes()} nodes"]
+    if not run.task.has_labels:
+        warnings.append("alpha is 1, since no row has a label")
+    return "\n".join(
+        [
+            f"task {run.task.name}, method {run.method}, seed {config.seed}, {config.dtype} on {device().type}",
+            f"rows: train {len(run.train_rows):,}, {run.selection.name} {len(run.selection.rows):,} (picks epochs), "
+            + ", ".join(f"{name} {len(split):,}" for name, split in run.dev.items()),
+            f"batch: global {config.global_batch_size} = micro {run.micro_batch_size} x accum {run.num_accum_steps} x "
+            f"world {dist.world_size()}, from {math.gcd(config.global_batch_size, NUM_SHARDS)} of {NUM_SHARDS} shards "
+            "at a time",
+            *placement,
+            f"teacher: {_teacher(run)}",
+            f"student: {config.num_hidden_layers} stored layers run as {run.student_depth} of "
+            f"{run.student_init.config.hidden_size}, ZeRO stage {zero_stage(run.student_ds_config)}, "
+            f"layer pairs {pairs}",
+            f"vocabulary: {len(run.used_tokens):,} of {len(run.tokenizer):,} tokens occur and are trained",
+            f"loss: {_loss_backend(config)}",
+            *run.notes,
+            *warnings,
+        ]
+    )
+
+
+def _loss_backend(config: RunConfig) -> str:
+    """What computes the losses, and why."""
+    if config.loss_backend != "auto":
+        return f"{config.loss_backend} kernels (--loss_backend)"
+    chosen, reason = choose_backend(device().type)
+    return f"{chosen} kernels, since {reason}"
+
+
+def _teacher(run: Run) -> str:
+    """The teacher's name and size, or the files of its outputs."""
+    if not isinstance(run.teacher, OnlineTeacher):
+        return f"outputs in {' and '.join(run.config.teacher_outputs or ())}"
+    source = run.teacher.source
+    sizes = f"{source.config.num_hidden_layers} layers of {source.config.hidden_size}"
+    return f"{source.path}, {sizes}, ZeRO stage {run.teacher.zero_stage}"
