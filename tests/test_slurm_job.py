@@ -158,6 +158,7 @@ def start_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 64 bytes"), "failed", 1),
         (MemoryError("too much"), "failed", 1),
         (OSError(12, "Cannot allocate memory"), "failed", 1),
+        (RuntimeError("Resource temporarily unavailable"), "failed", 1),
         (ZeroDivisionError("division"), "failed", None),
         (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), "failed", None),
     ],

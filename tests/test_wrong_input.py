@@ -371,6 +371,23 @@ def test_parquet_without_rows(program: Program, spoiled: Path) -> None:
     assert_says(program.refuses(data_dir=spoiled), f"{file} has no rows; get the train split of rte again")
 
 
+READER = """
+import os, sys
+from pathlib import Path
+from peakd_ds.data.parquet_files import read_table
+before = os.listdir("/proc/self/task")
+read_table(Path(sys.argv[1]), ["sentence1", "label"])
+sys.exit(os.listdir("/proc/self/task") != before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="threads are counted in /proc")
+def test_rows_are_read_without_threads(tiny_data: Path) -> None:
+    """Where memory is limited and no thread starts, pyarrow's readers wait for theirs without end."""
+    file = next((tiny_data / "rte").glob("train-*"))
+    subprocess.run([sys.executable, "-c", READER, str(file)], cwd=ROOT, env=ENVIRONMENT, check=True, timeout=120)
+
+
 def test_label_out_of_range(program: Program, spoiled: Path) -> None:
     columns = made_up_rows("mnli", 30, "")  # label 2 is mnli's contradiction
     columns = {"sentence1": columns["premise"], "sentence2": columns["hypothesis"], "label": columns["label"]}

@@ -55,7 +55,7 @@ def read_table(file: Path, needed: Sequence[str], optional: Sequence[str] = ()) 
     """
     problem, remedy = f"{file} is not a complete parquet file", "get it again"
     with as_user_error(problem, remedy):
-        opened = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True)
+        opened = pyarrow.parquet.ParquetFile(file, page_checksum_verification=True, pre_buffer=False)
         names = opened.schema_arrow.names
     for name in (*needed, *optional):
         if name in needed and name not in names:
@@ -66,7 +66,8 @@ def read_table(file: Path, needed: Sequence[str], optional: Sequence[str] = ()) 
             raise UserError(f"{file} has {names.count(name)} columns {name!r}; leave one of them")
     with as_user_error(problem, remedy):
         _check_declared_sizes(opened.metadata)
-        table = opened.read([name for name in (*needed, *optional) if name in names])
+        # In threads and with pre_buffer, pyarrow hangs or aborts where the limit of memory lets no thread start.
+        table = opened.read([name for name in (*needed, *optional) if name in names], use_threads=False)
         if len(table) != opened.metadata.num_rows:
             raise ValueError(f"it declares {opened.metadata.num_rows:,} rows, but holds {len(table):,}")
         try:

@@ -9,7 +9,10 @@ from peakd_ds.errors import UserError, first_line
 from peakd_ds.ranks import dist, liveness, preempt
 from peakd_ds.ranks.notes import note
 
-MEMORY_SIGNS = ("out of memory", "t allocate memory", "bad_alloc", "alloc_failed", "start new thread")
+MEMORY_SIGNS = (
+    *("out of memory", "t allocate memory", "bad_alloc", "alloc_failed", "start new thread"),
+    "resource temporarily unavailable",  # no thread: its stack is beyond the limit of memory
+)
 LOSS_SIGNS = (
     *("connection closed", "connection reset", "connection refused", "connection was likely closed", "broken pipe"),
     *("socket closed", "timed out", "pair closure", "remote process exited", "ncclremoteerror"),
