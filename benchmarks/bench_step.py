@@ -28,7 +28,8 @@ from arithmetic import step_flops
 from torch import Tensor, nn
 
 from peakd_ds.command_line import parse
-from peakd_ds.data.batches import epoch_slots, global_batches
+from peakd_ds.data.batches import global_batches
+from peakd_ds.data.division import epoch_slots
 from peakd_ds.data.tokens import MicroBatch
 from peakd_ds.engine import engines
 from peakd_ds.engine.ds_config import DTYPES

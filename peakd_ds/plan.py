@@ -3,7 +3,7 @@
 import math
 
 from peakd_ds.config import RunConfig
-from peakd_ds.data.batches import NUM_SHARDS
+from peakd_ds.data.division import NUM_SHARDS
 from peakd_ds.engine.ds_config import zero_stage
 from peakd_ds.kernels import choose_backend
 from peakd_ds.ranks import dist, host

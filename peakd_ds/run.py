@@ -19,7 +19,7 @@ from peakd_ds.config import SPECS, RunConfig
 from peakd_ds.config.optimisation import EVAL_BATCH_FACTOR
 from peakd_ds.data import reading
 from peakd_ds.data import shards as shard_files
-from peakd_ds.data.batches import TrainRows, check_holdout, divide_rows, holds_out
+from peakd_ds.data.division import TrainRows, check_holdout, divide_rows, holds_out
 from peakd_ds.data.labels import is_labeled, label_array, label_weights
 from peakd_ds.data.shards import Manifest
 from peakd_ds.data.tasks import Task
@@ -211,7 +211,7 @@ def _teacher_of(
     """The teacher, and what keeps its outputs."""
     config, task = checked.config, checked.task
     if checked.stored_logits is not None:
-        split = "train" if selection.split is train else task.selection_split or task.eval_splits[0]
+        split = "train" if selection.split is train else task.dev_split
         stored = StoredTeacher(config, checked.stored_logits, selection.name, split)
         return stored, stored
     eval_batch_size = _eval_batch_size(config)
@@ -293,7 +293,7 @@ def _select(config: RunConfig, task: Task, train: Split, others: dict[str, Split
     if len(held_out):
         return trained, Selection("holdout", train, held_out)
     name = task.selection_split or "dev"
-    split = others[task.selection_split or task.eval_splits[0]]
+    split = others[task.dev_split]
     rows = np.arange(len(split))
     return trained, Selection(name, split, rows[is_labeled(split.labels.numpy())] if task.has_labels else rows)
 

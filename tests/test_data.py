@@ -18,7 +18,8 @@ from test_files import DAMAGES, damageable
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from peakd_ds.data import reading
-from peakd_ds.data.batches import NUM_SHARDS, _deal, epoch_slots, eval_batches, global_batches, split_holdout
+from peakd_ds.data.batches import _deal, eval_batches, global_batches
+from peakd_ds.data.division import NUM_SHARDS, epoch_slots, split_holdout
 from peakd_ds.data.tasks import get_task
 from peakd_ds.data.tokens import Split, tokenize
 from peakd_ds.errors import UserError

@@ -9,7 +9,8 @@ import pytest
 
 from peakd_ds import run, stages, train
 from peakd_ds.command_line import parse
-from peakd_ds.data.batches import epoch_slots, global_batches
+from peakd_ds.data.batches import global_batches
+from peakd_ds.data.division import epoch_slots
 from peakd_ds.engine import engines
 from peakd_ds.engine.ds_config import batch_plan
 from peakd_ds.errors import UserError

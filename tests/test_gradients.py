@@ -14,7 +14,8 @@ from transformers import BertForSequenceClassification
 
 from peakd_ds import stages
 from peakd_ds.command_line import parse
-from peakd_ds.data.batches import epoch_slots, global_batches
+from peakd_ds.data.batches import global_batches
+from peakd_ds.data.division import epoch_slots
 from peakd_ds.engine import engines
 from peakd_ds.packed.packing import padded
 from peakd_ds.ranks import dist

@@ -27,7 +27,8 @@ from peakd_ds import stages
 from peakd_ds.cluster import run_lock
 from peakd_ds.command_line import parse
 from peakd_ds.config import RunConfig
-from peakd_ds.data.batches import epoch_slots, global_batches
+from peakd_ds.data.batches import global_batches
+from peakd_ds.data.division import epoch_slots
 from peakd_ds.data.tasks import get_task
 from peakd_ds.engine import engines
 from peakd_ds.engine.ds_config import DTYPES, load_ds_config

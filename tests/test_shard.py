@@ -31,7 +31,8 @@ from peakd_ds.command_line import parse
 from peakd_ds.config import RunConfig
 from peakd_ds.data import reading
 from peakd_ds.data import shards as shard_files
-from peakd_ds.data.batches import NUM_SHARDS, epoch_slots, eval_batches, global_batches, split_holdout
+from peakd_ds.data.batches import eval_batches, global_batches
+from peakd_ds.data.division import NUM_SHARDS, epoch_slots, split_holdout
 from peakd_ds.data.tasks import get_task
 from peakd_ds.data.tokens import MicroBatch, tokenize
 from peakd_ds.errors import UserError

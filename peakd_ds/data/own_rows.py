@@ -19,7 +19,7 @@ from pyarrow import types
 
 from peakd_ds.config.data import DataSettings
 from peakd_ds.data import labels, own_files
-from peakd_ds.data.batches import HOLDOUT_SHARE, stratified_tenth
+from peakd_ds.data.division import HOLDOUT_SHARE, stratified_tenth
 from peakd_ds.data.labels import Labels, LabelSpec, TeacherClasses
 from peakd_ds.data.own_files import Rows
 from peakd_ds.data.tasks import Task, own_task

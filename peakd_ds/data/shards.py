@@ -33,7 +33,7 @@ from transformers import PreTrainedTokenizerBase
 
 from peakd_ds.config import RunConfig
 from peakd_ds.config.data import DataSettings
-from peakd_ds.data.batches import NUM_SHARDS, divide_rows, holds_out
+from peakd_ds.data.division import NUM_SHARDS, divide_rows, holds_out
 from peakd_ds.data.tasks import Task
 from peakd_ds.data.tokens import ON_ALL_NODES, Split, TokenRows, tokenizer_digest
 from peakd_ds.errors import UserError

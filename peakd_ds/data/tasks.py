@@ -65,6 +65,11 @@ class Task:
         return (self.selection_split, *self.eval_splits) if self.selection_split else self.eval_splits
 
     @property
+    def dev_split(self) -> str:
+        """The split that picks epochs where no row of train is held out."""
+        return self.selection_split or self.eval_splits[0]
+
+    @property
     def has_right_and_wrong(self) -> bool:
         """Whether a prediction of a row is right or wrong, which PTP needs."""
         return self.has_labels and not self.is_regression and not self.is_multi_label

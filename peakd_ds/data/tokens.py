@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from peakd_ds.data import reading
 from peakd_ds.data.labels import label_array, without_missing
 from peakd_ds.data.tasks import Task
 from peakd_ds.files import checked_folder, damage_of
@@ -211,7 +210,7 @@ def _whole_split(task: Task, rows: datasets.Dataset) -> Split:
             yield np.arange(first, first + len(batch)), columns
             first += len(batch)
 
-    lengths = reading._column(rows, "length")
+    lengths = rows.data.column("length").to_numpy()
     return Split(
         TokenRows(parts(), lengths),
         lengths,

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from peakd_ds.config import RunConfig
-from peakd_ds.data.batches import TrainRows, steps_per_epoch
+from peakd_ds.data.division import TrainRows, steps_per_epoch
 from peakd_ds.engine.checkpoint import TrainState
 
 

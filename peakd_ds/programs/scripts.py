@@ -7,10 +7,12 @@ here, a module of its own beside this file, and a line in pyproject.toml.
 import argparse
 import os
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
-from peakd_ds.command_line import Parser, add_local_rank, add_setting, start
+from peakd_ds.command_line import Parser, add_local_rank, add_setting, settings_of, start
 from peakd_ds.config import SPECS, check_range, check_sharing
+from peakd_ds.config.data import OWN_DATA, DataSettings, check_data_source
 from peakd_ds.config.setting import Range, check_text
 from peakd_ds.errors import UserError
 
@@ -26,7 +28,7 @@ def evaluate_options(words: Sequence[str]) -> argparse.Namespace:
     """Options of peakd-eval. Raises UserError for a word or a value that does not fit."""
     parser = Parser("peakd-eval", "GLUE metrics of a saved classifier.")
     parser.add_argument("--model", required=True, help="folder of a student (either form) or teacher")
-    _add_task(parser)
+    _add_rows(parser)
     add_setting(parser, SPECS["max_seq_length"])
     add_setting(parser, SPECS["micro_batch_size"])
     parser.add_argument("--submission", metavar="FOLDER", help="also write GLUE test files here, where test splits are")
@@ -49,7 +51,7 @@ def shard_options(words: Sequence[str]) -> argparse.Namespace:
         "Tokenise a task's training rows into 64 shards, with one MPI rank for each worker, and copy each node's "
         "shards to its scratch. Started again, it keeps finished files and makes the rest.",
     )
-    _add_task(parser)
+    _add_rows(parser)
     parser.add_argument("--teacher", required=True, help="folder or hub id as for train.py; its tokenizer is used")
     parser.add_argument("--shard_dir", required=True, help="folder on a shared file system that receives the shards")
     for name in ("max_seq_length", "select_on", "scratch_dir"):
@@ -194,22 +196,29 @@ def demo_options(words: Sequence[str]) -> argparse.Namespace:
 # -- Shared ------------------------------------------------------------------------------------------------------------
 
 
-def _add_task(parser: Parser) -> None:
-    parser.add_argument("--task", required=True, help="task name as for train.py")
-    parser.add_argument(
-        "--data_dir",
-        default=os.environ.get("PEAKD_DATA_DIR", ""),
-        help="as for train.py [default $PEAKD_DATA_DIR, else the hub]",
-    )
+def _add_rows(parser: Parser) -> None:
+    """Add the settings that say which rows are read, as train.py has them."""
+    section = parser.add_argument_group("Data", DataSettings.__doc__)
+    for name in ("task", "data_dir", *OWN_DATA, "id_column"):
+        add_setting(section, SPECS[name])
+
+
+def data_settings(options: argparse.Namespace) -> DataSettings:
+    """The settings of the rows among parsed options."""
+    names = {spec.name for spec in fields(DataSettings)}
+    settings = {name: value for name, value in settings_of(options).items() if name in names}
+    return DataSettings(**settings)
 
 
 def _checked(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
     """Parsed words, those of RunConfig's settings within their ranges. Raises UserError."""
     options = parser.parse_args(words)
     _check_texts(options)
-    for name, value in vars(options).items():
-        if name in SPECS:
-            check_range(name, value)
+    for name, value in settings_of(options).items():
+        check_range(name, value)
+    if hasattr(options, "train_file"):
+        options.data_dir = options.data_dir or os.environ.get("PEAKD_DATA_DIR", "")
+        check_data_source(data_settings(options))
     return options
 
 

@@ -22,7 +22,7 @@ from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
 from peakd_ds.data import reading
-from peakd_ds.data.batches import NUM_SHARDS, check_holdout
+from peakd_ds.data.division import NUM_SHARDS, check_holdout, holds_out
 from peakd_ds.data.labels import label_array
 from peakd_ds.data.shards import (
     HOLDOUT,
@@ -35,10 +35,11 @@ from peakd_ds.data.shards import (
     read_manifest,
     rows_of_files,
     scratch_of,
+    select_on_of,
     shards_of_node,
     stage,
 )
-from peakd_ds.data.tasks import Task, get_task
+from peakd_ds.data.tasks import Task
 from peakd_ds.data.tokens import encoder_of, label_dtype
 from peakd_ds.errors import UserError, first_line
 from peakd_ds.files import (
@@ -286,15 +287,19 @@ def main(args: argparse.Namespace) -> None:
     def inputs() -> tuple[Task, datasets.Dataset, PreTrainedTokenizerBase]:
         if scratch is not None:
             shards_of_node(node, len(nodes))  # raises if the nodes do not divide the shards
-        task = get_task(args.task)
-        tokenizer = contract.load_tokenizer(contract.find_encoder(args.teacher, "teacher"))
-        rows = reading.load_splits(task, args.data_dir)["train"]
-        if args.select_on == "holdout":
-            check_holdout(task, len(rows))
-        return task, rows, tokenizer
+        settings = scripts.data_settings(args)
+        encoder = contract.find_encoder(args.teacher, "teacher", with_weights=False)
+        tokenizer = contract.load_tokenizer(encoder)
+        task, splits, notes = reading.load(settings, contract.classes_of(encoder))
+        if workers.rank == 0 and notes:
+            print("\n".join(notes))
+        if holds_out(settings, task):
+            check_holdout(task, label_array(splits["train"].data.column("label")))
+        return task, splits["train"], tokenizer
 
     task, rows, tokenizer = _agree(workers, inputs)
-    manifest, notes = make(workers, task, rows, tokenizer, args.max_seq_length, args.select_on, Path(args.shard_dir))
+    select_on = select_on_of(scripts.data_settings(args), task)
+    manifest, notes = make(workers, task, rows, tokenizer, args.max_seq_length, select_on, Path(args.shard_dir))
     if workers.rank == 0:
         for note in notes:
             print(note)

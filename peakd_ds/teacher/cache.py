@@ -106,7 +106,7 @@ class TeacherCache:
             train = self.open_split("train", self.train, self.layers, say)
             selection = train
             if self.selection_split is not self.train:
-                selection = self.open_split(self.selection_split_name, self.selection_split, (), say)
+                selection = self.open_split(self.task.dev_split, self.selection_split, (), say)
             self.teacher.stop()
             self._outputs = {"train": train, self.selection_name: selection}
         return self._outputs
@@ -118,7 +118,7 @@ class TeacherCache:
             return
         splits = {"train": (self.train, self.layers)}
         if self.selection_split is not self.train:
-            splits[self.selection_split_name] = (self.selection_split, ())
+            splits[self.task.dev_split] = (self.selection_split, ())
         needed = sum(self._missing_bytes(name, split, layers) for name, (split, layers) in splits.items())
         if needed:
             cache_files.check_writable(self.folder_of("train"))

@@ -31,7 +31,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from peakd_ds.data.batches import NUM_SHARDS
+from peakd_ds.data.division import NUM_SHARDS
 from peakd_ds.errors import UserError, first_line
 from peakd_ds.files import (
     checksum_file,
