@@ -2,24 +2,27 @@
 
 Importing this package needs only PyTorch; Triton is imported when its backend is first used.
 
+    checks.py            the rules for its arguments
     reference.py         plain autograd PyTorch, the ground truth
     fused.py             the same loss with gradients computed in the forward pass, by one of two backends:
     torch_backend.py       for CPUs: chunks of plain or compiled PyTorch
+    torch_multi_label.py     a chunk with a yes or no in each class
     triton_backend.py      for GPUs: launches of
     triton_kernels.py        device code for hidden states and for up to 256 classes
+    triton_multi_label.py    device code for a yes or no in each class
     triton_streaming.py      device code for more classes, which no stage of training has
 """
 
 import functools
 import importlib.util
 import logging
-import math
 from collections.abc import Sequence
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 
+from peakd_ds.kernels.checks import check_hidden, check_labels, check_logits, check_settings
 from peakd_ds.kernels.fused import Backend, LossInputs, fused_loss
 from peakd_ds.kernels.reference import DistillationLoss, compute_dtype, reference_loss
 
@@ -33,7 +36,6 @@ __all__ = [
 ]
 
 BACKENDS = ("auto", "triton", "torch", "reference")
-_REDUCTIONS = ("batchmean", "mean")
 _Number = TypeVar("_Number", int, float)
 
 logger = logging.getLogger(__name__)
@@ -53,6 +55,9 @@ def distillation_loss(
     normalize: bool = True,
     reduction: str = "batchmean",
     ignore_index: int = -100,
+    label_weights: Tensor | None = None,
+    label_divisor: float | Tensor | None = None,
+    multi_label: bool = False,
     num_items: int | Tensor | None = None,
     num_tokens: int | Tensor | None = None,
     grad_scale: float | Tensor | None = None,
@@ -67,6 +72,22 @@ def distillation_loss(
 
     With C = 1 (regression), `hard` and `soft` are the mean squared errors of the student's score against the label and
     the teacher's score, without T. A mean over no elements (N = 0, all labels ignored, all tokens padding) is 0.
+
+    With `multi_label`, each class is a yes or no of its own, also with C = 1; p = sigmoid(student_logits):
+
+        hard   = -(y log p + (1 - y) log(1 - p)) with labels y, mean over C, then over rows
+        soft   = T^2 * KL(sigmoid(teacher_logits / T) || sigmoid(student_logits / T)), summed over C, mean over rows
+
+    where the KL divergence of two probabilities is that of yes and no, a log(a / b) + (1 - a) log((1 - a) / (1 - b)).
+    A logit of -inf is a certain no, inf a certain yes. An element has no hard loss if it is certain of its label,
+    and an infinite one if it is certain of the opposite; it has no soft loss if student and teacher are equal, and an
+    infinite one if the student alone is certain. Gradients stay finite.
+
+    With `label_weights` w or `label_divisor` d, the mean over rows of `hard` is a weighted one:
+
+        hard   = sum over rows of w * (hard loss of the row) / d
+
+    Without weights w is 1; without a divisor d is the sum of w, as in F.cross_entropy(weight=).
 
     Inputs are bf16, fp16, fp32 or fp64; student and teacher may differ. The computation is in fp32, or in fp64 if a
     logit or hidden tensor is fp64; the reference is always in fp64. Only the student's tensors receive gradients, and
@@ -83,7 +104,8 @@ def distillation_loss(
     Args:
         student_logits: [N, C] pre-softmax scores; -inf masks a class.
         teacher_logits: [N, C], or None: `soft` is then 0, and alpha must be 0.
-        labels: [N] class ids in any integer dtype, or scores, float or integer, when C = 1; None: `hard` is 0.
+        labels: [N] class ids in any integer dtype, or scores, float or integer, when C = 1; with `multi_label`, [N, C]
+            of 0 and 1 in any dtype (a number between them is a probability). None: `hard` is 0.
         student_hidden: One tensor per layer pair, all [B, H] ([CLS] vectors) or all [B, S, H]; empty: `hidden` is 0.
         teacher_hidden: The teacher's tensors, in the same order and of the same shape.
         temperature: T of the soft loss, > 0.
@@ -93,7 +115,16 @@ def distillation_loss(
         normalize: L2-normalise each hidden vector first, with eps 1e-12.
         reduction: "batchmean" divides the soft loss by rows, as `torch.nn.KLDivLoss` does; "mean" also divides it by
             C, as the published code of Patient KD and Pea-KD does (with two classes it halves the soft loss).
-        ignore_index: Rows with this label are left out of `hard` and `soft`, but not out of `hidden`.
+        ignore_index: Rows with this label are left out of `hard` and `soft`, but not out of `hidden`. No effect with
+            `multi_label`, where `label_weights` leaves rows out of `hard`.
+        label_weights: [N] floats >= 0, the weight of each row's hard loss; for class weights, pass
+            class_weights[labels]. A row of weight 0 is left out of `hard` alone: whatever its logits and label, it
+            adds exactly 0 to `hard` and its gradient. None: `hard` has no weights.
+        label_divisor: What the weighted sum of hard losses is divided by, in place of `num_items`: a number or a 0-dim
+            tensor. With the sum of the weights of the global batch, the losses of all micro-batches and ranks add up
+            to its weighted mean. 0 means that no row has a label: `hard` and its gradient are 0. None: with
+            `label_weights`, the sum of the weights of the rows that are not ignored; else the rows, as for `soft`.
+        multi_label: Each class is a yes or no of its own, instead of one class in C.
         num_items: Rows to divide `hard`, `soft` and [B, H] `hidden` by, an int or a 0-dim tensor. With the count of
             the global batch, the losses of all micro-batches and ranks add up to its mean. None: `hard` and `soft` are
             divided by the rows that are not ignored, `hidden` by B.
@@ -113,16 +144,20 @@ def distillation_loss(
         IndexError: A class id is out of range, on a CPU. On a GPU, which is not synchronised, the loss is NaN
             ("triton") or a device-side assertion fails ("torch" and "reference").
     """
-    _check_settings(temperature, alpha, beta, reduction, num_items, num_tokens, grad_scale)
-    _check_logits(student_logits, teacher_logits, labels, alpha)
-    _check_hidden(student_hidden, teacher_hidden, attention_mask, student_logits)
-    if labels is not None:
+    check_settings(temperature, alpha, beta, reduction, num_items, num_tokens, grad_scale, label_divisor)
+    check_logits(student_logits, teacher_logits, alpha)
+    check_labels(labels, label_weights, student_logits, multi_label)
+    check_hidden(student_hidden, teacher_hidden, attention_mask, student_logits)
+    if labels is not None and not multi_label:
         labels = _widened(labels)
     device = student_logits.device
     has_tokens = bool(student_hidden) and student_hidden[0].ndim == 3
     attention_mask = attention_mask if has_tokens else None
     num_items, num_tokens = _on_device(num_items, device), _on_device(num_tokens, device)
+    label_divisor = _on_device(label_divisor, device)
     dtype = compute_dtype(student_logits, teacher_logits, *student_hidden, *teacher_hidden)
+    if label_weights is not None:
+        label_weights = label_weights.detach().to(dtype)
     chosen = _resolve(backend, device, is_double=dtype == torch.float64)
     if chosen == "reference":
         return reference_loss(
@@ -138,13 +173,16 @@ def distillation_loss(
             normalize=normalize,
             reduction=reduction,
             ignore_index=ignore_index,
+            label_weights=label_weights,
+            label_divisor=label_divisor,
+            multi_label=multi_label,
             num_items=num_items,
             num_tokens=num_tokens,
         )
     inputs = LossInputs(
         student_logits_NC=student_logits,
         teacher_logits_NC=None if teacher_logits is None else teacher_logits.detach(),
-        labels_N=labels,
+        labels_N=None if multi_label else labels,
         student_hidden_BSH=tuple(student_hidden),
         teacher_hidden_BSH=tuple(states.detach() for states in teacher_hidden),
         temperature=temperature,
@@ -157,6 +195,10 @@ def distillation_loss(
         num_items=num_items,
         num_tokens=num_tokens,
         grad_scale=1.0 if grad_scale is None else cast(float | Tensor, _on_device(grad_scale, device)),
+        labels_NC=labels if multi_label else None,
+        label_weights_N=label_weights,
+        label_divisor=label_divisor,
+        multi_label=multi_label,
     )
     return fused_loss(_backend_module(chosen), inputs)
 
@@ -173,10 +215,11 @@ class DistillationLossModule(nn.Module):
         normalize: bool = True,
         reduction: str = "batchmean",
         ignore_index: int = -100,
+        multi_label: bool = False,
         backend: str = "auto",
     ) -> None:
         super().__init__()
-        _check_settings(temperature, alpha, beta, reduction, None, None, None)
+        check_settings(temperature, alpha, beta, reduction)
         if backend not in BACKENDS:
             raise ValueError(f"backend {backend!r} is unknown; use one of {', '.join(BACKENDS)}")
         self.settings: dict[str, Any] = dict(
@@ -186,6 +229,7 @@ class DistillationLossModule(nn.Module):
             normalize=normalize,
             reduction=reduction,
             ignore_index=ignore_index,
+            multi_label=multi_label,
             backend=backend,
         )
 
@@ -198,6 +242,8 @@ class DistillationLossModule(nn.Module):
         teacher_hidden: Sequence[Tensor] = (),
         *,
         attention_mask: Tensor | None = None,
+        label_weights: Tensor | None = None,
+        label_divisor: float | Tensor | None = None,
         num_items: int | Tensor | None = None,
         num_tokens: int | Tensor | None = None,
         grad_scale: float | Tensor | None = None,
@@ -210,6 +256,8 @@ class DistillationLossModule(nn.Module):
             student_hidden,
             teacher_hidden,
             attention_mask=attention_mask,
+            label_weights=label_weights,
+            label_divisor=label_divisor,
             num_items=num_items,
             num_tokens=num_tokens,
             grad_scale=grad_scale,
@@ -308,116 +356,3 @@ def _widened(labels: Tensor) -> Tensor:
     if not labels.is_floating_point():
         return labels.long()
     return labels.float() if labels.itemsize < 4 else labels
-
-
-# -- Checks ------------------------------------------------------------------------------------------------------------
-
-
-def _check_settings(
-    temperature: float,
-    alpha: float,
-    beta: float,
-    reduction: str,
-    num_items: int | Tensor | None,
-    num_tokens: int | Tensor | None,
-    grad_scale: float | Tensor | None,
-) -> None:
-    if not 0 < temperature < math.inf:  # also catches NaN
-        raise ValueError(f"temperature {temperature} is not a finite number above 0; Pea-KD uses 10")
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha {alpha} is not in [0, 1]; 0 uses labels only, 1 teacher logits only")
-    if not 0 <= beta < math.inf:
-        raise ValueError(f"beta {beta} is not a finite number >= 0; 0 disables the hidden-state loss")
-    if reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction {reduction!r} is unknown; use {' or '.join(map(repr, _REDUCTIONS))}")
-    for name, count in (("num_items", num_items), ("num_tokens", num_tokens)):
-        if isinstance(count, Tensor):
-            if count.ndim != 0:
-                raise ValueError(f"{name} has shape {list(count.shape)}, not []; pass a 0-dim tensor")
-        elif count is not None and count < 0:
-            raise ValueError(f"{name} {count} is negative; pass the count of the global batch")
-    if isinstance(grad_scale, Tensor):
-        if grad_scale.ndim != 0:
-            raise ValueError(f"grad_scale has shape {list(grad_scale.shape)}, not []; pass a 0-dim tensor")
-    elif grad_scale is not None and not 0 < grad_scale < math.inf:
-        raise ValueError(f"grad_scale {grad_scale} is not a finite number above 0; pass the expected upstream gradient")
-
-
-def _check_logits(student: Tensor, teacher: Tensor | None, labels: Tensor | None, alpha: float) -> None:
-    if student.ndim != 2 or student.shape[1] == 0:
-        raise ValueError(f"student_logits have shape {list(student.shape)}; pass [N, C] with C >= 1")
-    _check_floating("student_logits", student)
-    if teacher is None:
-        if alpha != 0:
-            raise ValueError(f"alpha {alpha} needs teacher_logits, not None; pass them or set alpha to 0")
-    else:
-        if teacher.shape != student.shape:
-            raise ValueError(
-                f"student_logits {list(student.shape)} and teacher_logits {list(teacher.shape)} differ; "
-                f"both models need the same rows and classes"
-            )
-        _check_floating("teacher_logits", teacher)
-        _check_device("teacher_logits", teacher, student)
-    if labels is not None:
-        if labels.shape != student.shape[:1]:
-            raise ValueError(f"labels {list(labels.shape)} do not match student_logits {list(student.shape)}; pass [N]")
-        _check_device("labels", labels, student)
-        if student.shape[1] > 1 and labels.is_floating_point():
-            raise ValueError(
-                f"labels are {labels.dtype} but student_logits {list(student.shape)} have classes; "
-                f"pass integer class ids, or logits [N, 1] for regression"
-            )
-
-
-def _check_hidden(
-    student_hidden: Sequence[Tensor],
-    teacher_hidden: Sequence[Tensor],
-    attention_mask: Tensor | None,
-    student_logits: Tensor,
-) -> None:
-    if len(student_hidden) != len(teacher_hidden):
-        raise ValueError(
-            f"{len(student_hidden)} student_hidden and {len(teacher_hidden)} teacher_hidden states differ in "
-            f"number; pass one teacher state per matched student layer"
-        )
-    for k, (student, teacher) in enumerate(zip(student_hidden, teacher_hidden, strict=True)):
-        if student.shape != teacher.shape:
-            raise ValueError(
-                f"{_shapes(k, student, teacher)} differ; both models need the same batch, length and hidden size"
-            )
-        if student.ndim not in (2, 3) or student.shape[-1] == 0 or student.shape != student_hidden[0].shape:
-            raise ValueError(
-                f"{_shapes(k, student, teacher)} are not [B, H] or [B, S, H], or not shaped like the first pair"
-            )
-        for side, state, first in (("student", student, student_hidden[0]), ("teacher", teacher, teacher_hidden[0])):
-            _check_floating(f"{side}_hidden", state, k)
-            _check_device(f"{side}_hidden", state, student_logits, k)
-            if state.dtype != first.dtype:
-                raise ValueError(
-                    f"{side}_hidden[{k}] {list(state.shape)} are {state.dtype}, {side}_hidden[0] {first.dtype}; "
-                    "use one dtype for all states of a model"
-                )
-    if student_hidden and student_hidden[0].ndim == 3 and attention_mask is not None:
-        if attention_mask.shape != student_hidden[0].shape[:2]:
-            raise ValueError(
-                f"attention_mask {list(attention_mask.shape)} does not match hidden states "
-                f"{list(student_hidden[0].shape)}; pass [B, S]"
-            )
-        _check_device("attention_mask", attention_mask, student_logits)
-
-
-def _shapes(k: int, student: Tensor, teacher: Tensor) -> str:
-    return f"student_hidden[{k}] {list(student.shape)} and teacher_hidden[{k}] {list(teacher.shape)}"
-
-
-def _check_floating(name: str, tensor: Tensor, k: int | None = None) -> None:
-    if not tensor.is_floating_point():
-        raise ValueError(f"{name}{'' if k is None else f'[{k}]'} are {tensor.dtype}; pass bf16, fp16, fp32 or fp64")
-
-
-def _check_device(name: str, tensor: Tensor, student_logits: Tensor, k: int | None = None) -> None:
-    if tensor.device != student_logits.device:
-        raise ValueError(
-            f"{name}{'' if k is None else f'[{k}]'} are on {tensor.device}, student_logits on "
-            f"{student_logits.device}; use one device"
-        )

@@ -44,6 +44,16 @@ class LossInputs:
     num_items: int | Tensor | None
     num_tokens: int | Tensor | None
     grad_scale: float | Tensor
+    labels_NC: Tensor | None = None
+    """0 and 1 in any dtype: the labels with `multi_label`, in place of `labels_N`."""
+    label_weights_N: Tensor | None = None
+    """In the dtype of the computation."""
+    label_divisor: float | Tensor | None = None
+    multi_label: bool = False
+
+    @property
+    def has_labels(self) -> bool:
+        return self.labels_N is not None or self.labels_NC is not None
 
     @property
     def num_classes(self) -> int:
@@ -51,7 +61,7 @@ class LossInputs:
 
     @property
     def is_regression(self) -> bool:
-        return self.num_classes == 1
+        return self.num_classes == 1 and not self.multi_label
 
     @property
     def needs_precise_kl(self) -> bool:
@@ -77,10 +87,23 @@ class LossInputs:
 
     @property
     def row_divisor(self) -> int | Tensor | None:
-        """Rows to divide `hard` and `soft` by; None: the backend counts the rows whose label is not ignored."""
+        """Rows to divide `soft` by, and `hard` if `hard_divisor` is None.
+
+        None: the backend counts the rows whose label is not ignored.
+        """
         if self.num_items is not None:
             return self.num_items
         return len(self.student_logits_NC) if self.labels_N is None else None
+
+    @property
+    def hard_divisor(self) -> float | Tensor | None:
+        """What the weighted sum of hard losses is divided by, 0 if no row has a label; None: rows, without weights."""
+        if self.label_divisor is not None or self.label_weights_N is None:
+            return self.label_divisor
+        weights_N = self.label_weights_N
+        if self.labels_N is not None:
+            weights_N = weights_N.masked_fill(self.labels_N == self.ignore_index, 0)
+        return weights_N.sum()
 
     @property
     def vector_divisor(self) -> int | Tensor | None:

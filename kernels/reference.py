@@ -40,6 +40,9 @@ def reference_loss(
     normalize: bool,
     reduction: str,
     ignore_index: int,
+    label_weights: Tensor | None,
+    label_divisor: float | Tensor | None,
+    multi_label: bool,
     num_items: int | Tensor | None,
     num_tokens: int | Tensor | None,
 ) -> DistillationLoss:
@@ -49,7 +52,7 @@ def reference_loss(
 
     # Setting ignored rows to zero, rather than their loss, keeps NaN and inf in them out of the gradient (0 * NaN).
     is_ignored_N = torch.zeros_like(student_logits[:, 0], dtype=torch.bool)
-    if labels is not None:
+    if labels is not None and not multi_label:
         # Compared in a wide type: in uint8, ignore_index -100 would be 156.
         labels = labels.to(dtype if student_logits.shape[1] == 1 else torch.int64)
         is_ignored_N = labels == ignore_index
@@ -57,10 +60,14 @@ def reference_loss(
     student_NC = student_logits.to(dtype).masked_fill(is_ignored_N[:, None], 0)
 
     if labels is not None:
-        hard = _hard_sum(student_NC, labels, ignore_index) / num_rows
+        if multi_label or label_weights is not None or label_divisor is not None:
+            weights_N, divisor = _label_weights(~is_ignored_N, label_weights, label_divisor, num_rows)
+            hard = _weighted_hard_sum(student_NC, labels, weights_N, multi_label) / divisor
+        else:
+            hard = _hard_sum(student_NC, labels, ignore_index) / num_rows
     if teacher_logits is not None:
         teacher_NC = teacher_logits.detach().to(dtype).masked_fill(is_ignored_N[:, None], 0)
-        soft = _soft_sum(student_NC, teacher_NC, temperature) / num_rows
+        soft = (_multi_label_soft_sum if multi_label else _soft_sum)(student_NC, teacher_NC, temperature) / num_rows
         if reduction == "mean":
             soft = soft / student_NC.shape[1]
     if student_hidden:
@@ -86,6 +93,52 @@ def _hard_sum(student_NC: Tensor, labels_N: Tensor, ignore_index: int) -> Tensor
         error_N = student_NC[:, 0] - labels_N
         return error_N.masked_fill(labels_N == ignore_index, 0).square().sum()
     return F.cross_entropy(student_NC, labels_N, ignore_index=ignore_index, reduction="sum")
+
+
+def _label_weights(
+    is_valid_N: Tensor,
+    label_weights_N: Tensor | None,
+    label_divisor: float | Tensor | None,
+    num_rows: int | Tensor,
+) -> tuple[Tensor, Tensor]:
+    """Weights of the rows' hard losses, and their divisor. If that is 0, all weights are 0 and the divisor is 1."""
+    weights_N = is_valid_N.to(torch.float64)
+    if label_weights_N is not None:
+        weights_N = label_weights_N.to(torch.float64).masked_fill(~is_valid_N, 0)
+    if label_divisor is None:
+        label_divisor = num_rows if label_weights_N is None else weights_N.sum()
+    divisor = torch.as_tensor(label_divisor, dtype=torch.float64, device=weights_N.device)
+    return weights_N.masked_fill(divisor == 0, 0), divisor.masked_fill(divisor == 0, 1)
+
+
+def _weighted_hard_sum(student_NC: Tensor, labels: Tensor, weights_N: Tensor, multi_label: bool) -> Tensor:
+    """The weighted sum over rows of `_hard_sum`'s loss, or with multi_label of the binary cross-entropy's mean over C.
+
+    Rows of weight 0 are set to zero, as ignored rows are.
+    """
+    has_weight_N = weights_N != 0
+    student_NC = student_NC.masked_fill(~has_weight_N[:, None], 0)
+    if multi_label:
+        labels_NC = labels.to(student_NC.dtype).masked_fill(~has_weight_N[:, None], 0)
+        yes_NC = torch.where(labels_NC != 0, labels_NC * F.logsigmoid(student_NC), 0)  # 0 * log 0 = 0
+        no_NC = torch.where(labels_NC != 1, (1 - labels_NC) * F.logsigmoid(-student_NC), 0)
+        loss_N = -(yes_NC + no_NC).mean(dim=1)
+    elif student_NC.shape[1] == 1:
+        loss_N = (student_NC[:, 0] - labels.masked_fill(~has_weight_N, 0)).square()
+    else:
+        loss_N = F.cross_entropy(student_NC, labels.masked_fill(~has_weight_N, 0), reduction="none")
+    return (weights_N * loss_N).sum()
+
+
+def _multi_label_soft_sum(student_NC: Tensor, teacher_NC: Tensor, temperature: float) -> Tensor:
+    """T^2 * KL(sigmoid(teacher / T) || sigmoid(student / T)) of yes and no, summed over classes and rows."""
+    total = student_NC.new_zeros(())
+    for sign in (1, -1):  # yes, no
+        log_student_NC = F.logsigmoid(sign * student_NC / temperature)
+        log_teacher_NC = F.logsigmoid(sign * teacher_NC / temperature)
+        kl_NC = log_teacher_NC.exp() * (log_teacher_NC - log_student_NC)
+        total = total + torch.where(log_teacher_NC > -torch.inf, kl_NC, 0).sum()  # 0 * log 0 = 0
+    return temperature**2 * total
 
 
 def _soft_sum(student_NC: Tensor, teacher_NC: Tensor, temperature: float) -> Tensor:

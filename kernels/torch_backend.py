@@ -18,6 +18,7 @@ from torch import Tensor
 
 from peakd_ds.kernels.fused import LossAndGrads, LossInputs
 from peakd_ds.kernels.reference import at_least_one, compute_dtype
+from peakd_ds.kernels.torch_multi_label import multi_label_chunk
 
 P = ParamSpec("P")
 R = TypeVar("R")
@@ -38,7 +39,7 @@ def compute(inputs: LossInputs, needs_grad_logits: bool, needs_grad_hidden: bool
     hard = soft = hidden = zero = inputs.student_logits_NC.new_zeros((), dtype=dtype)
     grad_logits_NC: Tensor | None = None
     grad_hidden_KBSH: tuple[Tensor, ...] = ()
-    if inputs.labels_N is not None or inputs.teacher_logits_NC is not None:
+    if inputs.has_labels or inputs.teacher_logits_NC is not None:
         hard, soft, grad_logits_NC = _logits_loss(inputs, dtype, needs_grad_logits)
     if inputs.student_hidden_BSH:
         hidden, grad_hidden_KBSH = _hidden_loss(inputs, dtype, needs_grad_hidden and inputs.beta > 0)
@@ -66,25 +67,29 @@ def rescale(grads: Sequence[Tensor], grad_total: Tensor, grad_scale: float | Ten
 def _logits_loss(inputs: LossInputs, dtype: torch.dtype, needs_grad: bool) -> tuple[Tensor, Tensor, Tensor | None]:
     """Hard and soft loss, and the gradient of their weighted sum, [N, C]."""
     student_NC, teacher_NC, labels_N = inputs.student_logits_NC, inputs.teacher_logits_NC, inputs.labels_N
+    device = student_NC.device
+    label_weights_N, inverse_divisor = _label_weights(inputs, dtype)
     is_valid_N: Tensor | None = None
     num_rows = inputs.row_divisor
     if labels_N is not None:
         is_valid_N = labels_N != inputs.ignore_index
         num_rows = is_valid_N.sum() if num_rows is None else num_rows
         if not inputs.is_regression:
-            _check_class_ids(labels_N, is_valid_N, inputs.num_classes)
-            labels_N = labels_N.masked_fill(~is_valid_N, 0)
+            is_read_N = is_valid_N if label_weights_N is None else is_valid_N & (label_weights_N != 0)
+            _check_class_ids(labels_N, is_read_N, inputs.num_classes)
+            labels_N = labels_N.masked_fill(~is_read_N, 0)
     assert num_rows is not None  # without labels, the divisor is the number of rows
-    device = student_NC.device
     inverse_rows = torch.as_tensor(at_least_one(num_rows), dtype=dtype, device=device).reciprocal()
+    inverse_divisor = inverse_rows if inverse_divisor is None else inverse_divisor
     grad_scale = torch.as_tensor(inputs.grad_scale, dtype=dtype, device=device)
     # A term of weight 0, or without its input, is left out of the gradient.
-    hard_weight = 1 - inputs.alpha if labels_N is not None else 0.0
+    hard_weight = 1 - inputs.alpha if inputs.has_labels else 0.0
     soft_weight = inputs.alpha * inputs.soft_grad_factor if teacher_NC is not None else 0.0
     needs_grad = needs_grad and (hard_weight != 0 or soft_weight != 0)
     grad_NC = torch.empty_like(student_NC, memory_format=torch.contiguous_format) if needs_grad else None
 
-    chunk_loss = _maybe_compiled(_regression_chunk if inputs.is_regression else _classes_chunk, student_NC)
+    labels = inputs.labels_NC if inputs.multi_label else labels_N
+    chunk_loss = _maybe_compiled(_chunk_of(inputs), student_NC)
     hard, soft = inverse_rows.new_zeros(()), inverse_rows.new_zeros(())
     chunk_rows = max(1, CHUNK_ELEMENTS // inputs.num_classes)
     for start in range(0, len(student_NC), chunk_rows):
@@ -92,16 +97,37 @@ def _logits_loss(inputs: LossInputs, dtype: torch.dtype, needs_grad: bool) -> tu
         chunk_hard, chunk_soft = chunk_loss(
             student_NC[rows],
             _slice(teacher_NC, rows),
-            _slice(labels_N, rows),
+            _slice(labels, rows),
             _slice(is_valid_N, rows),
+            _slice(label_weights_N, rows),
             _slice(grad_NC, rows),
             torch.as_tensor(inputs.temperature, dtype=dtype, device=device),
-            inverse_rows * grad_scale * hard_weight if hard_weight != 0 else None,
+            inverse_divisor * grad_scale * hard_weight if hard_weight != 0 else None,
             inverse_rows * grad_scale * soft_weight if soft_weight != 0 else None,
             inputs.needs_precise_kl,
         )
         hard, soft = hard + chunk_hard, soft + chunk_soft
-    return hard * inverse_rows, soft * inputs.soft_factor * inverse_rows, grad_NC
+    return hard * inverse_divisor, soft * inputs.soft_factor * inverse_rows, grad_NC
+
+
+def _label_weights(inputs: LossInputs, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """Weights of the rows' hard losses and the inverse of their divisor, both 0 if no row has a label; or None."""
+    divisor = inputs.hard_divisor
+    if divisor is None or not inputs.has_labels:
+        return None, None
+    student_NC = inputs.student_logits_NC
+    divisor = torch.as_tensor(divisor, dtype=dtype, device=student_NC.device)
+    has_labels = divisor > 0
+    weights_N = inputs.label_weights_N
+    if weights_N is None:
+        weights_N = student_NC.new_ones(len(student_NC), dtype=dtype)
+    return weights_N.masked_fill(~has_labels, 0), divisor.reciprocal().masked_fill(~has_labels, 0)
+
+
+def _chunk_of(inputs: LossInputs) -> Callable[..., tuple[Tensor, Tensor]]:
+    if inputs.multi_label:
+        return multi_label_chunk
+    return _regression_chunk if inputs.is_regression else _classes_chunk
 
 
 def _check_class_ids(labels_N: Tensor, is_valid_N: Tensor, num_classes: int) -> None:
@@ -118,6 +144,7 @@ def _regression_chunk(
     teacher_NC: Tensor | None,
     labels_N: Tensor | None,
     is_valid_N: Tensor | None,
+    label_weights_N: Tensor | None,
     grad_NC: Tensor | None,
     temperature: Tensor,
     hard_weight: Tensor | None,
@@ -137,7 +164,12 @@ def _regression_chunk(
         error_NC = student_NC.to(temperature.dtype) - target_NC.to(temperature.dtype)
         if is_valid_N is not None:
             error_NC = error_NC.masked_fill(~is_valid_N[:, None], 0)
-        squared = error_NC.square().sum()
+        if target_NC is labels_NC and label_weights_N is not None:
+            error_NC = error_NC.masked_fill((label_weights_N == 0)[:, None], 0)
+            squared = (error_NC.square() * label_weights_N[:, None]).sum()
+            weight = None if weight is None else weight * label_weights_N[:, None]
+        else:
+            squared = error_NC.square().sum()
         if target_NC is teacher_NC:
             soft = squared
         else:
@@ -154,6 +186,7 @@ def _classes_chunk(
     teacher_NC: Tensor | None,
     labels_N: Tensor | None,
     is_valid_N: Tensor | None,
+    label_weights_N: Tensor | None,
     grad_NC: Tensor | None,
     temperature: Tensor,
     hard_weight: Tensor | None,
@@ -173,14 +206,20 @@ def _classes_chunk(
     student_NC = student_NC - student_NC.amax(dim=1, keepdim=True)
     if labels_N is not None:
         assert is_valid_N is not None
-        exp_student_NC = student_NC.exp()
-        student_sum_N1 = exp_student_NC.sum(dim=1, keepdim=True)
         label_logit_N1 = student_NC.gather(1, labels_N[:, None])
-        hard = (student_sum_N1.log() - label_logit_N1).masked_fill(~is_valid_N[:, None], 0).sum()
+        hard_student_NC, hard_label_N1 = student_NC, label_logit_N1
+        if label_weights_N is not None:  # rows of weight 0 are set to zero as ignored rows are, but for `hard` alone
+            hard_student_NC = student_NC.masked_fill((label_weights_N == 0)[:, None], 0)
+            hard_label_N1 = hard_student_NC.gather(1, labels_N[:, None])
+            hard_weight = None if hard_weight is None else hard_weight * label_weights_N[:, None]
+        exp_student_NC = hard_student_NC.exp()
+        student_sum_N1 = exp_student_NC.sum(dim=1, keepdim=True)
+        hard_N1 = (student_sum_N1.log() - hard_label_N1).masked_fill(~is_valid_N[:, None], 0)
+        hard = (hard_N1 if label_weights_N is None else hard_N1 * label_weights_N[:, None]).sum()
         if grad_NC is not None and hard_weight is not None:
             factor_N1 = hard_weight * is_valid_N[:, None] / student_sum_N1
             all_grad_NC = exp_student_NC * factor_N1  # softmax only; the label's column is overwritten at the end
-            label_grad_N1 = label_logit_N1.exp() * factor_N1 - hard_weight * is_valid_N[:, None]
+            label_grad_N1 = hard_label_N1.exp() * factor_N1 - hard_weight * is_valid_N[:, None]
     if teacher_NC is not None:
         teacher_NC = teacher_NC.to(dtype)
         if is_valid_N is not None:

@@ -41,6 +41,7 @@ DOORS: dict[str, str] = {
     "model/vocabulary.py:": "looks embeddings up in a table of the tokens in use",
     "packed/cpu.py:": "attention and dropout for CPUs; on a GPU they are PyTorch's",
     "engine/cpu.py:": "a faster copy of gradients on CPUs",
+    "kernels/checks.py:": "checks the arguments of the loss",
 }
 """Door, as the start of FILE:FUNCTION -> why it stays closed."""
 
