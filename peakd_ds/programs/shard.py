@@ -287,7 +287,7 @@ def main(args: argparse.Namespace) -> None:
         if scratch is not None:
             shards_of_node(node, len(nodes))  # raises if the nodes do not divide the shards
         task = get_task(args.task)
-        tokenizer = contract.load_tokenizer(contract.find_encoder(args.teacher, "teacher"))
+        tokenizer = contract.load_tokenizer(contract.find_encoder(args.teacher, "teacher", with_weights=False))
         rows = reading.load_splits(task, args.data_dir)["train"]
         if args.select_on == "holdout":
             check_holdout(task, len(rows))
