@@ -103,6 +103,12 @@ def remove_leftovers(folder: Path, names: str) -> None:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
+def obstacle(folder: Path) -> Path | None:
+    """The file or folder that keeps us from writing to `folder`, which need not be there yet; None if nothing does."""
+    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    return None if nearest.is_dir() and os.access(nearest, os.W_OK | os.X_OK) else nearest
+
+
 @contextlib.contextmanager
 def needs_space(path: Path) -> Iterator[None]:
     """Turn a full disk or quota in the block into a UserError that names the path.

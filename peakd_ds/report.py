@@ -11,8 +11,8 @@ from torch import nn
 
 from peakd_ds.engine import checkpoint
 from peakd_ds.engine.ds_config import DTYPES
-from peakd_ds.errors import UserError
-from peakd_ds.files import damage_named, needs_space, write_atomically
+from peakd_ds.files import damage_named, damaged, needs_space, write_atomically
+from peakd_ds.model.build import check_saved_teacher
 from peakd_ds.ranks import dist
 from peakd_ds.ranks.device import device
 from peakd_ds.results import evaluation, figures
@@ -49,9 +49,11 @@ def write(run: Run, log: RunLog) -> None:
 def _judge_teacher(run: Run) -> tuple[dict[str, Any] | None, dict[str, torch.Tensor]]:
     if isinstance(run.teacher, StoredTeacher):
         return _judge_outputs(run, run.teacher)
-    if not run.teacher.is_trained():
+    teacher = run.teacher
+    if not teacher.is_trained():
+        dist.on_main(lambda: _check_never_trained(run, teacher.folder))
         return None, {}
-    engine = run.teacher.engine()
+    engine = teacher.engine()
     metrics, logits, speed = evaluation.evaluate(
         lambda inputs: engine(**inputs)[0], run.task, run.dev, run.eval_batch_size
     )
@@ -73,14 +75,20 @@ def _judge_outputs(run: Run, teacher: StoredTeacher) -> tuple[dict[str, Any] | N
     return {"metrics": metrics, "params": None, "effective_layers": None, "samples_per_s": None}, logits
 
 
+def _check_never_trained(run: Run, folder: Path) -> None:
+    """Raise UserError if the teacher stage is finished, so that a teacher was there."""
+    if checkpoint.finished(run.checkpoint_folder("teacher")) is not None:
+        check_saved_teacher(folder)
+
+
 def _judge_student(run: Run, teacher_logits: dict[str, torch.Tensor]) -> dict[str, Any] | None:
     """The student as exported, in the run's precision."""
     folder = run.folder / "student"
 
     def exists() -> bool:
         is_there = (folder / "config.json").exists()
-        if not is_there and checkpoint.finished(run.folder / "checkpoints" / "distill") is not None:
-            raise UserError(f"{folder} is gone, but the distill stage is finished; take another --run_dir")
+        if not is_there and checkpoint.finished(run.checkpoint_folder("distill")) is not None:
+            raise damaged(folder, "config.json is missing" if folder.exists() else "it is missing", _remedy(run))
         return is_there
 
     if not dist.on_main(exists):
@@ -106,8 +114,8 @@ def _judge_student(run: Run, teacher_logits: dict[str, torch.Tensor]) -> dict[st
 
 
 def _load_student(run: Run) -> SPSBertForSequenceClassification:
-    folder, finished = run.folder / "student", run.checkpoint_folder("distill") / "FINISHED.json"
-    with damage_named(folder, f"delete it and {finished}, and the same command writes it again from its checkpoint"):
+    folder = run.folder / "student"
+    with damage_named(folder, _remedy(run)):
         loaded: Any = SPSBertForSequenceClassification.from_pretrained(
             folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True
         )
@@ -115,6 +123,12 @@ def _load_student(run: Run) -> SPSBertForSequenceClassification:
         if report["missing_keys"]:
             raise ValueError(f"{len(report['missing_keys'])} weights are missing")
         return student
+
+
+def _remedy(run: Run) -> str:
+    """What to do about a damaged student."""
+    finished = run.checkpoint_folder("distill") / "FINISHED.json"
+    return f"delete it and {finished}, and the same command writes it again from its checkpoint"
 
 
 def _write_files(run: Run, results: dict[str, Any], log: RunLog) -> None:

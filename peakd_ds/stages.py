@@ -285,8 +285,6 @@ def _with_teacher_outputs(run: Run, cached: Outputs | None, batches: Iterator[Gl
 def _label_options(run: Run, micro: MicroBatch, batch: GlobalBatch) -> dict[str, Any]:
     """How the hard loss reads the task's labels: weights of rows, and several labels a row."""
     weights = micro.label_weights
-    if weights is None and not run.task.is_multi_label:
-        return {}
     return {
         "label_weights": None if weights is None else weights[: micro.num_real],
         "label_divisor": batch.label_divisor,

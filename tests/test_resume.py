@@ -231,3 +231,20 @@ def test_the_remedy_writes_the_model_again(
     for file in ("model.safetensors", "config.json"):
         assert (run_dir / name / file).read_bytes() == (saved / name / file).read_bytes()
     assert_same_curve(whole_run, run_dir, 1e-6)
+
+
+@pytest.mark.parametrize(("name", "stage"), [("teacher", "teacher"), ("student", "distill")])
+def test_a_model_that_is_gone_after_the_end(
+    argv: list[str], pools, whole_run: Path, tmp_path: Path, name: str, stage: str
+) -> None:
+    """The results would otherwise say that there never was one."""
+    run_dir = Path(shutil.copytree(whole_run, tmp_path / "run"))
+    shutil.rmtree(run_dir / name)
+    words, finished = [*argv, "--run_dir", str(run_dir)], run_dir / "checkpoints" / stage / "FINISHED.json"
+    for message in pools(2).run(refusal_of, words):
+        assert f"{run_dir / name} is damaged (it is missing); delete it and {finished}, and the same" in message
+    finished.unlink()
+    pools(2).run(run_all, words)
+    weights = f"{name}/model.safetensors"
+    assert (run_dir / weights).read_bytes() == (whole_run / weights).read_bytes()
+    assert json.loads((run_dir / "results.json").read_text())[name]["params"] > 0

@@ -201,6 +201,15 @@ def test_a_task_of_few_rows_with_scores(tiny_encoder: Path, tmp_path: Path) -> N
     assert (sum(sizes), sizes.count(0)) == (20, 44)
 
 
+def test_no_weights_are_needed(words: list[str], made: Path, tiny_encoder: Path, tmp_path: Path) -> None:
+    encoder = Path(shutil.copytree(tiny_encoder, tmp_path / "encoder", ignore=shutil.ignore_patterns("*.safetensors")))
+    with without_launcher():
+        more = ["--teacher", str(encoder), "--shard_dir", str(tmp_path / "shards")]
+        shard.main(scripts.shard_options([*words, *more]))
+    for name in FILES:
+        assert (tmp_path / "shards" / name).read_bytes() == (made / name).read_bytes()
+
+
 def test_a_later_start_makes_what_is_missing(made: Path, make: Callable[..., Any], tmp_path: Path) -> None:
     """After a stop midway, any number of workers keeps the finished shards."""
     folder, write = tmp_path / "shards", shard._write

@@ -186,6 +186,22 @@ def test_deepspeed_config(program: Program, tmp_path: Path, option: str, text: s
     assert_says(program.refuses(**{option: tmp_path / "ds.json"}), f"--{option} {tmp_path / 'ds.json'}", *parts)
 
 
+@pytest.mark.parametrize("monitor", ["tensorboard", "csv_monitor"])
+def test_monitor_that_cannot_write(program: Program, tmp_path: Path, monitor: str) -> None:
+    """Its folder would be made when the first engine starts."""
+    (tmp_path / "file").write_text("mine")
+    file = tmp_path / "ds.json"
+    file.write_text(json.dumps({monitor: {"enabled": True, "output_path": f"{tmp_path}/file/logs", "job_name": "me"}}))
+    message = program.refuses("--student_ds_config", str(file))
+    folder = tmp_path / "file" / "logs" / "me_teacher"
+    assert_says(message, f"--student_ds_config {file}: {monitor} cannot write to {folder} ({tmp_path / 'file'} is no")
+    for changes in ({"enabled": False}, {"output_path": str(tmp_path / "new")}):
+        section = {**json.loads(file.read_text())[monitor], **changes}
+        file.write_text(json.dumps({monitor: section}))
+        open_run(parse(program.words(program.new_dir, "--dry_run", "--student_ds_config", str(file))))
+    assert not (tmp_path / "new").exists(), "only looked at"
+
+
 def test_global_batch_that_the_ranks_do_not_divide(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "world_size", lambda: 3)
     monkeypatch.setattr(dist, "agree", lambda action: action())  # would wait for the other two

@@ -7,7 +7,6 @@ Every other folder that holds a name that a run writes belongs to the user and i
 
 import hashlib
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,7 @@ import yaml
 from peakd_ds.command_line import differences, to_yaml
 from peakd_ds.config import SPECS, RunConfig
 from peakd_ds.errors import UserError, first_line
-from peakd_ds.files import parse_json, write_atomically
+from peakd_ds.files import obstacle, parse_json, write_atomically
 
 CONFIG = "config.yaml"
 DATA = "data.json"
@@ -50,10 +49,10 @@ def check(config: RunConfig) -> None:
                 f"--run_dir {folder} holds a run with other settings ({'; '.join(changed)}); nothing was "
                 "changed there: take another --run_dir, or the settings it was started with"
             )
-    nearest = next(path for path in (folder, *folder.absolute().parents) if path.exists())
-    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+    in_the_way = obstacle(folder)
+    if in_the_way is not None:
         raise UserError(
-            f"--run_dir {folder} cannot be written ({nearest} is no folder you may write to); take another --run_dir"
+            f"--run_dir {folder} cannot be written ({in_the_way} is no folder you may write to); take another --run_dir"
         )
 
 

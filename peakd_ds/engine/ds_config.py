@@ -22,6 +22,7 @@ from peakd_ds.command_line import closest
 from peakd_ds.config import RunConfig
 from peakd_ds.config.setting import Range, check_text
 from peakd_ds.errors import UserError, shown
+from peakd_ds.files import obstacle
 from peakd_ds.ranks import dist
 from peakd_ds.ranks.device import on_gpu
 
@@ -36,6 +37,8 @@ FILLED_IN = {
 }
 MONITORS = {"tensorboard": "tensorboard", "wandb": "wandb", "csv_monitor": "", "comet": "comet_ml"}
 """The package that each monitor needs."""
+_FILE_MONITORS = ("tensorboard", "csv_monitor")
+"""Those that write files, into output_path/job_name."""
 
 _MAX_BYTES = 1024 * 1024
 _ANY = Range(0, 10**18)
@@ -252,7 +255,7 @@ def training_ds_config(config: RunConfig, ds_config: dict[str, Any], name: str) 
         "zero_force_ds_cpu_optimizer": False,
         **{
             monitor: {**ds_config[monitor], "job_name": f"{ds_config[monitor].get('job_name', 'peakd_ds')}_{name}"}
-            for monitor in ("tensorboard", "csv_monitor")
+            for monitor in _FILE_MONITORS
             if monitor in ds_config
         },
     }
@@ -262,6 +265,24 @@ def teacher_ds_config(ds_config: dict[str, Any]) -> dict[str, Any]:
     """The config of the frozen teacher's engine. It has no monitor: two engines would write into the same files."""
     kept = {name: value for name, value in ds_config.items() if name not in MONITORS}
     return {**kept, "train_micro_batch_size_per_gpu": 1, "gradient_clipping": 0.0}
+
+
+def _check_monitor_folders(source: str, config: RunConfig, ds_config: dict[str, Any]) -> None:
+    """Raise UserError on rank 0, which writes them, if it may not write a monitor's files; nothing is created."""
+    if not dist.is_main():
+        return
+    for stage in config.stages:
+        completed = training_ds_config(config, ds_config, stage)
+        for monitor in _FILE_MONITORS:
+            if not _is_enabled(completed, monitor):
+                continue
+            folder = Path(completed[monitor].get("output_path", ""), completed[monitor]["job_name"])
+            in_the_way = obstacle(folder)
+            if in_the_way is not None:
+                raise UserError(
+                    f"{source}: {monitor} cannot write to {folder} ({in_the_way} is no folder you may write to); set "
+                    "another output_path"
+                )
 
 
 def _check_by_deepspeed(source: str, ds_config: dict[str, Any]) -> None:
@@ -300,7 +321,8 @@ def resolve(config: RunConfig, is_bf16_fast: bool) -> tuple[str, dict[str, Any],
 
     Raises:
         UserError: dtype and file disagree; fp16 without a GPU, or at student stage 0; a teacher at stage 1 or 2;
-            DeepSpeed refuses a config, or the global batch is not a multiple of the number of ranks.
+            DeepSpeed refuses a config, a monitor's folder cannot be written, or the global batch is not a multiple of
+            the number of ranks.
     """
     dtype, student = _student_ds_config(config, is_bf16_fast)
     student_name = config.student_ds_config or f"zero1_{dtype}"
@@ -320,6 +342,7 @@ def resolve(config: RunConfig, is_bf16_fast: bool) -> tuple[str, dict[str, Any],
     ):
         _check_accumulation(source, ds_config, dtype)
         _check_by_deepspeed(source, completed)
+    _check_monitor_folders(f"--student_ds_config {student_name}", config, student)
     return dtype, student, teacher
 
 

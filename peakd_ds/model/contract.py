@@ -24,7 +24,7 @@ def find_encoder(
     """The checkpoint in a folder or on the hub, its config.json and weights checked.
 
     Args:
-        with_weights: Whether the weights are looked at; a plan needs none.
+        with_weights: Whether the weights are looked at; a plan and shards need none.
 
     Raises:
         UserError: nothing is there, a setting cannot work, or the weights are damaged or do not fit the config.
