@@ -3,6 +3,7 @@
 import math
 
 from peakd_ds.config import RunConfig
+from peakd_ds.data import summary
 from peakd_ds.data.division import NUM_SHARDS
 from peakd_ds.engine.ds_config import zero_stage
 from peakd_ds.kernels import choose_backend
@@ -36,6 +37,9 @@ def plan(run: Run) -> str:
             f"layer pairs {pairs}",
             f"vocabulary: {len(run.used_tokens):,} of {len(run.tokenizer):,} tokens occur and are trained",
             f"loss: {_loss_backend(config)}",
+            summary.of_labels(run.task, "train", run.train.labels.numpy()),
+            *(summary.of_labels(run.task, name, split.labels.numpy()) for name, split in run.dev.items()),
+            summary.of_lengths(run.train, config.max_seq_length, run.tokenizer),
             *run.notes,
             *warnings,
         ]

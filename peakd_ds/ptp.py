@@ -80,6 +80,19 @@ def summarize(labels: Tensor) -> dict[str, int]:
     return counts
 
 
+UNBALANCED = 0.8
+"""Share of the samples in one class above which PTP has little to teach."""
+
+
+def why_unbalanced(counts: dict[str, int]) -> str:
+    """Why the four classes teach little, from their counts; "" if they do not."""
+    total, largest = sum(counts.values()), max(counts, key=lambda name: counts[name])
+    if counts[largest] > UNBALANCED * total:
+        return f"{counts[largest] / total:.0%} of the rows are {largest}"
+    empty = next((name for name in counts if name.startswith("confidently") and not counts[name]), None)
+    return f"no row is {empty}" if empty else ""
+
+
 def _judge(teacher_logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """Confidence (fp64 [N]) and correctness (bool [N]) of the teacher's predictions."""
     shapes = f"teacher_logits {list(teacher_logits.shape)}, labels {list(labels.shape)}"

@@ -17,7 +17,7 @@ from transformers import PreTrainedTokenizerBase
 from peakd_ds.cluster import run_folder
 from peakd_ds.config import SPECS, RunConfig
 from peakd_ds.config.optimisation import EVAL_BATCH_FACTOR
-from peakd_ds.data import reading
+from peakd_ds.data import reading, summary
 from peakd_ds.data import shards as shard_files
 from peakd_ds.data.division import TrainRows, check_holdout, divide_rows, holds_out
 from peakd_ds.data.labels import is_labeled, label_array, label_weights
@@ -175,6 +175,7 @@ def open_run(config: RunConfig) -> Run:
     tokenized = {
         name: tokenize(task, checked.splits[name], checked.tokenizer, config.max_seq_length, cache) for name in wanted
     }
+    checked.notes += tuple(dist.on_main(lambda: summary.of_repeats(task, checked.splits)))
     run = _assemble(checked, tokenized.pop("train") if train is None else train, tokenized)
     dist.on_main(run.teacher_cache.check_space)
     return run

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from peakd_ds import ptp
 from peakd_ds.cluster import run_lock
 from peakd_ds.config.outputs import STAGES
+from peakd_ds.data import summary
 from peakd_ds.data.batches import GlobalBatch
 from peakd_ds.data.tasks import compute_metrics
 from peakd_ds.data.tokens import MicroBatch, Split
@@ -198,6 +199,8 @@ def _distill_stage(run: Run, log: RunLog) -> Stage:
     config = run.config
     cached = run.teacher_cache.outputs(log.say)
     teacher_logits_NC = _teacher_logits(run, cached, *run.selection) if run.teacher.is_trained() else None
+    if teacher_logits_NC is not None:
+        log.say(_teacher_score(run, teacher_logits_NC))
     if cached is not None or not run.loss_reads_teacher:
         run.teacher.stop()  # it was needed for the selection rows only
     if config.beta > 0 and not run.pairs:
@@ -340,6 +343,9 @@ def _ptp_labels(run: Run, log: RunLog) -> tuple[Tensor, Tensor]:
         f"ptp labels with t_correct {float(thresholds['t_correct']):.4f}, t_wrong "
         f"{float(thresholds['t_wrong']):.4f}: " + ", ".join(f"{name} {count:,}" for name, count in counts.items())
     )
+    reason = ptp.why_unbalanced(counts)
+    if reason:
+        log.say(f"warning: {reason}; --t_correct median --t_wrong median divides the rows evenly")
     return labels["train"], labels["selection"]
 
 
@@ -361,6 +367,8 @@ def _write_ptp_labels(run: Run, log: RunLog, file: Path) -> None:
     name, split, rows = run.selection
     cached = run.teacher_cache.outputs(log.say)
     train_rows = run.rows_of("ptp").rows
+    selection_logits_NC = _teacher_logits(run, cached, name, split, rows)
+    log.say(_teacher_score(run, selection_logits_NC))
     logits_NC = _teacher_logits(run, cached, "train", run.train, train_rows)
     labels_N = run.train.labels[train_rows]
     published = run.task.ptp_thresholds or ("median", "median")
@@ -372,7 +380,6 @@ def _write_ptp_labels(run: Run, log: RunLog, file: Path) -> None:
     )
     train_labels_N = torch.full((len(run.train),), -1, dtype=torch.int64)
     train_labels_N[torch.from_numpy(train_rows)] = ptp.ptp_labels(logits_NC, labels_N, t_correct, t_wrong)
-    selection_logits_NC = _teacher_logits(run, cached, name, split, rows)
     selection_labels_N = ptp.ptp_labels(selection_logits_NC, split.labels[rows], t_correct, t_wrong)
 
     tensors = {"train": train_labels_N, "selection": selection_labels_N}
@@ -384,6 +391,21 @@ def _write_ptp_labels(run: Run, log: RunLog, file: Path) -> None:
             write_checked(file, content)
 
     dist.on_main(write)
+
+
+def _teacher_score(run: Run, logits_NC: Tensor) -> str:
+    """The teacher's score on the rows that pick epochs, with a warning if always predicting one class is better."""
+    metrics = _task_metrics(run, logits_NC)
+    if not metrics:
+        return "the teacher cannot be scored, since no row has a label"
+    name = run.task.primary_metric
+    text = f"the teacher on {run.selection.name}: {name} {metrics[name]:.4f}"
+    majority = summary.majority_share(run.task, run.selection.split.labels[run.selection.rows].numpy())
+    if majority is not None and "accuracy" in metrics and metrics["accuracy"] < majority:
+        text = (
+            f"warning: {text}, accuracy {metrics['accuracy']:.4f}, less than {majority:.4f} for the largest class alone"
+        )
+    return text
 
 
 def _ptp_student_folder(run: Run) -> Path:

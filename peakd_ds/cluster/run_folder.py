@@ -15,6 +15,7 @@ import yaml
 
 from peakd_ds.command_line import differences, to_yaml
 from peakd_ds.config import SPECS, RunConfig
+from peakd_ds.config.data import SOURCES
 from peakd_ds.errors import UserError, first_line
 from peakd_ds.files import obstacle, parse_json, write_atomically
 
@@ -29,6 +30,8 @@ NAMES = frozenset(
 """What a run writes into its folder."""
 SETTINGS_OF_EARLIER_VERSIONS: frozenset[str] = frozenset()
 """Keys that config.yaml of an earlier version may have and that are no settings any more."""
+_MARKS = {"run_dir", "num_hidden_layers", "seed"}
+"""Settings that every run saves, beside one of SOURCES."""
 _CHECKSUM = "# sha256 of the lines above: "
 
 
@@ -118,7 +121,7 @@ def _check_saved_settings(file: Path) -> None:
     except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise UserError(f"{file} is no config.yaml of a run ({first_line(error)}); take another --run_dir") from error
     known = SPECS.keys() | SETTINGS_OF_EARLIER_VERSIONS
-    if not isinstance(values, dict) or not {"task", "teacher", "run_dir"} <= values.keys() <= known:
+    if not isinstance(values, dict) or not _MARKS <= values.keys() <= known or not set(SOURCES) & values.keys():
         raise UserError(
             f"{file} is no config.yaml that a run wrote, so the folder is not a run's; nothing was changed there: take "
             "another --run_dir"
@@ -175,7 +178,7 @@ def _digest(text: str) -> str:
 def _check_place(config: RunConfig) -> None:
     """Raise UserError if the run folder is one that the run reads, or lies inside a model, a cache or shards."""
     folder = Path(config.run_dir).resolve()
-    for name in ("teacher", "student_init", "shard_dir", "teacher_cache", "data_dir"):
+    for name in ("teacher", "student_init", "shard_dir", "teacher_cache", "data_dir", "dataset_name"):
         value = getattr(config, name)
         if value and Path(value).exists() and Path(value).resolve() == folder:
             raise UserError(f"--run_dir {config.run_dir} is --{name} too; take another --run_dir")

@@ -101,6 +101,9 @@ def load(settings: DataSettings, teacher: TeacherClasses | None, metric: str = "
     )
     notes += [f"columns: {' and '.join(texts)}" + (f", labels in {column or ', '.join(settings.label_columns or ())}"
               if labeled else ", no labels")]  # fmt: skip
+    unused = _unused_columns(settings, files, (*texts, column, *(settings.label_columns or ())))
+    if unused:
+        notes.append(f"columns that are not used: {', '.join(unused)}")
     return OwnRows(task, {name: _dataset(task, table) for name, table in splits.items()}, (*notes, *spec.notes))
 
 
@@ -160,6 +163,11 @@ def _label_column(settings: DataSettings, files: Mapping[str, Sequence[Rows]]) -
         return settings.label_column
     columns = labeled[0].columns if labeled else []
     return next((name for name in LABEL_COLUMNS if name in columns), "")
+
+
+def _unused_columns(settings: DataSettings, files: Mapping[str, Sequence[Rows]], used: Sequence[str]) -> list[str]:
+    columns = dict.fromkeys(name for split in files.values() for rows in split for name in rows.columns)
+    return [name for name in columns if name not in used and name != settings.id_column]
 
 
 def _check_column(option: str, name: str, rows: Rows) -> None:
