@@ -169,7 +169,7 @@ def compile_for(launch: Launch, target: GPUTarget) -> CompiledKernel:
     unspecialised = launch.kernel.do_not_specialize or ()
     for index, parameter in enumerate(launch.kernel.params):
         name, value = parameter.name, launch.arguments[parameter.name]
-        if parameter.is_constexpr or (type(value) is int and value == 1 and name not in unspecialised):
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and name not in unspecialised):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name] = f"*{_TYPES[value.dtype]}"
