@@ -54,6 +54,8 @@ def _case(
     teacher_padding: int = 0,
     has_labels: bool = True,
     counts: int | None = 32,
+    is_weighted: bool = False,
+    multi_label: bool = False,
 ) -> LossInputs:
     """Inputs of 32 rows, of which only dtypes, shapes and strides matter."""
     rows = 32
@@ -62,7 +64,7 @@ def _case(
     return LossInputs(
         student_logits_NC=torch.empty(rows, num_classes, dtype=dtype),
         teacher_logits_NC=teacher,
-        labels_N=torch.zeros(rows, dtype=torch.int64) if has_labels else None,
+        labels_N=torch.zeros(rows, dtype=torch.int64) if has_labels and not multi_label else None,
         student_hidden_BSH=tuple(torch.empty(hidden, dtype=dtype) for _ in range(num_pairs)),
         teacher_hidden_BSH=tuple(torch.empty(hidden, dtype=dtype) for _ in range(num_pairs)),
         temperature=temperature,
@@ -75,6 +77,10 @@ def _case(
         num_items=counts,
         num_tokens=counts,
         grad_scale=1.0,
+        labels_NC=torch.zeros(rows, num_classes) if has_labels and multi_label else None,
+        label_weights_N=torch.ones(rows) if is_weighted else None,
+        label_divisor=32.0 if is_weighted else None,
+        multi_label=multi_label,
     )
 
 
@@ -105,6 +111,13 @@ CASES: dict[str, functools.partial[LossInputs]] = {
     "C=41 bf16": functools.partial(_case, 41),
     "C=256 bf16": functools.partial(_case, 256),
     "C=1 fp32": functools.partial(_case, 1, FP32),
+    "C=2 and 12 x [32, 768] bf16, weighted": functools.partial(_case, num_pairs=12, is_weighted=True),
+    "C=30522 bf16, weighted": functools.partial(_case, 30522, is_weighted=True),
+    "C=3 and 12 x [32, 768] bf16, multi-label, weighted": functools.partial(
+        _case, 3, num_pairs=12, is_weighted=True, multi_label=True
+    ),
+    "C=256 bf16, multi-label": functools.partial(_case, 256, multi_label=True),
+    "C=30522 bf16, multi-label": functools.partial(_case, 30522, multi_label=True),
     "C=2, rows and tokens counted": functools.partial(_case, num_pairs=2, hidden=(32, 128, 768), counts=None),
 }
 
@@ -169,7 +182,7 @@ def compile_for(launch: Launch, target: GPUTarget) -> CompiledKernel:
     unspecialised = launch.kernel.do_not_specialize or ()
     for index, parameter in enumerate(launch.kernel.params):
         name, value = parameter.name, launch.arguments[parameter.name]
-        if parameter.is_constexpr or (type(value) is int and value == 1 and name not in unspecialised):
+        if parameter.is_constexpr or value is None or (type(value) is int and value == 1 and name not in unspecialised):
             signature[name], constants[name] = "constexpr", value
         elif isinstance(value, torch.Tensor):
             signature[name] = f"*{_TYPES[value.dtype]}"

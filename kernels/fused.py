@@ -97,7 +97,12 @@ class LossInputs:
 
     @property
     def hard_divisor(self) -> float | Tensor | None:
-        """What the weighted sum of hard losses is divided by, 0 if no row has a label; None: rows, without weights."""
+        """What the weighted sum of hard losses is divided by, 0 if no row has a label.
+
+        None: `hard` has no weights, and the divisor of `soft`.
+        """
+        if not self.has_labels:
+            return None
         if self.label_divisor is not None or self.label_weights_N is None:
             return self.label_divisor
         weights_N = self.label_weights_N

@@ -113,7 +113,7 @@ def _logits_loss(inputs: LossInputs, dtype: torch.dtype, needs_grad: bool) -> tu
 def _label_weights(inputs: LossInputs, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
     """Weights of the rows' hard losses and the inverse of their divisor, both 0 if no row has a label; or None."""
     divisor = inputs.hard_divisor
-    if divisor is None or not inputs.has_labels:
+    if divisor is None:
         return None, None
     student_NC = inputs.student_logits_NC
     divisor = torch.as_tensor(divisor, dtype=dtype, device=student_NC.device)

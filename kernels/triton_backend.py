@@ -30,18 +30,18 @@ _RESCALE_PROGRAMS = 1056  # several per multiprocessor, on the largest GPU
 def compute(inputs: LossInputs, needs_grad_logits: bool, needs_grad_hidden: bool) -> LossAndGrads:
     """Loss, and the gradients that are needed; see `peakd_ds.kernels.fused.Backend`."""
     inputs = _with_layout(inputs)
-    student_NC, teacher_NC, labels_N = inputs.student_logits_NC, inputs.teacher_logits_NC, inputs.labels_N
+    student_NC, teacher_NC = inputs.student_logits_NC, inputs.teacher_logits_NC
     num_rows, num_classes = student_NC.shape
     num_pairs = len(inputs.student_hidden_BSH)
     first = inputs.student_hidden_BSH[0] if num_pairs else None
-    hard_weight = 1 - inputs.alpha if labels_N is not None else 0.0
+    hard_weight = 1 - inputs.alpha if inputs.has_labels else 0.0
     soft_weight = inputs.alpha * inputs.soft_grad_factor if teacher_NC is not None else 0.0
     needs_grad_logits = needs_grad_logits and (hard_weight != 0 or soft_weight != 0)
     needs_grad_hidden = needs_grad_hidden and inputs.beta > 0
     is_streamed = num_classes > FEW_CLASSES
 
     rows_per_program = 1 if is_streamed else LOGIT_TILE // triton.next_power_of_2(num_classes)
-    num_logit_programs = 0 if labels_N is None and teacher_NC is None else triton.cdiv(num_rows, rows_per_program)
+    num_logit_programs = 0 if not inputs.has_labels and teacher_NC is None else triton.cdiv(num_rows, rows_per_program)
     padded_size = triton.next_power_of_2(first.shape[-1]) if first is not None else 1
     vectors_per_program = max(1, VECTOR_TILE // padded_size)
     num_vectors = first.shape[:-1].numel() if first is not None else 0
@@ -59,17 +59,19 @@ def compute(inputs: LossInputs, needs_grad_logits: bool, needs_grad_hidden: bool
         grad_hidden_KBSH = torch.empty((num_pairs, *first.shape), dtype=first.dtype, device=first.device)
 
     with _current_device(student_NC.device):
-        row_divisor, vector_divisor = _divisors(inputs)
+        row_divisor, hard_divisor, vector_divisor = _divisors(inputs)
         flags = dict(
-            HAS_LABELS=labels_N is not None,
+            HAS_LABELS=inputs.has_labels,
             HAS_TEACHER=teacher_NC is not None,
             HAS_HARD_GRAD=grad_logits_NC is not None and hard_weight != 0,
             HAS_SOFT_GRAD=grad_logits_NC is not None and soft_weight != 0,
             ROW_DIVISOR_ON_DEVICE=isinstance(row_divisor, Tensor),
+            HARD_DIVISOR_ON_DEVICE=isinstance(hard_divisor, Tensor),
             GRAD_SCALE_ON_DEVICE=isinstance(inputs.grad_scale, Tensor),
         )
         if is_streamed and num_logit_programs:
-            _launch_stream(inputs, grad_logits_NC, partials, row_divisor, hard_weight, soft_weight, flags)
+            launch = _launch_multi_label if inputs.multi_label else _launch_stream
+            launch(inputs, grad_logits_NC, partials, row_divisor, hard_divisor, hard_weight, soft_weight, flags)
         num_fused_logit_programs = 0 if is_streamed else num_logit_programs
         if num_fused_logit_programs + num_hidden_programs:
             tokens_per_sample, hidden_strides = _vector_layout(inputs)
@@ -77,7 +79,8 @@ def compute(inputs: LossInputs, needs_grad_logits: bool, needs_grad_hidden: bool
             triton_kernels.fused_kernel[(num_fused_logit_programs + num_hidden_programs,)](
                 student_NC,
                 _or_placeholder(teacher_NC, student_NC),
-                _or_placeholder(labels_N, student_NC),
+                _labels_or_placeholder(inputs),
+                inputs.label_weights_N,
                 _or_placeholder(grad_logits_NC, student_NC),
                 inputs.student_hidden_BSH or (student_NC,),
                 inputs.teacher_hidden_BSH or (student_NC,),
@@ -85,6 +88,7 @@ def compute(inputs: LossInputs, needs_grad_logits: bool, needs_grad_hidden: bool
                 _or_placeholder(grad_hidden_KBSH, student_NC),
                 partials[2 * num_logit_programs :] if is_streamed else partials,
                 row_divisor,
+                hard_divisor,
                 vector_divisor,
                 inputs.grad_scale,
                 num_rows,
@@ -110,6 +114,7 @@ def compute(inputs: LossInputs, needs_grad_logits: bool, needs_grad_hidden: bool
                 ALIGNMENT=alignment,
                 HAS_MASK=inputs.attention_mask_BS is not None,
                 IS_REGRESSION=inputs.is_regression,
+                MULTI_LABEL=inputs.multi_label,
                 NORMALIZE=inputs.normalize,
                 HAS_HIDDEN_GRAD=grad_hidden_KBSH is not None,
                 VECTOR_DIVISOR_ON_DEVICE=isinstance(vector_divisor, Tensor),
@@ -123,6 +128,7 @@ def compute(inputs: LossInputs, needs_grad_logits: bool, needs_grad_hidden: bool
             soft,
             hidden,
             row_divisor,
+            hard_divisor,
             vector_divisor,
             num_logit_programs,
             num_hidden_programs,
@@ -132,6 +138,7 @@ def compute(inputs: LossInputs, needs_grad_logits: bool, needs_grad_hidden: bool
             inputs.alpha,
             inputs.beta,
             ROW_DIVISOR_ON_DEVICE=isinstance(row_divisor, Tensor),
+            HARD_DIVISOR_ON_DEVICE=isinstance(hard_divisor, Tensor),
             VECTOR_DIVISOR_ON_DEVICE=isinstance(vector_divisor, Tensor),
             BLOCK=_BLOCK,
         )
@@ -163,9 +170,12 @@ def rescale(grads: Sequence[Tensor], grad_total: Tensor, grad_scale: float | Ten
         )
 
 
-def _divisors(inputs: LossInputs) -> tuple[float | Tensor, float | Tensor]:
-    """Rows and vectors to divide by: numbers if the host knows them, else tensors that the device computes."""
-    rows, vectors = inputs.row_divisor, inputs.vector_divisor
+def _divisors(inputs: LossInputs) -> tuple[float | Tensor, float | Tensor | None, float | Tensor]:
+    """Divisors of rows, of weighted hard losses and of vectors; the second is None without weights and divisor.
+
+    They are numbers if the host knows them, else tensors that the device computes.
+    """
+    rows, hard, vectors = inputs.row_divisor, inputs.hard_divisor, inputs.vector_divisor
     if rows is None or vectors is None:
         student_NC, mask_BS = inputs.student_logits_NC, inputs.attention_mask_BS
         counts = torch.empty(2, dtype=torch.float32, device=student_NC.device)
@@ -182,16 +192,19 @@ def _divisors(inputs: LossInputs) -> tuple[float | Tensor, float | Tensor]:
         )
         rows = counts[0] if rows is None else rows
         vectors = counts[1] if vectors is None else vectors
-    return _as_scalar(rows), _as_scalar(vectors)
+    return _as_scalar(rows), None if hard is None else _as_scalar(hard), _as_scalar(vectors)
 
 
-def _as_scalar(count: int | Tensor) -> float | Tensor:
+def _as_scalar(count: float | Tensor) -> float | Tensor:
     """A count as a kernel argument: a float, since for the int 1 Triton would compile a separate kernel."""
     return count if isinstance(count, Tensor) else float(count)
 
 
 def _with_layout(inputs: LossInputs) -> LossInputs:
     """The inputs in the layout that the kernels expect: contiguous in C or H, and the same strides for all pairs."""
+
+    def contiguous(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.contiguous()
 
     def with_adjacent_columns(tensor: Tensor | None) -> Tensor | None:
         return tensor if tensor is None or tensor.stride(-1) == 1 or tensor.shape[-1] == 1 else tensor.contiguous()
@@ -205,8 +218,10 @@ def _with_layout(inputs: LossInputs) -> LossInputs:
         inputs,
         student_logits_NC=with_adjacent_columns(inputs.student_logits_NC),
         teacher_logits_NC=with_adjacent_columns(inputs.teacher_logits_NC),
-        labels_N=None if inputs.labels_N is None else inputs.labels_N.contiguous(),
-        attention_mask_BS=None if inputs.attention_mask_BS is None else inputs.attention_mask_BS.contiguous(),
+        labels_N=contiguous(inputs.labels_N),
+        labels_NC=contiguous(inputs.labels_NC),
+        label_weights_N=contiguous(inputs.label_weights_N),
+        attention_mask_BS=contiguous(inputs.attention_mask_BS),
         student_hidden_BSH=with_equal_strides(inputs.student_hidden_BSH),
         teacher_hidden_BSH=with_equal_strides(inputs.teacher_hidden_BSH),
     )
@@ -230,6 +245,12 @@ def _storage(tensor: Tensor) -> Tensor:
 def _or_placeholder(tensor: Tensor | None, placeholder: Tensor) -> Tensor:
     """The tensor, or a placeholder: kernels need a pointer for each argument, even if they do not read it."""
     return placeholder if tensor is None else tensor
+
+
+def _labels_or_placeholder(inputs: LossInputs) -> Tensor:
+    """Labels of either shape, [N] or [N, C], for kernels that know which it is."""
+    labels = inputs.labels_NC if inputs.multi_label else inputs.labels_N
+    return _or_placeholder(labels, inputs.student_logits_NC)
 
 
 def _current_device(device: torch.device) -> contextlib.AbstractContextManager[None]:
@@ -258,6 +279,7 @@ def _launch_stream(
     grad_logits_NC: Tensor | None,
     partials: Tensor,
     row_divisor: float | Tensor,
+    hard_divisor: float | Tensor | None,
     hard_weight: float,
     soft_weight: float,
     flags: dict[str, bool],
@@ -278,10 +300,12 @@ def _launch_stream(
     triton_streaming.stream_kernel[(len(student_NC),)](
         _storage(student_NC),
         _storage(teacher_NC),
-        _or_placeholder(inputs.labels_N, student_NC),
+        _labels_or_placeholder(inputs),
+        inputs.label_weights_N,
         _storage(grad_NC),
         partials,
         row_divisor,
+        hard_divisor,
         inputs.grad_scale,
         inputs.num_classes,
         student_NC.storage_offset(),
@@ -301,6 +325,41 @@ def _launch_stream(
         IS_PRECISE=inputs.needs_precise_kl,
         **flags,
         num_warps=num_warps,
+    )
+
+
+def _launch_multi_label(
+    inputs: LossInputs,
+    grad_logits_NC: Tensor | None,
+    partials: Tensor,
+    row_divisor: float | Tensor,
+    hard_divisor: float | Tensor | None,
+    hard_weight: float,
+    soft_weight: float,
+    flags: dict[str, bool],
+) -> None:
+    student_NC = inputs.student_logits_NC
+    teacher_NC = _or_placeholder(inputs.teacher_logits_NC, student_NC)
+    grad_NC = _or_placeholder(grad_logits_NC, student_NC)
+    triton_streaming.multi_label_kernel[(len(student_NC),)](
+        student_NC,
+        teacher_NC,
+        _labels_or_placeholder(inputs),
+        inputs.label_weights_N,
+        grad_NC,
+        partials,
+        row_divisor,
+        hard_divisor,
+        inputs.grad_scale,
+        inputs.num_classes,
+        student_NC.stride(0),
+        teacher_NC.stride(0),
+        grad_NC.stride(0),
+        1 / inputs.temperature,
+        hard_weight,
+        soft_weight,
+        BLOCK=_BLOCK,
+        **flags,
     )
 
 

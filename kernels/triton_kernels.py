@@ -19,6 +19,8 @@ Strides and offsets are in elements.
 import triton
 import triton.language as tl
 
+from peakd_ds.kernels.triton_multi_label import multi_label_rows
+
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 INF = tl.constexpr(float("inf"))
@@ -36,6 +38,17 @@ def _read_scalar(VALUE, IS_POINTER: tl.constexpr):
 
 
 @triton.jit
+def _label_weights(LABEL_WEIGHTS, HARD_DIVISOR, row, in_range, HARD_DIVISOR_ON_DEVICE: tl.constexpr):
+    """Weights of the rows' hard losses, all 0 if the divisor is, and the divisor, 1 if it is 0."""
+    divisor = _read_scalar(HARD_DIVISOR, HARD_DIVISOR_ON_DEVICE)
+    if LABEL_WEIGHTS is None:
+        label_weight = tl.where(in_range, 1.0, 0.0)
+    else:
+        label_weight = tl.load(LABEL_WEIGHTS + row, mask=in_range, other=0.0).to(tl.float32)
+    return tl.where(divisor > 0, label_weight, 0.0), tl.where(divisor > 0, divisor, 1.0)
+
+
+@triton.jit
 def _is_wrong_label(label, num_classes):
     """Whether a class id is outside [0, C). It is never used as an index; the loss becomes NaN."""
     return (label < 0) | (label >= num_classes)
@@ -48,7 +61,8 @@ def _is_wrong_label(label, num_classes):
 def fused_kernel(
     STUDENT,  # [N, C] logits
     TEACHER,  # [N, C] logits
-    LABELS,  # [N]
+    LABELS,  # [N], or [N, C], contiguous, if MULTI_LABEL
+    LABEL_WEIGHTS,  # [N], or None
     GRAD_LOGITS,  # out: [N, C], contiguous
     STUDENT_HIDDEN,  # K pointers to [B, S, H]
     TEACHER_HIDDEN,  # K pointers to [B, S, H]
@@ -56,6 +70,7 @@ def fused_kernel(
     GRAD_HIDDEN,  # out: [K, B, S, H], contiguous
     PARTIALS,  # out: [2 * num_logit_programs + num_hidden_programs]: (hard, soft)..., hidden...
     ROW_DIVISOR,  # rows to divide by, a number or a pointer to one
+    HARD_DIVISOR,  # of the weighted sum of hard losses, likewise; None: ROW_DIVISOR, and no weights
     VECTOR_DIVISOR,  # hidden vectors to divide by, a number or a pointer to one
     GRAD_SCALE,  # factor of the gradients, a number or a pointer to one
     num_rows,
@@ -86,11 +101,13 @@ def fused_kernel(
     HAS_TEACHER: tl.constexpr,
     HAS_MASK: tl.constexpr,
     IS_REGRESSION: tl.constexpr,
+    MULTI_LABEL: tl.constexpr,
     NORMALIZE: tl.constexpr,
     HAS_HARD_GRAD: tl.constexpr,
     HAS_SOFT_GRAD: tl.constexpr,
     HAS_HIDDEN_GRAD: tl.constexpr,
     ROW_DIVISOR_ON_DEVICE: tl.constexpr,
+    HARD_DIVISOR_ON_DEVICE: tl.constexpr,
     VECTOR_DIVISOR_ON_DEVICE: tl.constexpr,
     GRAD_SCALE_ON_DEVICE: tl.constexpr,
 ):
@@ -104,23 +121,49 @@ def fused_kernel(
         in_range = row < num_rows
         is_valid = in_range
         label = tl.zeros([ROWS_PER_PROGRAM], tl.int64)
-        if HAS_LABELS:
+        if HAS_LABELS and not MULTI_LABEL:
             label = tl.load(LABELS + row, mask=in_range, other=ignore_index)
             is_valid = in_range & (label != ignore_index)
         weight = _read_scalar(GRAD_SCALE, GRAD_SCALE_ON_DEVICE) / tl.maximum(
             _read_scalar(ROW_DIVISOR, ROW_DIVISOR_ON_DEVICE), 1.0
         )
+        label_weight = tl.full([ROWS_PER_PROGRAM], 1.0, tl.float32)
+        weight_of_hard = weight
+        if HARD_DIVISOR is not None:
+            label_weight, divisor = _label_weights(LABEL_WEIGHTS, HARD_DIVISOR, row, in_range, HARD_DIVISOR_ON_DEVICE)
+            weight_of_hard = _read_scalar(GRAD_SCALE, GRAD_SCALE_ON_DEVICE) / divisor
         row = row.to(tl.int64)
-        if IS_REGRESSION:
+        if MULTI_LABEL:
+            hard, soft = multi_label_rows(
+                STUDENT + (row * student_stride)[:, None],
+                TEACHER + (row * teacher_stride)[:, None],
+                LABELS + (row * num_classes)[:, None],
+                GRAD_LOGITS + (row * num_classes)[:, None],
+                label_weight,
+                in_range,
+                num_classes,
+                inverse_temperature,
+                hard_weight * weight_of_hard / num_classes,
+                soft_weight * weight,
+                CLASSES_PADDED,
+                HAS_LABELS,
+                HAS_TEACHER,
+                HAS_HARD_GRAD,
+                HAS_SOFT_GRAD,
+            )
+            hard /= num_classes
+        elif IS_REGRESSION:
             hard, soft = _regression_rows(
                 STUDENT + row * student_stride,
                 TEACHER + row * teacher_stride,
                 GRAD_LOGITS + row,
                 label,
+                label_weight,
                 in_range,
                 is_valid,
-                hard_weight * weight,
+                hard_weight * weight_of_hard,
                 soft_weight * weight,
+                HARD_DIVISOR is not None,
                 HAS_LABELS,
                 HAS_TEACHER,
                 HAS_HARD_GRAD,
@@ -132,13 +175,15 @@ def fused_kernel(
                 TEACHER + (row * teacher_stride)[:, None],
                 GRAD_LOGITS + (row * num_classes)[:, None],
                 label,
+                label_weight,
                 in_range,
                 is_valid,
                 num_classes,
                 inverse_temperature,
-                hard_weight * weight,
+                hard_weight * weight_of_hard,
                 soft_weight * weight,
                 CLASSES_PADDED,
+                HARD_DIVISOR is not None,
                 HAS_LABELS,
                 HAS_TEACHER,
                 HAS_HARD_GRAD,
@@ -185,10 +230,12 @@ def _regression_rows(
     teacher_pointer,
     grad_pointer,
     label,
+    label_weight,
     in_range,
     is_valid,
     hard_weight,
     soft_weight,
+    IS_WEIGHTED: tl.constexpr,
     HAS_LABELS: tl.constexpr,
     HAS_TEACHER: tl.constexpr,
     HAS_HARD_GRAD: tl.constexpr,
@@ -201,7 +248,12 @@ def _regression_rows(
     grad = tl.zeros_like(student)
     if HAS_LABELS:
         error = tl.where(is_valid, student - label.to(tl.float32), 0.0)
+        if IS_WEIGHTED:
+            error = tl.where(label_weight != 0, error, 0.0)
         hard = error * error
+        if IS_WEIGHTED:
+            hard *= label_weight
+            error *= label_weight
         if HAS_HARD_GRAD:
             grad += 2 * hard_weight * error
     if HAS_TEACHER:
@@ -220,6 +272,7 @@ def _class_rows(
     teacher_pointer,  # [rows, 1]
     grad_pointer,  # [rows, 1]
     label,
+    label_weight,
     in_range,
     is_valid,
     num_classes,
@@ -227,6 +280,7 @@ def _class_rows(
     hard_weight,
     soft_weight,
     CLASSES_PADDED: tl.constexpr,
+    IS_WEIGHTED: tl.constexpr,
     HAS_LABELS: tl.constexpr,
     HAS_TEACHER: tl.constexpr,
     HAS_HARD_GRAD: tl.constexpr,
@@ -254,10 +308,15 @@ def _class_rows(
         hard = tl.log2(total) * LN_2 - tl.sum(tl.where(is_label, student, 0.0), 1)
         hard = tl.where(_is_wrong_label(label, num_classes), NAN, hard)
         hard = tl.where(is_valid, hard, 0.0)
+        if IS_WEIGHTED:
+            hard = tl.where(label_weight != 0, hard * label_weight, 0.0)
         if HAS_HARD_GRAD:
             row_weight = tl.where(_is_wrong_label(label, num_classes), NAN, hard_weight)
             row_weight = tl.where(is_valid, row_weight, 0.0)
-            grad += row_weight[:, None] * (exp_student / total[:, None] - is_label.to(tl.float32))
+            hard_grad = row_weight[:, None] * (exp_student / total[:, None] - is_label.to(tl.float32))
+            if IS_WEIGHTED:
+                hard_grad = tl.where(label_weight[:, None] != 0, hard_grad * label_weight[:, None], 0.0)
+            grad += hard_grad
     if HAS_TEACHER:
         teacher = tl.load(teacher_pointer + column, mask=is_loaded, other=0.0).to(tl.float32)
         teacher = tl.where(is_class, teacher, -INF)
@@ -356,6 +415,7 @@ def finish_kernel(
     SOFT,  # out: []
     HIDDEN,  # out: []
     ROW_DIVISOR,
+    HARD_DIVISOR,
     VECTOR_DIVISOR,
     num_logit_partials,
     num_hidden_partials,
@@ -365,6 +425,7 @@ def finish_kernel(
     soft_weight,
     hidden_weight,
     ROW_DIVISOR_ON_DEVICE: tl.constexpr,
+    HARD_DIVISOR_ON_DEVICE: tl.constexpr,
     VECTOR_DIVISOR_ON_DEVICE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
@@ -383,7 +444,11 @@ def finish_kernel(
         hidden += tl.load(PARTIALS + num_logit_partials * 2 + partial, mask=is_in, other=0.0)
     num_rows = tl.maximum(_read_scalar(ROW_DIVISOR, ROW_DIVISOR_ON_DEVICE), 1.0)
     num_vectors = tl.maximum(_read_scalar(VECTOR_DIVISOR, VECTOR_DIVISOR_ON_DEVICE), 1.0)
-    hard_mean = tl.sum(hard, 0) / num_rows
+    hard_divisor = num_rows
+    if HARD_DIVISOR is not None:
+        hard_divisor = _read_scalar(HARD_DIVISOR, HARD_DIVISOR_ON_DEVICE)
+        hard_divisor = tl.where(hard_divisor > 0, hard_divisor, 1.0)  # all weights are 0 if it is 0
+    hard_mean = tl.sum(hard, 0) / hard_divisor
     soft_mean = tl.sum(soft, 0) * soft_factor / num_rows
     hidden_mean = tl.sum(hidden, 0) * hidden_factor / num_vectors
     # terms of weight 0 are skipped: the loss of a masked class is inf, and 0 * inf is NaN

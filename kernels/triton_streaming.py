@@ -3,7 +3,8 @@
 No stage of training reaches this file: GLUE tasks have up to three classes, PTP has four. It serves other callers of
 `distillation_loss`, with logits over a vocabulary for example.
 
-    stream_kernel    one row per program, two passes over it; the second pass reads the row from the cache
+    stream_kernel         one row per program, two passes over it; the second pass reads the row from the cache
+    multi_label_kernel    one row per program, one pass over it, with a yes or no in each class
 
 Notation as in `triton_kernels.py`.
 """
@@ -13,7 +14,8 @@ Notation as in `triton_kernels.py`.
 import triton
 import triton.language as tl
 
-from peakd_ds.kernels.triton_kernels import INF, LN_2, LOG2_E, NAN, _is_wrong_label, _read_scalar
+from peakd_ds.kernels.triton_kernels import INF, LN_2, LOG2_E, NAN, _is_wrong_label, _label_weights, _read_scalar
+from peakd_ds.kernels.triton_multi_label import multi_label_rows
 
 LOWEST = tl.constexpr(-16777216.0)
 """-2^24: the lowest base-2 reference, down to which fp32 has all integers. It is finite so that x - reference is a
@@ -121,9 +123,11 @@ def stream_kernel(
     STUDENT,  # storage of the [N, C] logits
     TEACHER,  # storage of the [N, C] logits
     LABELS,  # [N]
+    LABEL_WEIGHTS,  # [N], or None
     GRAD,  # out: storage of the [N, C] gradient
     PARTIALS,  # out: [N, 2]: hard, soft
     ROW_DIVISOR,  # rows to divide by, a number or a pointer to one
+    HARD_DIVISOR,  # of the weighted sum of hard losses, likewise; None: ROW_DIVISOR, and no weights
     GRAD_SCALE,  # factor of the gradient, a number or a pointer to one
     num_classes,
     student_start,  # offset of row 0
@@ -146,6 +150,7 @@ def stream_kernel(
     HAS_HARD_GRAD: tl.constexpr,
     HAS_SOFT_GRAD: tl.constexpr,
     ROW_DIVISOR_ON_DEVICE: tl.constexpr,
+    HARD_DIVISOR_ON_DEVICE: tl.constexpr,
     GRAD_SCALE_ON_DEVICE: tl.constexpr,
 ):
     """Loss and gradient of one row: one pass for the softmax statistics, one backwards for the KL sum and gradient.
@@ -244,11 +249,19 @@ def stream_kernel(
             label_logit = tl.load(STUDENT + student_row + label_column).to(tl.float32)
             log2_label = _log2_hard(label_logit, soft_max, hard_max, scale, POWER)
             hard = tl.where(is_wrong, NAN, (tl.log2(hard_total) - log2_label) * LN_2)
+            weight_of_hard = weight
+            if HARD_DIVISOR is not None:
+                label_weight, divisor = _label_weights(LABEL_WEIGHTS, HARD_DIVISOR, row, True, HARD_DIVISOR_ON_DEVICE)
+                weight_of_hard = label_weight * _read_scalar(GRAD_SCALE, GRAD_SCALE_ON_DEVICE) / divisor
+                hard = tl.where(label_weight != 0, hard * label_weight, 0.0)
             if HAS_HARD_GRAD:
-                row_weight = tl.where(is_wrong, NAN, hard_weight * weight)
+                row_weight = tl.where(is_wrong, NAN, hard_weight * weight_of_hard)
                 hard_factor = row_weight / hard_total
                 _, label_exp = _exponentials(label_logit, soft_max, hard_max, scale, POWER)
                 label_grad = label_exp * hard_factor - row_weight
+                if HARD_DIVISOR is not None:
+                    hard_factor = tl.where(label_weight != 0, hard_factor, 0.0)
+                    label_grad = tl.where(label_weight != 0, label_grad, 0.0)
         student_factor = 0.0
         teacher_factor = 0.0
         if HAS_TEACHER:
@@ -296,6 +309,8 @@ def stream_kernel(
                 grad = tl.zeros([LANES, WIDTH], tl.float32)
                 if HAS_HARD_GRAD:
                     grad = exp_hard * hard_factor
+                    if HARD_DIVISOR is not None:  # a row of weight 0 may have NaN in exp_hard
+                        grad = tl.where(hard_factor != 0, grad, 0.0)
                 if HAS_TEACHER:
                     teacher = tl.load(TEACHER + teacher_body + offset, mask=is_in, other=-INF).to(tl.float32)
                     student_log2 = tl.fma(student, scale, -soft_max)
@@ -314,6 +329,8 @@ def stream_kernel(
                     tl.store(GRAD + grad_body + offset, grad.to(GRAD.dtype.element_ty), mask=is_in)
         if HAS_GRAD:
             end_grad = end_exp_hard * hard_factor
+            if HARD_DIVISOR is not None and HAS_HARD_GRAD:
+                end_grad = tl.where(hard_factor != 0, end_grad, 0.0)
             if HAS_SOFT_GRAD:
                 end_grad += end_exp_soft * student_factor - end_exp_teacher * teacher_factor
             tl.store(GRAD + grad_row + end_column, end_grad.to(GRAD.dtype.element_ty), mask=is_end)
@@ -336,3 +353,65 @@ def stream_kernel(
             tl.store(GRAD + grad_row + end_column, tl.zeros([2 * WIDTH], GRAD.dtype.element_ty), mask=is_end)
         tl.store(PARTIALS + row * 2, 0.0)
         tl.store(PARTIALS + row * 2 + 1, 0.0)
+
+
+@triton.jit
+def multi_label_kernel(
+    STUDENT,  # [N, C] logits
+    TEACHER,  # [N, C] logits
+    LABELS,  # [N, C], contiguous
+    LABEL_WEIGHTS,  # [N], or None
+    GRAD,  # out: [N, C]
+    PARTIALS,  # out: [N, 2]: hard, soft
+    ROW_DIVISOR,  # rows to divide by, a number or a pointer to one
+    HARD_DIVISOR,  # of the weighted sum of hard losses, likewise; None: ROW_DIVISOR, and no weights
+    GRAD_SCALE,  # factor of the gradient, a number or a pointer to one
+    num_classes,
+    student_stride,
+    teacher_stride,
+    grad_stride,
+    inverse_temperature,
+    hard_weight,
+    soft_weight,  # of the gradient: alpha * T (/ C)
+    BLOCK: tl.constexpr,
+    HAS_LABELS: tl.constexpr,
+    HAS_TEACHER: tl.constexpr,
+    HAS_HARD_GRAD: tl.constexpr,
+    HAS_SOFT_GRAD: tl.constexpr,
+    ROW_DIVISOR_ON_DEVICE: tl.constexpr,
+    HARD_DIVISOR_ON_DEVICE: tl.constexpr,
+    GRAD_SCALE_ON_DEVICE: tl.constexpr,
+):
+    """Loss and gradients of one row with a yes or no in each class, in blocks of classes."""
+    row = tl.program_id(0).to(tl.int64) + tl.arange(0, 1)
+    in_range = row >= 0
+    grad_scale = _read_scalar(GRAD_SCALE, GRAD_SCALE_ON_DEVICE)
+    divisor = tl.maximum(_read_scalar(ROW_DIVISOR, ROW_DIVISOR_ON_DEVICE), 1.0)
+    weight = grad_scale / divisor
+    label_weight = tl.full([1], 1.0, tl.float32)
+    if HARD_DIVISOR is not None:
+        label_weight, divisor = _label_weights(LABEL_WEIGHTS, HARD_DIVISOR, row, in_range, HARD_DIVISOR_ON_DEVICE)
+    hard = tl.zeros([1], tl.float32)
+    soft = tl.zeros([1], tl.float32)
+    for start in range(0, num_classes, BLOCK):
+        block_hard, block_soft = multi_label_rows(
+            STUDENT + (row * student_stride + start)[:, None],
+            TEACHER + (row * teacher_stride + start)[:, None],
+            LABELS + (row * num_classes + start)[:, None],
+            GRAD + (row * grad_stride + start)[:, None],
+            label_weight,
+            in_range,
+            num_classes - start,
+            inverse_temperature,
+            hard_weight * grad_scale / divisor / num_classes,
+            soft_weight * weight,
+            BLOCK,
+            HAS_LABELS,
+            HAS_TEACHER,
+            HAS_HARD_GRAD,
+            HAS_SOFT_GRAD,
+        )
+        hard += block_hard
+        soft += block_soft
+    tl.store(PARTIALS + row * 2, hard / num_classes)
+    tl.store(PARTIALS + row * 2 + 1, soft)

@@ -79,6 +79,20 @@ MUTATIONS = {
         "for start in range(0, num_logit_partials, BLOCK):",
         "for start in range(0, 1, BLOCK):",
     ),
+    "a row's weight is lost from the loss": (
+        "hard = tl.where(label_weight != 0, hard * label_weight, 0.0)",
+        "hard = tl.where(label_weight != 0, hard, 0.0)",
+    ),
+    "a row's weight is lost from the gradient": ("hard_grad * label_weight[:, None], 0.0)", "hard_grad, 0.0)"),
+    "a row's weight is lost from the gradient, many classes": (
+        "weight_of_hard = label_weight * _read_scalar",
+        "weight_of_hard = _read_scalar",
+    ),
+    "the divisor of the hard loss is lost": ("tl.sum(hard, 0) / hard_divisor", "tl.sum(hard, 0) / num_rows"),
+    "labels of the second block are those of the first": (
+        "LABELS + (row * num_classes + start)",
+        "LABELS + (row * num_classes)",
+    ),
     "a regression's factor 2 is lost": ("grad += 2 * soft_weight * error", "grad += soft_weight * error"),
 }
 
@@ -109,7 +123,28 @@ def _many_rows() -> None:
     assert_matches_reference(make_batch(40, 257, ignored=0.3))
 
 
-CHECKS: list[Callable[[], None]] = [_few_classes, _many_classes, _high_temperature, _regression, _many_rows]
+def _weighted() -> None:
+    weights = torch.tensor([0.5, 0.0, 2.0, 1.5])
+    for num_classes in (1, 3, 300):
+        assert_matches_reference(make_batch(4, num_classes), label_weights=weights, label_divisor=3.0)
+
+
+def _multi_label() -> None:
+    for num_classes in (3, 300):
+        batch = make_batch(4, num_classes)
+        batch.labels = torch.randint(2, (4, num_classes))
+        assert_matches_reference(batch, multi_label=True, label_divisor=3.0)
+
+
+CHECKS: list[Callable[[], None]] = [
+    _few_classes,
+    _many_classes,
+    _high_temperature,
+    _regression,
+    _many_rows,
+    _weighted,
+    _multi_label,
+]
 
 
 @pytest.fixture
