@@ -208,7 +208,7 @@ def add_setting(parser: argparse._ActionsContainer, spec: Field[Any], default: s
             choices=meta["choices"] or None,
             help=text,
             metavar=spec.name.upper() if not meta["choices"] else None,
-            **({"nargs": "+"} if meta["takes_many"] else {}),
+            nargs="+" if meta["takes_many"] else None,
         )
 
 

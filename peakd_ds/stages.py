@@ -82,7 +82,7 @@ def _why_skipped(name: str, run: Run) -> str | None:
         return "it is finished"
     if name == "teacher" and isinstance(run.teacher, StoredTeacher):
         return "--teacher_outputs has its predictions"
-    if name == "teacher" and run.teacher.source.is_classifier:
+    if name == "teacher" and isinstance(run.teacher, OnlineTeacher) and run.teacher.source.is_classifier:
         return f"{run.teacher.source.path} is a classifier for {run.task.name} already"
     if name == "ptp" and not run.config.ptp:
         return "--no_ptp"
