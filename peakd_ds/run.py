@@ -253,7 +253,7 @@ def _check(config: RunConfig, is_bf16_fast: bool) -> _Checked:
         config,
         contract.classes_of(teacher) if config.teacher else None,
         config.metric,
-        train=not is_sharded or dist.is_main() or bool(config.teacher_outputs),
+        train=not is_sharded or dist.is_main() or not config.task or bool(config.teacher_outputs),
     )
     stored_logits = stored.read(config, task, splits) if config.teacher_outputs else None
     contract.check_contract(config, task, teacher, student_init, tokenizer)

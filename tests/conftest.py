@@ -135,6 +135,44 @@ def tiny_teacher(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Pa
     return teacher_of
 
 
+@pytest.fixture(scope="session")
+def classifier_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`classifier_of("yes", "no")` gives a folder with a random classifier that has these classes."""
+    folder = tmp_path_factory.mktemp("classifiers")
+
+    def teacher_of(*names: str) -> Path:
+        target = folder / "-".join(names)
+        if not target.exists():
+            head = {
+                "num_labels": len(names),
+                "id2label": dict(enumerate(names)),
+                "label2id": {n: i for i, n in enumerate(names)},
+            }
+            save_encoder(target, head=head)
+        return target
+
+    return teacher_of
+
+
+TICKETS = ("billing", "bug", "other", "praise", "question")
+"""Classes of `ticket_rows`, sorted."""
+
+
+def ticket_rows(
+    num_rows: int, seed: str, has_label: Callable[[int], bool] = lambda number: True
+) -> list[dict[str, Any]]:
+    """Made-up rows with a text and one of five labels, which its noun says; None where a row has none."""
+    generator = random.Random(seed)
+    rows = []
+    for number in range(num_rows):
+        label = number % len(TICKETS)
+        noun = NOUNS[label + len(TICKETS) * generator.randrange(len(NOUNS) // len(TICKETS))]
+        middle = f"{generator.choice(VERBS)}{' very' * generator.randrange(4)}"
+        text = f"the {noun} {middle} {generator.choice(POSITIVE_WORDS)} ."
+        rows.append({"text": text, "label": TICKETS[label] if has_label(number) else None})
+    return rows
+
+
 def save_encoder(folder: Path, head: dict[str, Any] | None = None, **settings: Any) -> Path:
     """Write a random BERT, with a classifier if there are `head` settings, and its tokenizer; return the folder."""
     from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizer

@@ -3,13 +3,17 @@
 Adam hides a wrong scale of the loss, so the gradients themselves are compared, before the optimizer's step.
 """
 
+import json
 from pathlib import Path
+from typing import Any
 
+import conftest
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from deepspeed.utils import safe_get_full_grad
+from torch.distributions import Bernoulli, kl_divergence
 from transformers import BertForSequenceClassification
 
 from peakd_ds import stages
@@ -69,12 +73,21 @@ def plain_gradients(argv: list[str], rows: np.ndarray) -> tuple[dict[str, torch.
         hidden = [states[:, 0] for states in hidden]
     if len(module.projections):
         hidden = [project(states) for project, states in zip(module.projections, hidden, strict=True)]
+    labels, t = run.train.labels[rows], config.temperature
     if run.task.is_regression:
-        hard = F.mse_loss(logits[:, 0], batch.labels)
+        hard = F.mse_loss(logits[:, 0], labels)
         soft = F.mse_loss(logits, answer.logits)
+    elif run.task.is_multi_label:
+        is_labeled = labels[:, 0] >= 0
+        hard = F.binary_cross_entropy_with_logits(logits[is_labeled], labels[is_labeled])
+        ours, theirs = (Bernoulli(logits=scores / t) for scores in (logits, answer.logits))
+        soft = t**2 * kl_divergence(theirs, ours).sum(1).mean()
     else:
-        hard = F.cross_entropy(logits, batch.labels)
-        t = config.temperature
+        weight = None
+        if config.class_weights == "balanced":
+            trained = run.train.labels[run.train_rows]
+            weight = 1 / torch.bincount(trained[trained >= 0]).float()  # a common factor cancels
+        hard = F.cross_entropy(logits, labels, weight, ignore_index=-1)
         soft = t**2 * F.kl_div(
             F.log_softmax(logits / t, -1), F.log_softmax(answer.logits / t, -1), reduction="batchmean", log_target=True
         )
@@ -126,6 +139,44 @@ def test_regression_gives_plain_gradients(two_ranks, argv: list[str], tiny_teach
 
 def test_projections_get_plain_gradients(two_ranks, argv: list[str], narrow_encoder: Path) -> None:
     check(two_ranks, [*argv, "--student_init", str(narrow_encoder), "--student_ds_config", "zero1_fp32"])
+
+
+OWN_ROWS = {
+    "unlabeled": ("", lambda number: number % 3 > 0),
+    "weights": ("--class_weights balanced --alpha 0.2", lambda number: number % 7 > 0),
+    "few_labels": (
+        "--student_ds_config zero3_fp32 --alpha 0.2",
+        lambda number: number % 16 == 0,
+    ),  # a micro-batch has none
+}
+
+
+@pytest.mark.parametrize("case", OWN_ROWS)
+def test_rows_without_a_label_give_plain_gradients(two_ranks, argv: list[str], classifier_of, tmp_path, case) -> None:
+    words, has_label = OWN_ROWS[case]
+    rows = conftest.ticket_rows(157, case, has_label)
+    # The rarer a class, the more its rows weigh.
+    rows += [row | {"text": f"{row['text']} here"} for row in rows if row["label"] == "bug"]
+    check(
+        two_ranks, [*own_argv(argv, rows, tmp_path), "--teacher", str(classifier_of(*conftest.TICKETS)), *words.split()]
+    )
+
+
+def test_several_labels_give_plain_gradients(two_ranks, argv: list[str], classifier_of, tmp_path: Path) -> None:
+    rows = conftest.ticket_rows(157, "several")
+    for number, row in enumerate(rows):
+        row["label"] = None if number % 4 == 0 else [row["label"], "bug"][: number % 3] if row["label"] != "bug" else []
+    check(
+        two_ranks, [*own_argv(argv, rows, tmp_path), "--teacher", str(classifier_of(*conftest.TICKETS[:4], "question"))]
+    )
+
+
+def own_argv(argv: list[str], rows: list[dict[str, Any]], folder: Path) -> list[str]:
+    """The command line with a file of own rows in place of the task."""
+    file = folder / "tickets.jsonl"
+    file.write_text("\n".join(map(json.dumps, rows)))
+    position = argv.index("--task")
+    return [*argv[:position], *argv[position + 2 :], "--train_file", str(file)]
 
 
 def test_the_check_sees_a_wrong_scale(two_ranks, argv: list[str], tmp_path: Path) -> None:

@@ -222,7 +222,7 @@ def test_no_labels_at_all(tmp_path: Path) -> None:
     found = load(teacher_of("yes", "no"), unlabeled_file=more)
     assert not found.task.has_labels and found.task.primary_metric == "agreement"
     assert found.task.label_names == ("yes", "no") and len(found.splits["test"]) == 6
-    with pytest.raises(UserError, match="no row has a label, .* --label_names, or a classifier as --teacher"):
+    with pytest.raises(UserError, match=r"no row has a label, .* --label_names, or a classifier as --teacher"):
         load(unlabeled_file=more)
 
 
@@ -321,9 +321,9 @@ def test_files_of_one_split_are_one_set(tmp_path: Path) -> None:
     write(tmp_path / "c.csv", rows_of(30, source=lambda i: "web", text=lambda i: f"other {i}"))
     with pytest.raises(UserError, match=r"a.csv and .*b.csv hold the same rows"):
         load(train_file=(str(tmp_path / "a.csv"), str(tmp_path / "b.csv")))
-    with pytest.raises(UserError, match="are not one set: .*a.csv has no column 'source'"):
+    with pytest.raises(UserError, match=r"are not one set: .*a.csv has no column 'source'"):
         load(train_file=(str(tmp_path / "a.csv"), str(tmp_path / "c.csv")))
-    with pytest.raises(UserError, match="--validation_file .*a.csv is --train_file too"):
+    with pytest.raises(UserError, match=r"--validation_file .*a.csv is --train_file too"):
         load(train_file=tmp_path / "a.csv", validation_file=tmp_path / "a.csv")
 
 
@@ -337,7 +337,7 @@ def test_a_teacher_with_other_classes(tmp_path: Path) -> None:
     file = write(tmp_path / "a.csv", rows_of(30))
     with pytest.raises(UserError, match=r"has the labels \['billing', 'bug', 'praise'\], but --teacher model has"):
         load(teacher_of("bug", "praise", "question"), train_file=file)
-    with pytest.raises(UserError, match="--teacher model has 2 classes, but .*a.csv has 3"):
+    with pytest.raises(UserError, match=r"--teacher model has 2 classes, but .*a.csv has 3"):
         load(teacher_of("LABEL_0", "LABEL_1"), train_file=file)
     with pytest.raises(UserError, match="are scores, but --teacher model has the classes"):
         load(teacher_of("a", "b"), train_file=write(tmp_path / "s.csv", rows_of(30, label=lambda i: i + 0.5)))

@@ -125,15 +125,20 @@ OWN_DATA = (
 """Settings that mean nothing beside a `task`."""
 
 
-def check_data_source(settings: DataSettings) -> None:
-    """Raise UserError unless the rows come from one place, and every setting given is read."""
+def check_data_source(settings: DataSettings, needs_train: bool = True) -> None:
+    """Raise UserError unless the rows come from one place, and every setting given is read.
+
+    Args:
+        needs_train: Whether there must be rows to train on; otherwise a test or validation file is enough.
+    """
     given = [f"--{name}" for name in OWN_DATA if getattr(settings, name)]
     if settings.task and given:
         raise UserError(
             f"--task {settings.task} brings its own rows, columns and labels, but {given[0]} is given too; leave "
             f"one out"
         )
-    if not settings.task and not settings.has_own_data:
+    is_scored = bool(settings.test_file or settings.validation_file) and not needs_train
+    if not settings.task and not settings.has_own_data and not is_scored:
         raise UserError(
             "--task is missing: give a task of GLUE, or rows of your own with --train_file, --unlabeled_file or "
             "--dataset_name"

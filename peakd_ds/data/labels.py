@@ -144,9 +144,9 @@ def _classes_of(
 
 def _check_observed(spec: LabelSpec, observed: Mapping[str, set[Any]], where: str) -> None:
     """Raise UserError if there are fewer than two classes, too many, or some that train lacks."""
-    if len(spec.names) < 2 or (spec.kind == CLASSES and len(observed["train"]) < 2):
+    if len(spec.names) < 2 or (spec.kind == CLASSES and len(observed.get("train", spec.names)) < 2):
         raise UserError(
-            f"{where} has one class only ({shown(list(observed['train']) or list(spec.names))}), so there is "
+            f"{where} has one class only ({shown(list(observed.get('train') or spec.names))}), so there is "
             f"nothing to "
             "learn; give rows of at least two"
         )
@@ -156,8 +156,8 @@ def _check_observed(spec: LabelSpec, observed: Mapping[str, set[Any]], where: st
             "--label_column, or give scores as numbers with a decimal point"
         )
     for split, found in observed.items():
-        extra = sorted(map(str, found - observed["train"]))
-        if extra and observed["train"]:
+        extra = sorted(map(str, found - observed.get("train", found)))
+        if extra:
             raise UserError(
                 f"the {split} rows have the label {extra[0]!r}, which no train row has; add rows of it to train"
             )

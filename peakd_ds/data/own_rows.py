@@ -53,12 +53,13 @@ class OwnRows:
     """Lines for the plan: what was found and how it was taken."""
 
 
-def load(settings: DataSettings, teacher: TeacherClasses | None, metric: str = "") -> OwnRows:
+def load(settings: DataSettings, teacher: TeacherClasses | None, metric: str = "", needs_train: bool = True) -> OwnRows:
     """Read the rows and find out what they are.
 
     Args:
         teacher: The classes of a teacher that is a classifier.
         metric: The score that picks the best epoch; "" for the usual one.
+        needs_train: Whether there must be rows to train on; a saved model is scored without.
 
     Raises:
         UserError: a file, column, text or label that cannot be used; names file, row, rule and remedy.
@@ -69,7 +70,7 @@ def load(settings: DataSettings, teacher: TeacherClasses | None, metric: str = "
     read = _read_labels(settings, files, column)
     labeled = {name: found for name, found in read.items() if any(file.kind for file in found)}
     notes = []
-    if "train" in labeled:
+    if "train" in labeled or (labeled and not needs_train):
         spec = labels.find_spec(labeled, teacher, settings.label_names)
     elif labeled:
         raise UserError(f"{files[next(iter(labeled))][0].where} has labels, but no train row has one; label some")
@@ -86,7 +87,8 @@ def load(settings: DataSettings, teacher: TeacherClasses | None, metric: str = "
     if "unlabeled" in files:
         unlabeled = _split(settings, "unlabeled", files["unlabeled"], read["unlabeled"], spec, texts)
         splits["train"] = _joined(splits["train"], unlabeled) if "train" in splits else unlabeled
-    splits["train"] = splits["train"].append_column(ROW, pyarrow.array(np.arange(len(splits["train"]))))
+    if "train" in splits:
+        splits["train"] = splits["train"].append_column(ROW, pyarrow.array(np.arange(len(splits["train"]))))
     if not {"validation", "test"} & set(splits):
         splits["train"], splits["test"] = _carve(spec, splits["train"])
     task = own_task(

@@ -31,13 +31,13 @@ def load(
     Args:
         teacher: The classes of a teacher that is a classifier: labels are numbered in its order.
         metric: The score that picks the best epoch of own rows; "" for the usual one.
-        train: Whether the train split of a `task` is read.
+        train: Whether there must be a train split; that of a `task` is read only then.
 
     Raises:
         UserError: as `load_splits` and `own_rows.load`.
     """
     if not settings.task:
-        own = own_rows.load(settings, teacher, metric)
+        own = own_rows.load(settings, teacher, metric, needs_train=train)
         return own.task, own.splits, own.notes
     task = get_task(settings.task)
     if metric:

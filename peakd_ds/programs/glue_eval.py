@@ -6,6 +6,7 @@ peakd-eval --model RUN/student --task rte --data_dir DATA [--submission FOLDER]
 import argparse
 import csv
 import json
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from peakd_ds.data import reading
+from peakd_ds.data.own_rows import ID
 from peakd_ds.data.tasks import Task, get_task
 from peakd_ds.data.tokens import Split, tokenize
 from peakd_ds.errors import UserError
@@ -27,6 +29,7 @@ from peakd_ds.ranks import dist
 from peakd_ds.ranks.device import device
 from peakd_ds.ranks.outcome import noted
 from peakd_ds.results import evaluation
+from peakd_ds.teacher import outputs_file
 
 
 @noted(marks_finished=False)
@@ -44,7 +47,7 @@ def main(args: argparse.Namespace) -> None:
     dist.init()
     import peakd_ds.sps  # noqa: F401 - registers the student's form with transformers
 
-    task, model, tokenizer, splits = dist.agree(lambda: load_inputs(args))
+    task, model, tokenizer, splits, notes = dist.agree(lambda: load_inputs(args))
 
     def tokenized(name: str) -> Split:
         return tokenize(task, splits[name], tokenizer, args.max_seq_length, None)
@@ -53,8 +56,13 @@ def main(args: argparse.Namespace) -> None:
         return model(**padded(inputs)).logits  # padded, as users of the saved model run it
 
     dev = {name: tokenized(name) for name in task.eval_splits}
-    metrics, _, speed = evaluation.evaluate(forward, task, dev, args.micro_batch_size)
+    metrics, logits_of, speed = evaluation.evaluate(forward, task, dev, args.micro_batch_size)
     if dist.is_main():
+        for note in notes:
+            print(note, file=sys.stderr)
+        if args.predictions:
+            name = task.eval_splits[0]
+            outputs_file.write_outputs(args.predictions, ids_of(splits[name]), logits_of[name], task, with_labels=True)
         result = {"task": task.name, "model": args.model, "metrics": metrics, "samples_per_s": speed}
         print(json.dumps(result, indent=2))
     if args.submission:
@@ -68,23 +76,22 @@ def main(args: argparse.Namespace) -> None:
 
 
 def load_inputs(
-    args: argparse.Namespace,
-) -> tuple[Task, PreTrainedModel, PreTrainedTokenizerBase, dict[str, datasets.Dataset]]:
-    """The task, the model on this rank's device, its tokenizer, and the dev and test splits.
+    args: argparse.Namespace, with_train: bool = False
+) -> tuple[Task, PreTrainedModel, PreTrainedTokenizerBase, dict[str, datasets.Dataset], tuple[str, ...]]:
+    """The task, the model on this rank's device, its tokenizer, the splits, and notes on the rows.
 
     Raises:
         UserError: as `main`.
     """
-    task = get_task(args.task)
     if not Path(args.model, "config.json").is_file():
         raise UserError(f"--model {args.model} is not a folder with config.json; give a saved classifier")
     source = contract.find_encoder(args.model, "model", model_types=("bert", "sps_bert"))
     if not source.is_classifier:
         raise UserError(f"{source.name} is an encoder without a head for a task; give a saved classifier")
-    contract.check_labels(task, source)
     contract.check_length(args.max_seq_length, source)
     tokenizer = contract.load_tokenizer(source)
-    splits = reading.load_splits(task, args.data_dir, train=False)
+    task, splits, notes = reading.load(scripts.data_settings(args), contract.classes_of(source), train=with_train)
+    contract.check_labels(task, source)
     if args.submission and not any(name in splits for name in task.submission_files):
         files = " and ".join(f"{task.name}/{name}-*.parquet" for name in task.submission_files)
         raise UserError(
@@ -92,7 +99,12 @@ def load_inputs(
             + (f"add {files}" if files else "GLUE takes no files of this task: leave --submission out")
         )
     model = load_pretrained(AutoModelForSequenceClassification, args.model, "model", config=source.config)
-    return task, model.to(device()).eval(), tokenizer, splits
+    return task, model.to(device()).eval(), tokenizer, splits, notes
+
+
+def ids_of(rows: datasets.Dataset) -> list[str]:
+    """The name of each row: its id if the files have one, else its number."""
+    return list(rows[ID]) if ID in rows.column_names else [str(number) for number in range(len(rows))]
 
 
 # -- Files for the GLUE server -----------------------------------------------------------------------------------------
@@ -124,8 +136,9 @@ def _prediction(task: Task, logits: torch.Tensor) -> str:
     if task.is_regression:
         return f"{min(max(logits.item(), 0.0), reading.MAX_SCORE):.3f}"
     number = int(logits.argmax())
+    number = task.official_ids[number] if task.official_ids else number
     takes_names = task.base in ("mnli", "qnli", "rte")  # for the other tasks the server takes numbers
-    return task.label_names[number] if takes_names else str(number)
+    return get_task(task.base).label_names[number] if takes_names else str(number)
 
 
 if __name__ == "__main__":

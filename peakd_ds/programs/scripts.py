@@ -26,14 +26,40 @@ def evaluate() -> None:
 
 def evaluate_options(words: Sequence[str]) -> argparse.Namespace:
     """Options of peakd-eval. Raises UserError for a word or a value that does not fit."""
-    parser = Parser("peakd-eval", "GLUE metrics of a saved classifier.")
+    parser = Parser("peakd-eval", "Scores of a saved classifier on a task of GLUE, or on rows of your own.")
     parser.add_argument("--model", required=True, help="folder of a student (either form) or teacher")
     _add_rows(parser)
     add_setting(parser, SPECS["max_seq_length"])
     add_setting(parser, SPECS["micro_batch_size"])
     parser.add_argument("--submission", metavar="FOLDER", help="also write GLUE test files here, where test splits are")
+    parser.add_argument(
+        "--predictions",
+        type=_path,
+        metavar="FILE",
+        help="also write id, label and probabilities of each row: csv, tsv, jsonl or parquet",
+    )
     add_local_rank(parser)
-    return _checked(parser, words)
+    return _checked(parser, words, needs_train=False)
+
+
+# -- peakd-predict -----------------------------------------------------------------------------------------------------
+
+
+def predict() -> None:
+    """Start peakd-predict."""
+    start("peakd_ds.programs.predict:run_rank", "peakd-predict", predict_options)
+
+
+def predict_options(words: Sequence[str]) -> argparse.Namespace:
+    """Options of peakd-predict. Raises UserError for a word or a value that does not fit."""
+    parser = Parser("peakd-predict", "Outputs of a saved classifier, as --teacher_outputs of train.py reads them.")
+    parser.add_argument("--model", required=True, help="folder of a saved classifier")
+    _add_rows(parser)
+    add_setting(parser, SPECS["max_seq_length"])
+    add_setting(parser, SPECS["micro_batch_size"])
+    parser.add_argument("--out", required=True, type=_path, metavar="FILE", help="a new .parquet or .jsonl file")
+    add_local_rank(parser)
+    return _checked(parser, words, needs_train=False)
 
 
 # -- peakd-shard -------------------------------------------------------------------------------------------------------
@@ -210,7 +236,7 @@ def data_settings(options: argparse.Namespace) -> DataSettings:
     return DataSettings(**settings)
 
 
-def _checked(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
+def _checked(parser: Parser, words: Sequence[str], needs_train: bool = True) -> argparse.Namespace:
     """Parsed words, those of RunConfig's settings within their ranges. Raises UserError."""
     options = parser.parse_args(words)
     _check_texts(options)
@@ -218,7 +244,7 @@ def _checked(parser: Parser, words: Sequence[str]) -> argparse.Namespace:
         check_range(name, value)
     if hasattr(options, "train_file"):
         options.data_dir = options.data_dir or os.environ.get("PEAKD_DATA_DIR", "")
-        check_data_source(data_settings(options))
+        check_data_source(data_settings(options), needs_train)
     return options
 
 
