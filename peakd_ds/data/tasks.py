@@ -1,4 +1,4 @@
-"""The tasks: columns, labels, splits, metrics and PTP thresholds of each. N rows, C classes.
+"""The tasks: columns, kind of label, splits, names of metrics and PTP thresholds of each.
 
 Columns, label names and label order are those of the `nyu-mll/glue` dataset on the Hugging Face Hub. A teacher that was
 trained with another label order, which is common for MNLI, looks like a broken teacher.
@@ -6,16 +6,19 @@ trained with another label order, which is common for MNLI, looks like a broken 
 
 import difflib
 import re
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import ArrayLike, NDArray
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from peakd_ds.errors import UserError, shown
+
+OWN_METRICS = {
+    "classes": ("accuracy", "macro_f1", "weighted_f1"),
+    "multi_label": ("micro_f1", "macro_f1", "exact_match"),
+    "scores": ("pearson", "spearmanr", "rmse"),
+}
+"""The metrics of own data for each kind of label."""
+KINDS = tuple(OWN_METRICS)
+_OWN_PRIMARY = {"classes": "accuracy", "multi_label": "micro_f1", "scores": "spearmanr"}
 
 
 @dataclass(frozen=True)
@@ -29,24 +32,37 @@ class Task:
     text_columns: tuple[str, ...]
     """One or two text columns, in the order that the tokenizer gets them."""
     label_names: tuple[str, ...]
-    """Name of class i at position i; empty for regression."""
+    """Name of class i at position i; empty for scores."""
     metrics: tuple[str, ...]
-    """Keys of what `compute_metrics` returns."""
+    """Keys of what `metrics.compute_metrics` returns."""
     primary_metric: str
-    """The one of `metrics` that picks the best epoch; higher is better."""
+    """The one of `metrics` that picks the best epoch; `metrics.higher_is_better` says which end is best."""
     eval_splits: tuple[str, ...] = ("validation",)
     ptp_thresholds: tuple[float, float] | None = None
     """(t_correct, t_wrong) of Pea-KD's published code; None if it has none for the task."""
     submission_files: Mapping[str, str] = field(default_factory=dict, hash=False)
     """File name that the GLUE server expects for each test split; empty outside GLUE."""
+    kind: str = ""
+    """classes (one for each row), multi_label (any number of them) or scores; by default what the label names say."""
+    is_own: bool = False
+    """Whether the task is the user's own data, described by `own_task`, with metrics as in OWN_METRICS."""
+
+    def __post_init__(self) -> None:
+        if not self.kind:
+            object.__setattr__(self, "kind", "classes" if self.label_names else "scores")
+        assert self.kind in KINDS and (self.kind == "scores") == (not self.label_names)
 
     @property
     def is_regression(self) -> bool:
-        return not self.label_names
+        return self.kind == "scores"
+
+    @property
+    def is_multi_label(self) -> bool:
+        return self.kind == "multi_label"
 
     @property
     def num_labels(self) -> int:
-        """Columns of the logits: the number of classes, 1 for regression."""
+        """Columns of the logits: the number of classes, 1 for scores."""
         return len(self.label_names) or 1
 
 
@@ -122,14 +138,16 @@ def get_task(name: str) -> Task:
     """Task of that name; "<task>_<suffix>" ("qnli_10k") is the task read from a data folder of its own.
 
     A suffixed folder usually holds part of the official data, so the suffix stays in `Task.name`: its figures
-    are never reported as those of the whole task, and the plain name never falls back to it.
+    are never reported as those of the whole task, and the plain name never falls back to it. The published PTP
+    thresholds are for the whole task too: with a suffix there are none.
 
     Raises:
         ValueError: no task has that name, and none is the part of it before an underscore.
     """
     base = next((base for base in TASKS if re.fullmatch(rf"{base}(_[A-Za-z0-9-]+)*", name)), None)
     if base is not None:
-        return replace(TASKS[base], name=name)
+        task = TASKS[base]
+        return task if name == base else replace(task, name=name, ptp_thresholds=None)
     spelling = name.lower().replace("-", "")
     closest = difflib.get_close_matches(spelling, TASKS, n=1, cutoff=0.0)[0]
     raise ValueError(
@@ -138,76 +156,46 @@ def get_task(name: str) -> Task:
     )
 
 
-def compute_metrics(task: Task, logits: ArrayLike, labels: ArrayLike) -> dict[str, float]:
-    """GLUE's metrics of `task` over a whole split, as fractions (accuracy 0.5, not 50).
-
-    A class is predicted by the largest logit. A correlation that does not exist (constant predictions or
-    labels, one sample) is 0.0, without a warning.
+def own_task(
+    name: str,
+    kind: str,
+    text_columns: tuple[str, ...],
+    label_names: tuple[str, ...],
+    metric: str | None = None,
+    eval_splits: tuple[str, ...] = ("validation",),
+) -> Task:
+    """The task that a user's own data is of; it has no published PTP thresholds and no submission files.
 
     Args:
-        task: says how many columns the logits have and which metrics apply.
-        logits: [N, C] scores of the N samples; C is 1 for regression. A NumPy array or a tensor of any dtype.
-        labels: [N] class ids, or scores for regression.
-
-    Returns:
-        One value per name in `task.metrics`, in that order.
+        name: Name of the data, for reports.
+        kind: One of KINDS.
+        text_columns: One or two text columns, in the order that the tokenizer gets them.
+        label_names: Name of class i at position i; none for scores.
+        metric: The one of the kind's OWN_METRICS that picks the best epoch; None for accuracy, micro_f1 or spearmanr.
+        eval_splits: Splits that are evaluated, the reported one first.
 
     Raises:
-        ValueError: N is 0, the shapes do not fit, a score or prediction is NaN, or a label is out of range.
+        UserError: an unknown kind or metric, no text column or more than two, or label names that do not fit the kind.
     """
-    logits_NC, labels_N = _as_float64(logits), _as_float64(labels)
-    _check_predictions(task, logits_NC, labels_N)
-    predictions_N = logits_NC[:, 0] if task.is_regression else logits_NC.argmax(axis=1)
-    return {metric: _METRICS[metric](labels_N, predictions_N) for metric in task.metrics}
-
-
-def _as_float64(values: ArrayLike) -> NDArray[np.float64]:
-    if isinstance(values, torch.Tensor):
-        values = values.detach().cpu().double().numpy()  # NumPy has no bfloat16
-    return np.asarray(values, dtype=np.float64)
-
-
-def _check_predictions(task: Task, logits_NC: NDArray[np.float64], labels_N: NDArray[np.float64]) -> None:
-    shapes = f"logits {list(logits_NC.shape)}, labels {list(labels_N.shape)}"
-    if logits_NC.ndim != 2 or logits_NC.shape[1] != task.num_labels or labels_N.shape != logits_NC.shape[:1]:
-        raise ValueError(f"{shapes} do not fit task {task.name}: pass logits [N, {task.num_labels}] and labels [N]")
-    if len(labels_N) == 0:
-        raise ValueError(f"{shapes}: a metric of {task.name} needs a sample; check the evaluation split")
-    if np.isnan(logits_NC).any() or (task.is_regression and not np.isfinite(logits_NC).all()):
-        raise ValueError(
-            f"logits of {task.name} hold NaN or infinite predictions: the model has diverged; "
-            f"lower the learning rate or use bf16 or fp32"
-        )
-    if not np.isfinite(labels_N).all():
-        raise ValueError(f"labels of {task.name} hold NaN or infinity; check the data files")
-    if not task.is_regression:
-        wrong = labels_N[~np.isin(labels_N, np.arange(task.num_labels))]
-        if len(wrong):
-            raise ValueError(
-                f"label {wrong[0]:g} of {task.name} is not a class id from 0 to {task.num_labels - 1}; "
-                f"GLUE test splits are unlabelled (-1 in every row): evaluate on {task.eval_splits[0]}"
-            )
-
-
-def _correlation(statistic: Callable[..., Any]) -> Callable[..., float]:
-    """`statistic(labels, predictions)`, with 0.0 and no warning where it does not exist."""
-
-    def correlation(labels_N: NDArray[np.float64], predictions_N: NDArray[np.float64]) -> float:
-        if len(labels_N) < 2:
-            return 0.0
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # constant input warns, then gives NaN or 0
-            result = statistic(labels_N, predictions_N)
-        value = float(getattr(result, "statistic", result))  # SciPy wraps its value, scikit-learn does not
-        return value if np.isfinite(value) else 0.0
-
-    return correlation
-
-
-_METRICS: dict[str, Callable[..., float]] = {
-    "accuracy": lambda labels_N, predictions_N: float(accuracy_score(labels_N, predictions_N)),
-    "f1": lambda labels_N, predictions_N: float(f1_score(labels_N, predictions_N, zero_division=0)),
-    "matthews_correlation": _correlation(matthews_corrcoef),
-    "pearson": _correlation(pearsonr),
-    "spearmanr": _correlation(spearmanr),
-}
+    if kind not in KINDS:
+        raise UserError(f"kind {shown(kind)} of task {name} is unknown; set one of {', '.join(KINDS)}")
+    if metric is not None and metric not in OWN_METRICS[kind]:
+        choice = ", ".join(OWN_METRICS[kind])
+        raise UserError(f"metric {shown(metric)} is none of {kind}, the kind of task {name}; set one of {choice}")
+    if len(text_columns) not in (1, 2) or len(set(text_columns)) < len(text_columns):
+        raise UserError(f"task {name} has text columns {shown(list(text_columns))}; give one, or two different ones")
+    if kind == "scores" and label_names:
+        raise UserError(f"task {name} has scores, but label names {shown(list(label_names))} too; leave them out")
+    if kind != "scores" and len(set(label_names)) < max(2, len(label_names)):
+        raise UserError(f"task {name} has label names {shown(list(label_names))}; give two or more different ones")
+    return Task(
+        name=name,
+        base=name,
+        text_columns=tuple(text_columns),
+        label_names=tuple(label_names),
+        metrics=OWN_METRICS[kind],
+        primary_metric=metric or _OWN_PRIMARY[kind],
+        eval_splits=tuple(eval_splits),
+        kind=kind,
+        is_own=True,
+    )
