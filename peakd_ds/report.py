@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from peakd_ds.data import metrics
 from peakd_ds.engine import checkpoint
 from peakd_ds.engine.ds_config import DTYPES
 from peakd_ds.files import damage_named, damaged, needs_space, write_atomically
@@ -37,6 +38,7 @@ def write(run: Run, log: RunLog) -> None:
         "settings": {**asdict(run.config), "layer_pairs": run.pairs},
         "teacher": teacher,
         "student": student,
+        **_majority(run),
     }
 
     def write_files() -> None:
@@ -54,15 +56,16 @@ def _judge_teacher(run: Run) -> tuple[dict[str, Any] | None, dict[str, torch.Ten
         dist.on_main(lambda: _check_never_trained(run, teacher.folder))
         return None, {}
     engine = teacher.engine()
-    metrics, logits, speed = evaluation.evaluate(
+    scores, logits, speed = evaluation.evaluate(
         lambda inputs: engine(**inputs)[0], run.task, run.dev, run.eval_batch_size
     )
     num_params = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters())
     return {
-        "metrics": metrics,
+        "metrics": scores,
         "params": num_params,
         "effective_layers": engine.module.model.config.num_hidden_layers,
         "samples_per_s": round(speed, 1),
+        **_per_class(run, logits),
     }, logits
 
 
@@ -71,8 +74,9 @@ def _judge_outputs(run: Run, teacher: StoredTeacher) -> tuple[dict[str, Any] | N
     logits = {name: teacher.logits_NC[name] for name in run.dev if name in teacher.logits_NC}
     if logits.keys() != run.dev.keys():
         return None, {}
-    metrics = evaluation.metrics_of(run.task, run.dev, logits)
-    return {"metrics": metrics, "params": None, "effective_layers": None, "samples_per_s": None}, logits
+    scores = evaluation.metrics_of(run.task, run.dev, logits)
+    sizes = {"params": None, "effective_layers": None, "samples_per_s": None}
+    return {"metrics": scores, **sizes, **_per_class(run, logits)}, logits
 
 
 def _check_never_trained(run: Run, folder: Path) -> None:
@@ -95,7 +99,7 @@ def _judge_student(run: Run, teacher_logits: dict[str, torch.Tensor]) -> dict[st
         return None
     student = dist.agree(lambda: _load_student(run))
     nn.Module.to(student, device(), DTYPES[run.config.dtype]).eval()  # transformers' own `to` has no types
-    metrics, logits, speed = evaluation.evaluate(
+    scores, logits, speed = evaluation.evaluate(
         lambda inputs: student(**inputs).logits, run.task, run.dev, run.eval_batch_size
     )
     agreement = None
@@ -104,12 +108,13 @@ def _judge_student(run: Run, teacher_logits: dict[str, torch.Tensor]) -> dict[st
             run.task, torch.cat(list(logits.values())), torch.cat(list(teacher_logits.values()))
         )
     return {
-        "metrics": metrics,
+        "metrics": scores,
         "params": sum(parameter.numel() for parameter in student.parameters()),
         "stored_layers": student.config.num_hidden_layers,
         "effective_layers": student.config.num_effective_layers,
         "samples_per_s": round(speed, 1),
         "agreement": agreement,
+        **_per_class(run, logits),
     }
 
 
@@ -123,6 +128,21 @@ def _load_student(run: Run) -> SPSBertForSequenceClassification:
         if report["missing_keys"]:
             raise ValueError(f"{len(report['missing_keys'])} weights are missing")
         return student
+
+
+def _majority(run: Run) -> dict[str, Any]:
+    """For results.json, of own data: the largest class of the reported split, and its share of the labelled rows."""
+    largest = metrics.majority_class(run.task, run.dev[run.task.eval_splits[0]].labels) if run.task.is_own else None
+    return {} if largest is None else {"majority_class": {"name": largest[0], "share": largest[1]}}
+
+
+def _per_class(run: Run, logits: dict[str, torch.Tensor]) -> dict[str, Any]:
+    """For results.json, of own data without too many classes: a model's scores for each class of the reported split."""
+    if not run.task.is_own or run.task.num_labels > metrics.MAX_CLASSES_IN_TABLE:
+        return {}
+    split = run.task.eval_splits[0]
+    scores = metrics.per_class(run.task, logits[split], run.dev[split].labels)
+    return {"per_class": scores} if scores else {}
 
 
 def _remedy(run: Run) -> str:
@@ -176,10 +196,10 @@ def _export(run: Run, results: dict[str, Any], log: RunLog) -> None:
 
 def markdown_table(results: dict[str, Any]) -> str:
     """Teacher and student side by side."""
-    metrics = list(_metrics(results, "student") or _metrics(results, "teacher"))
-    header = ["", "params", "layers (stored)", *metrics, "agreement", "samples/s"]
+    names = list(_metrics(results, "student") or _metrics(results, "teacher"))
+    header = ["", "params", "layers (stored)", *names, "agreement", "samples/s"]
     models = [(name, results[name]) for name in ("teacher", "student") if results[name] is not None]
-    return table(header, [_table_row(name, model, metrics) for name, model in models], is_padded=True)
+    return table(header, [_table_row(name, model, names) for name, model in models], is_padded=True)
 
 
 def _table_row(name: str, model: dict[str, Any], metrics: list[str]) -> list[str]:
@@ -213,6 +233,30 @@ def _readme(run: Run, results: dict[str, Any], text: str) -> str:
 
 Metrics are over the whole dev set ({sizes}), computed in {run.config.dtype}.
 Epochs were picked on {chosen}. Samples per second are those of inference on dev with {results["world_size"]} rank(s).
-{curves}
+{_own_details(run, results)}{curves}
 `config.yaml` holds every setting. Started again with this folder, the same command continues where it stopped.
 """
+
+
+def _own_details(run: Run, results: dict[str, Any]) -> str:
+    """Paragraphs of README.md about own data: the largest class, and a table with a row for each class."""
+    if not run.task.is_own:
+        return ""
+    split, majority = run.task.eval_splits[0], results.get("majority_class")
+    paragraphs = ["Rows without a label do not count."]
+    if majority is not None:
+        what = "rows" if run.task.is_multi_label else "rows, the accuracy of always predicting it"
+        paragraphs.append(
+            f"The largest class of {split} is {majority['name']}, with {majority['share']:.4f} of the {what}."
+        )
+    judged = {name: results[name] for name in ("teacher", "student") if results[name] is not None}
+    scores = {name: model["per_class"] for name, model in judged.items() if "per_class" in model}
+    if scores:
+        columns = [(name, score) for name in scores for score in ("precision", "recall", "f1")]
+        rows = [
+            [label, str(first["support"]), *(f"{scores[name][label][score]:.4f}" for name, score in columns)]
+            for label, first in next(iter(scores.values())).items()
+        ]
+        header = ["class", "rows", *(f"{name} {score}" for name, score in columns)]
+        paragraphs += [f"Each class of {split}:", table(header, rows, is_padded=True)]
+    return "".join(f"\n{paragraph}\n" for paragraph in paragraphs)

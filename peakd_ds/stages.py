@@ -20,7 +20,7 @@ from peakd_ds.cluster import run_lock
 from peakd_ds.config.outputs import STAGES
 from peakd_ds.data import summary
 from peakd_ds.data.batches import GlobalBatch
-from peakd_ds.data.tasks import compute_metrics
+from peakd_ds.data.metrics import compute_metrics, higher_is_better
 from peakd_ds.data.tokens import MicroBatch, Split
 from peakd_ds.engine import checkpoint, engines
 from peakd_ds.files import damage_named, damage_of_file, damaged, is_written, needs_space, write_checked, written_sha256
@@ -151,7 +151,7 @@ def _teacher_stage(run: Run, log: RunLog) -> Stage:
         loss=loss,
         evaluate=evaluate,
         score=run.task.primary_metric,
-        higher_is_better=True,
+        higher_is_better=higher_is_better(run.task.primary_metric),
         finish=finish,
     )
 
@@ -189,7 +189,7 @@ def _ptp_stage(run: Run, log: RunLog) -> Stage:
         loss=loss,
         evaluate=evaluate,
         score="loss",
-        higher_is_better=False,
+        higher_is_better=higher_is_better("loss"),
         finish=finish,
     )
 
@@ -228,7 +228,7 @@ def _distill_stage(run: Run, log: RunLog) -> Stage:
         loss=lambda *arguments: _distill_loss(run, *arguments),
         evaluate=evaluate,
         score=run.task.primary_metric,
-        higher_is_better=True,
+        higher_is_better=higher_is_better(run.task.primary_metric),
         finish=finish,
         with_teacher_outputs=lambda batches: _with_teacher_outputs(run, cached, batches),
     )

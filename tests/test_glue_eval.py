@@ -15,7 +15,8 @@ from transformers import AutoTokenizer, BertForSequenceClassification, PreTraine
 
 from peakd_ds.command_line import parse
 from peakd_ds.data import reading
-from peakd_ds.data.tasks import compute_metrics, get_task
+from peakd_ds.data.metrics import compute_metrics
+from peakd_ds.data.tasks import get_task
 from peakd_ds.data.tokens import Split, tokenize
 from peakd_ds.errors import UserError
 from peakd_ds.model import contract

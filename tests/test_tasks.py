@@ -14,7 +14,8 @@ import torch
 from scipy import stats
 from sklearn import metrics
 
-from peakd_ds.data.tasks import TASKS, compute_metrics, get_task
+from peakd_ds.data.metrics import compute_metrics
+from peakd_ds.data.tasks import TASKS, get_task
 
 GLUE_TASKS = ["cola", "sst2", "mrpc", "stsb", "qqp", "mnli", "qnli", "rte", "wnli"]
 DATA_DIR = Path(os.environ.get("PEAKD_DATA_DIR", Path(__file__).parents[1] / "../shared/data/glue"))
@@ -94,7 +95,9 @@ def test_tasks_are_frozen_hashable_and_survive_pickling():
 def test_suffix_keeps_its_name_and_takes_the_rest_from_the_base(name, base):
     task = get_task(name)
     assert task.name == name
-    assert dataclasses.replace(task, name=base) == TASKS[base]
+    thresholds = TASKS[base].ptp_thresholds
+    assert task.ptp_thresholds == (thresholds if name == base else None), "published for the whole task"
+    assert dataclasses.replace(task, name=base, ptp_thresholds=thresholds) == TASKS[base]
 
 
 @pytest.mark.parametrize(

@@ -38,14 +38,14 @@ class ObjectiveSettings:
         "a right teacher prediction is confident above this probability",
         parse=_parse_threshold,
         range=Range(0, 1, word="median"),
-        shown_default="Pea-KD's for its five tasks, else median",
+        shown_default="Pea-KD's for its five tasks, not parts of them such as qnli_10k; else median",
     )
     t_wrong: float | str | None = setting(
         None,
         "a wrong teacher prediction is confident above this probability",
         parse=_parse_threshold,
         range=Range(0, 1, word="median"),
-        shown_default="Pea-KD's for its five tasks, else median",
+        shown_default="Pea-KD's for its five tasks, not parts of them such as qnli_10k; else median",
     )
     temperature: float = setting(
         10.0,

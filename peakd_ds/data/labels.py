@@ -18,6 +18,7 @@ import pyarrow
 import torch
 from pyarrow import types
 
+from peakd_ds.data import metrics
 from peakd_ds.data.own_files import Rows
 from peakd_ds.errors import UserError, shown
 
@@ -218,8 +219,7 @@ def is_labeled(labels: np.ndarray) -> np.ndarray:
 def label_weights(labels: np.ndarray, rows: np.ndarray, num_classes: int, class_weights: str) -> torch.Tensor | None:
     """Weight of each row's hard loss, float32 [N]; None if all `rows` have a label and all classes count alike.
 
-    A row without a label weighs 0. "balanced" weighs class c by n / (C * n_c), of n labelled `rows` with n_c of the
-    class, as scikit-learn's `compute_class_weight`.
+    A row without a label weighs 0. "balanced" weighs classes as `metrics.class_weights` of `rows`.
 
     Args:
         labels: [N] or [N, C] of a split.
@@ -227,9 +227,7 @@ def label_weights(labels: np.ndarray, rows: np.ndarray, num_classes: int, class_
     """
     has_label = is_labeled(labels)
     if class_weights == "balanced":
-        counts = np.bincount(labels[rows][has_label[rows]], minlength=num_classes)
-        of_class = counts.sum() / (num_classes * np.maximum(counts, 1))
-        weights = np.where(has_label, of_class[np.maximum(labels, 0)], 0)
+        weights = np.where(has_label, metrics.class_weights(labels[rows], num_classes)[np.maximum(labels, 0)], 0)
     elif has_label[rows].all():
         return None
     else:

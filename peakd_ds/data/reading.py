@@ -145,7 +145,7 @@ def _read_parquet(task: Task, data_dir: str, split: str) -> datasets.Dataset | N
 
 
 def _read_hub(task: Task, split: str, is_needed: bool) -> datasets.Dataset | None:
-    if task.name != task.base or task.base == "movie_reviews":
+    if task.is_own or task.name != task.base or task.base == "movie_reviews":
         raise UserError(
             f"task {task.name} is not on the hub; give --data_dir (or PEAKD_DATA_DIR) the folder that "
             f"holds {task.name}/train-*.parquet"

@@ -9,6 +9,7 @@ import datasets
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from peakd_ds.data import metrics
 from peakd_ds.data.labels import is_labeled
 from peakd_ds.data.tasks import Task
 from peakd_ds.data.tokens import Split
@@ -17,14 +18,9 @@ MAX_CLASSES_SHOWN = 12
 
 
 def majority_share(task: Task, labels: np.ndarray) -> float | None:
-    """Share of the largest class among the rows with a label: the accuracy of always predicting it.
-
-    None for scores, several labels a row, and where no row has a label.
-    """
-    if not task.has_right_and_wrong:
-        return None
-    counts = np.bincount(labels[is_labeled(labels)], minlength=task.num_labels)
-    return float(counts.max() / counts.sum()) if counts.sum() else None
+    """The accuracy of always predicting the largest class; None where a row has not one class."""
+    largest = metrics.majority_class(task, labels) if task.has_right_and_wrong else None
+    return None if largest is None else largest[1]
 
 
 def of_labels(task: Task, name: str, labels: np.ndarray) -> str:

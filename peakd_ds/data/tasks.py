@@ -1,4 +1,4 @@
-"""The tasks: columns, labels, splits, metrics and PTP thresholds of each. N rows, C classes.
+"""The tasks: columns, kind of label, splits, names of metrics and PTP thresholds of each.
 
 Columns, label names and label order are those of the `nyu-mll/glue` dataset on the Hugging Face Hub. A teacher that was
 trained with another label order, which is common for MNLI, looks like a broken teacher.
@@ -6,18 +6,19 @@ trained with another label order, which is common for MNLI, looks like a broken 
 
 import difflib
 import re
-import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
 
-import numpy as np
-import torch
-from numpy.typing import ArrayLike, NDArray
-from scipy.stats import pearsonr, spearmanr
-from sklearn.metrics import accuracy_score, f1_score, matthews_corrcoef
+from peakd_ds.errors import UserError, shown
 
-from peakd_ds.errors import UserError
+OWN_METRICS = {
+    "classes": ("accuracy", "macro_f1", "weighted_f1"),
+    "multi_label": ("micro_f1", "macro_f1", "exact_match"),
+    "scores": ("pearson", "spearmanr", "rmse"),
+}
+"""The metrics of own data for each kind of label."""
+KINDS = tuple(OWN_METRICS)
+_OWN_PRIMARY = {"classes": "accuracy", "multi_label": "micro_f1", "scores": "spearmanr"}
 
 
 @dataclass(frozen=True)
@@ -27,22 +28,24 @@ class Task:
     name: str
     """Name as the user wrote it, also the name of its data folder: "qnli", "qnli_10k"."""
     base: str
-    """The task that the fields below are of: "qnli" for "qnli_10k"; "" for the user's own rows."""
+    """The task that the fields below are of: "qnli" for "qnli_10k"."""
     text_columns: tuple[str, ...]
     """One or two text columns, in the order that the tokenizer gets them."""
     label_names: tuple[str, ...]
-    """Name of class i at position i; empty for regression."""
+    """Name of class i at position i; empty for scores."""
     metrics: tuple[str, ...]
-    """Keys of what `compute_metrics` returns."""
+    """Keys of what `metrics.compute_metrics` returns."""
     primary_metric: str
-    """The one of `metrics` that picks the best epoch; higher is better."""
+    """The one of `metrics` that picks the best epoch; `metrics.higher_is_better` says which end is best."""
     eval_splits: tuple[str, ...] = ("validation",)
     ptp_thresholds: tuple[float, float] | None = None
     """(t_correct, t_wrong) of Pea-KD's published code; None if it has none for the task."""
     submission_files: Mapping[str, str] = field(default_factory=dict, hash=False)
     """File name that the GLUE server expects for each test split; empty outside GLUE."""
-    is_multi_label: bool = False
-    """Whether a row may have several of the classes, or none."""
+    kind: str = ""
+    """classes (one for each row), multi_label (any number of them) or scores; by default what the label names say."""
+    is_own: bool = False
+    """Whether the task is the user's own data, described by `own_task`, with metrics as in OWN_METRICS."""
     selection_split: str = ""
     """The split that picks the best epoch, if it is neither of train nor reported."""
     has_labels: bool = True
@@ -50,14 +53,18 @@ class Task:
     official_ids: tuple[int, ...] = ()
     """The benchmark's number of each class, where the teacher orders them otherwise; empty: they are the same."""
 
-    @property
-    def is_regression(self) -> bool:
-        return not self.label_names
+    def __post_init__(self) -> None:
+        if not self.kind:
+            object.__setattr__(self, "kind", "classes" if self.label_names else "scores")
+        assert self.kind in KINDS and (self.kind == "scores") == (not self.label_names)
 
     @property
-    def is_own(self) -> bool:
-        """Whether the rows are the user's own."""
-        return not self.base
+    def is_regression(self) -> bool:
+        return self.kind == "scores"
+
+    @property
+    def is_multi_label(self) -> bool:
+        return self.kind == "multi_label"
 
     @property
     def read_splits(self) -> tuple[str, ...]:
@@ -76,7 +83,7 @@ class Task:
 
     @property
     def num_labels(self) -> int:
-        """Columns of the logits: the number of classes, 1 for regression."""
+        """Columns of the logits: the number of classes, 1 for scores."""
         return len(self.label_names) or 1
 
 
@@ -152,14 +159,16 @@ def get_task(name: str) -> Task:
     """Task of that name; "<task>_<suffix>" ("qnli_10k") is the task read from a data folder of its own.
 
     A suffixed folder usually holds part of the official data, so the suffix stays in `Task.name`: its figures
-    are never reported as those of the whole task, and the plain name never falls back to it.
+    are never reported as those of the whole task, and the plain name never falls back to it. The published PTP
+    thresholds are for the whole task too: with a suffix there are none.
 
     Raises:
         ValueError: no task has that name, and none is the part of it before an underscore.
     """
     base = next((base for base in TASKS if re.fullmatch(rf"{base}(_[A-Za-z0-9-]+)*", name)), None)
     if base is not None:
-        return replace(TASKS[base], name=name)
+        task = TASKS[base]
+        return task if name == base else replace(task, name=name, ptp_thresholds=None)
     spelling = name.lower().replace("-", "")
     closest = difflib.get_close_matches(spelling, TASKS, n=1, cutoff=0.0)[0]
     raise ValueError(
@@ -168,120 +177,53 @@ def get_task(name: str) -> Task:
     )
 
 
-METRICS = {
-    "classes": ("accuracy", "macro_f1", "weighted_f1"),
-    "multi_label": ("micro_f1", "macro_f1", "exact_match"),
-    "scores": ("spearmanr", "pearson", "rmse"),
-}
-"""Scores of own rows by kind; the first picks the best epoch unless `--metric` names another."""
-
-
 def own_task(
     name: str,
     kind: str,
     text_columns: tuple[str, ...],
     label_names: tuple[str, ...],
-    metric: str,
-    eval_splits: tuple[str, ...],
-    selection_split: str,
-    has_labels: bool,
+    metric: str = "",
+    eval_splits: tuple[str, ...] = ("validation",),
+    selection_split: str = "",
+    has_labels: bool = True,
 ) -> Task:
-    """The task of the user's own rows.
+    """The task that a user's own data is of; it has no published PTP thresholds and no submission files.
+
+    Args:
+        name: Name of the data, for reports.
+        kind: One of KINDS.
+        text_columns: One or two text columns, in the order that the tokenizer gets them.
+        label_names: Name of class i at position i; none for scores.
+        metric: The one of the kind's OWN_METRICS that picks the best epoch; "" for accuracy, micro_f1 or spearmanr.
+        eval_splits: Splits that are evaluated, the reported one first.
+        selection_split: The split that picks epochs, if it is neither of train nor evaluated.
+        has_labels: Whether any row has a label; without, agreement with the teacher picks the epoch.
 
     Raises:
-        UserError: the metric is not one of this kind of task.
+        UserError: an unknown kind or metric, no text column or more than two, or label names that do not fit the kind.
     """
-    metrics = METRICS[kind] if has_labels else ()
+    if kind not in KINDS:
+        raise UserError(f"kind {shown(kind)} of task {name} is unknown; set one of {', '.join(KINDS)}")
+    metrics = OWN_METRICS[kind] if has_labels else ()
     if metric and metric not in metrics:
-        choices = f"take {', '.join(metrics)}" if metrics else "without labels there is none: leave it out"
-        raise UserError(f"--metric {metric} is no score of rows whose labels are {kind.replace('_', ' ')}; {choices}")
+        choice = f"set one of {', '.join(metrics)}" if metrics else "without labels there is none: leave it out"
+        raise UserError(f"--metric {shown(metric)} is no score of task {name}, whose labels are {kind}; {choice}")
+    if len(text_columns) not in (1, 2) or len(set(text_columns)) < len(text_columns):
+        raise UserError(f"task {name} has text columns {shown(list(text_columns))}; give one, or two different ones")
+    if kind == "scores" and label_names:
+        raise UserError(f"task {name} has scores, but label names {shown(list(label_names))} too; leave them out")
+    if kind != "scores" and len(set(label_names)) < max(2, len(label_names)):
+        raise UserError(f"task {name} has label names {shown(list(label_names))}; give two or more different ones")
     return Task(
         name=name,
-        base="",
-        text_columns=text_columns,
-        label_names=label_names,
+        base=name,
+        text_columns=tuple(text_columns),
+        label_names=tuple(label_names),
         metrics=metrics,
-        primary_metric=metric or (metrics[0] if metrics else "agreement"),
-        eval_splits=eval_splits,
-        is_multi_label=kind == "multi_label",
+        primary_metric=metric or (_OWN_PRIMARY[kind] if has_labels else "agreement"),
+        eval_splits=tuple(eval_splits),
+        kind=kind,
+        is_own=True,
         selection_split=selection_split,
         has_labels=has_labels,
     )
-
-
-def compute_metrics(task: Task, logits: ArrayLike, labels: ArrayLike) -> dict[str, float]:
-    """GLUE's metrics of `task` over a whole split, as fractions (accuracy 0.5, not 50).
-
-    A class is predicted by the largest logit. A correlation that does not exist (constant predictions or
-    labels, one sample) is 0.0, without a warning.
-
-    Args:
-        task: says how many columns the logits have and which metrics apply.
-        logits: [N, C] scores of the N samples; C is 1 for regression. A NumPy array or a tensor of any dtype.
-        labels: [N] class ids, or scores for regression.
-
-    Returns:
-        One value per name in `task.metrics`, in that order.
-
-    Raises:
-        ValueError: N is 0, the shapes do not fit, a score or prediction is NaN, or a label is out of range.
-    """
-    logits_NC, labels_N = _as_float64(logits), _as_float64(labels)
-    _check_predictions(task, logits_NC, labels_N)
-    predictions_N = logits_NC[:, 0] if task.is_regression else logits_NC.argmax(axis=1)
-    if task.official_ids:  # F1 is of the benchmark's class 1
-        official = np.array(task.official_ids)
-        labels_N, predictions_N = official[labels_N.astype(int)], official[predictions_N]
-    return {metric: _METRICS[metric](labels_N, predictions_N) for metric in task.metrics}
-
-
-def _as_float64(values: ArrayLike) -> NDArray[np.float64]:
-    if isinstance(values, torch.Tensor):
-        values = values.detach().cpu().double().numpy()  # NumPy has no bfloat16
-    return np.asarray(values, dtype=np.float64)
-
-
-def _check_predictions(task: Task, logits_NC: NDArray[np.float64], labels_N: NDArray[np.float64]) -> None:
-    shapes = f"logits {list(logits_NC.shape)}, labels {list(labels_N.shape)}"
-    if logits_NC.ndim != 2 or logits_NC.shape[1] != task.num_labels or labels_N.shape != logits_NC.shape[:1]:
-        raise ValueError(f"{shapes} do not fit task {task.name}: pass logits [N, {task.num_labels}] and labels [N]")
-    if len(labels_N) == 0:
-        raise ValueError(f"{shapes}: a metric of {task.name} needs a sample; check the evaluation split")
-    if np.isnan(logits_NC).any() or (task.is_regression and not np.isfinite(logits_NC).all()):
-        raise ValueError(
-            f"logits of {task.name} hold NaN or infinite predictions: the model has diverged; "
-            f"lower the learning rate or use bf16 or fp32"
-        )
-    if not np.isfinite(labels_N).all():
-        raise ValueError(f"labels of {task.name} hold NaN or infinity; check the data files")
-    if not task.is_regression:
-        wrong = labels_N[~np.isin(labels_N, np.arange(task.num_labels))]
-        if len(wrong):
-            raise ValueError(
-                f"label {wrong[0]:g} of {task.name} is not a class id from 0 to {task.num_labels - 1}; "
-                f"GLUE test splits are unlabelled (-1 in every row): evaluate on {task.eval_splits[0]}"
-            )
-
-
-def _correlation(statistic: Callable[..., Any]) -> Callable[..., float]:
-    """`statistic(labels, predictions)`, with 0.0 and no warning where it does not exist."""
-
-    def correlation(labels_N: NDArray[np.float64], predictions_N: NDArray[np.float64]) -> float:
-        if len(labels_N) < 2:
-            return 0.0
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # constant input warns, then gives NaN or 0
-            result = statistic(labels_N, predictions_N)
-        value = float(getattr(result, "statistic", result))  # SciPy wraps its value, scikit-learn does not
-        return value if np.isfinite(value) else 0.0
-
-    return correlation
-
-
-_METRICS: dict[str, Callable[..., float]] = {
-    "accuracy": lambda labels_N, predictions_N: float(accuracy_score(labels_N, predictions_N)),
-    "f1": lambda labels_N, predictions_N: float(f1_score(labels_N, predictions_N, zero_division=0)),
-    "matthews_correlation": _correlation(matthews_corrcoef),
-    "pearson": _correlation(pearsonr),
-    "spearmanr": _correlation(spearmanr),
-}

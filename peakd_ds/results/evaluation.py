@@ -8,7 +8,8 @@ import numpy as np
 import torch
 
 from peakd_ds.data.batches import eval_batches
-from peakd_ds.data.tasks import Task, compute_metrics
+from peakd_ds.data.metrics import compute_metrics
+from peakd_ds.data.tasks import Task
 from peakd_ds.data.tokens import Split
 from peakd_ds.ranks import dist
 from peakd_ds.ranks.device import device
@@ -42,7 +43,7 @@ def predict(
 def evaluate(
     forward: Forward, task: Task, dev: dict[str, Split], micro_batch_size: int
 ) -> tuple[dict[str, float], dict[str, torch.Tensor], float]:
-    """Official metrics on every eval split of the task (collective).
+    """The task's metrics on every eval split (collective).
 
     Returns:
         Metrics, with a suffix for a second split (mnli: accuracy and accuracy_mismatched); logits [N, C] by split;
@@ -67,9 +68,18 @@ def metrics_of(task: Task, dev: dict[str, Split], logits: dict[str, torch.Tensor
 
 
 def agreement(task: Task, logits: torch.Tensor, teacher_logits: torch.Tensor) -> float:
-    """Share of rows with the teacher's class; for regression, Pearson correlation with the teacher's scores."""
+    """Share of rows with the teacher's class; of multi_label tasks, of equal decisions over rows and classes.
+
+    For scores, Pearson correlation with the teacher's.
+
+    Args:
+        logits: [N, C] of the student.
+        teacher_logits: [N, C].
+    """
     if task.is_regression:
         if len(logits) < 2:
             return 0.0
         return float(np.nan_to_num(torch.corrcoef(torch.stack([logits[:, 0], teacher_logits[:, 0]]))[0, 1].item()))
+    if task.is_multi_label:
+        return ((logits > 0) == (teacher_logits > 0)).float().mean().item()
     return (logits.argmax(-1) == teacher_logits.argmax(-1)).float().mean().item()
