@@ -81,7 +81,7 @@ def distillation_loss(
     where the KL divergence of two probabilities is that of yes and no, a log(a / b) + (1 - a) log((1 - a) / (1 - b)).
     A logit of -inf is a certain no, inf a certain yes. An element has no hard loss if it is certain of its label,
     and an infinite one if it is certain of the opposite; it has no soft loss if student and teacher are equal, and an
-    infinite one if the student alone is certain. Gradients stay finite.
+    infinite one if the student is certain of what the teacher is not. Gradients stay finite.
 
     With `label_weights` w or `label_divisor` d, the mean over rows of `hard` is a weighted one:
 
@@ -96,10 +96,10 @@ def distillation_loss(
 
     Precision in fp32: terms are within 2e-6 of float64, relative to the larger of the term and 1, with one exception.
     With more than 256 classes and T <= 20, the `soft` of a row has an absolute error of typically 5e-8 * T^2, at most
-    2.5e-7 * T^2 in our tests (2e-5 and 1e-4 at T = 20). At a higher T, or with fewer classes, the KL divergence is
-    summed without cancellation and the exception does not apply; with many classes on a CPU this takes 1.4 to 2.7 times
-    as long. The gradient of `soft` is T * (q - p), so with nearly flat distributions its relative error is about
-    6e-8 * T / d, where d is the typical difference of student and teacher logits.
+    2.5e-7 * T^2 in our tests (2e-5 and 1e-4 at T = 20). At a higher T, with fewer classes, or with `multi_label`, the
+    KL divergence is summed without cancellation and the exception does not apply; with many classes on a CPU this takes
+    1.4 to 2.7 times as long. The gradient of `soft` is T * (q - p), so with nearly flat distributions its relative
+    error is about 6e-8 * T / d, where d is the typical difference of student and teacher logits.
 
     Args:
         student_logits: [N, C] pre-softmax scores; -inf masks a class.

@@ -313,9 +313,11 @@ def _class_rows(
         if HAS_HARD_GRAD:
             row_weight = tl.where(_is_wrong_label(label, num_classes), NAN, hard_weight)
             row_weight = tl.where(is_valid, row_weight, 0.0)
-            hard_grad = row_weight[:, None] * (exp_student / total[:, None] - is_label.to(tl.float32))
             if IS_WEIGHTED:
-                hard_grad = tl.where(label_weight[:, None] != 0, hard_grad * label_weight[:, None], 0.0)
+                row_weight = tl.where(label_weight != 0, row_weight * label_weight, 0.0)
+            hard_grad = row_weight[:, None] * (exp_student / total[:, None] - is_label.to(tl.float32))
+            if IS_WEIGHTED:  # 0 * NaN = 0
+                hard_grad = tl.where(row_weight[:, None] != 0, hard_grad, 0.0)
             grad += hard_grad
     if HAS_TEACHER:
         teacher = tl.load(teacher_pointer + column, mask=is_loaded, other=0.0).to(tl.float32)

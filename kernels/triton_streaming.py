@@ -309,7 +309,8 @@ def stream_kernel(
                 grad = tl.zeros([LANES, WIDTH], tl.float32)
                 if HAS_HARD_GRAD:
                     grad = exp_hard * hard_factor
-                    if HARD_DIVISOR is not None:  # a row of weight 0 may have NaN in exp_hard
+                    if HARD_DIVISOR is not None and not HAS_SOFT_GRAD:
+                        # A row of weight 0 may have NaN in exp_hard; then exp_soft, which counts, has it too.
                         grad = tl.where(hard_factor != 0, grad, 0.0)
                 if HAS_TEACHER:
                     teacher = tl.load(TEACHER + teacher_body + offset, mask=is_in, other=-INF).to(tl.float32)
@@ -329,7 +330,7 @@ def stream_kernel(
                     tl.store(GRAD + grad_body + offset, grad.to(GRAD.dtype.element_ty), mask=is_in)
         if HAS_GRAD:
             end_grad = end_exp_hard * hard_factor
-            if HARD_DIVISOR is not None and HAS_HARD_GRAD:
+            if HARD_DIVISOR is not None and not HAS_SOFT_GRAD:
                 end_grad = tl.where(hard_factor != 0, end_grad, 0.0)
             if HAS_SOFT_GRAD:
                 end_grad += end_exp_soft * student_factor - end_exp_teacher * teacher_factor

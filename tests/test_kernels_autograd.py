@@ -193,3 +193,7 @@ if BACKEND == "torch":
             assert_matches_reference(batch, backend="torch")
             assert_matches_reference(batch, backend="torch", normalize=False)
         assert_matches_reference(make_batch(7, 1500, dtype=dtype), backend="torch", temperature=25.0)  # precise KL
+        batch = make_batch(7, 1500, dtype=dtype)
+        assert_matches_reference(batch, backend="torch", label_weights=torch.arange(7.0))
+        batch.labels = torch.randint(2, (7, 1500))
+        assert_matches_reference(batch, backend="torch", label_weights=torch.arange(7.0), multi_label=True)

@@ -83,7 +83,7 @@ MUTATIONS = {
         "hard = tl.where(label_weight != 0, hard * label_weight, 0.0)",
         "hard = tl.where(label_weight != 0, hard, 0.0)",
     ),
-    "a row's weight is lost from the gradient": ("hard_grad * label_weight[:, None], 0.0)", "hard_grad, 0.0)"),
+    "a row's weight is lost from the gradient": ("row_weight * label_weight, 0.0)", "row_weight, 0.0)"),
     "a row's weight is lost from the gradient, many classes": (
         "weight_of_hard = label_weight * _read_scalar",
         "weight_of_hard = _read_scalar",
