@@ -345,7 +345,8 @@ def _ptp_labels(run: Run, log: RunLog) -> tuple[Tensor, Tensor]:
     )
     reason = ptp.why_unbalanced(counts)
     if reason:
-        log.say(f"warning: {reason}; --t_correct median --t_wrong median divides the rows evenly")
+        are_medians = _thresholds_of(run) == ("median", "median")
+        log.say(f"warning: {reason}" + ("" if are_medians else "; try --t_correct median --t_wrong median"))
     return labels["train"], labels["selection"]
 
 
@@ -371,13 +372,7 @@ def _write_ptp_labels(run: Run, log: RunLog, file: Path) -> None:
     log.say(_teacher_score(run, selection_logits_NC))
     logits_NC = _teacher_logits(run, cached, "train", run.train, train_rows)
     labels_N = run.train.labels[train_rows]
-    published = run.task.ptp_thresholds or ("median", "median")
-    t_correct, t_wrong = ptp.resolve_thresholds(
-        logits_NC,
-        labels_N,
-        published[0] if run.config.t_correct is None else run.config.t_correct,
-        published[1] if run.config.t_wrong is None else run.config.t_wrong,
-    )
+    t_correct, t_wrong = ptp.resolve_thresholds(logits_NC, labels_N, *_thresholds_of(run))
     train_labels_N = torch.full((len(run.train),), -1, dtype=torch.int64)
     train_labels_N[torch.from_numpy(train_rows)] = ptp.ptp_labels(logits_NC, labels_N, t_correct, t_wrong)
     selection_labels_N = ptp.ptp_labels(selection_logits_NC, split.labels[rows], t_correct, t_wrong)
@@ -391,6 +386,15 @@ def _write_ptp_labels(run: Run, log: RunLog, file: Path) -> None:
             write_checked(file, content)
 
     dist.on_main(write)
+
+
+def _thresholds_of(run: Run) -> tuple[ptp.Threshold, ptp.Threshold]:
+    """(t_correct, t_wrong) as set, else as published for the task, else medians."""
+    published, config = run.task.ptp_thresholds or ("median", "median"), run.config
+    return (
+        published[0] if config.t_correct is None else config.t_correct,
+        published[1] if config.t_wrong is None else config.t_wrong,
+    )
 
 
 def _teacher_score(run: Run, logits_NC: Tensor) -> str:

@@ -62,7 +62,9 @@ def main(args: argparse.Namespace) -> None:
             print(note, file=sys.stderr)
         if args.predictions:
             name = task.eval_splits[0]
-            outputs_file.write_outputs(args.predictions, ids_of(splits[name]), logits_of[name], task, with_labels=True)
+            outputs_file.write_predictions(
+                args.predictions, ids_of(splits[name]), logits_of[name], task, args.id_column
+            )
         result = {"task": task.name, "model": args.model, "metrics": metrics, "samples_per_s": speed}
         print(json.dumps(result, indent=2))
     if args.submission:

@@ -61,7 +61,7 @@ def main(args: argparse.Namespace) -> None:
     order = np.argsort(np.concatenate(places), kind="stable")
     if dist.is_main():
         names = [ids[number] for number in order]
-        outputs_file.write_outputs(args.out, names, torch.cat(logits)[torch.from_numpy(order)], task)
+        outputs_file.write_outputs(args.out, names, torch.cat(logits)[torch.from_numpy(order)], task, args.id_column)
         print(f"wrote the outputs of {len(names):,} rows to {args.out}")
 
 

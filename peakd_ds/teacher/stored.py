@@ -3,7 +3,7 @@
 It stands where `OnlineTeacher` and `TeacherCache` stand otherwise. There are no hidden states.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -81,7 +81,6 @@ def read(config: RunConfig, task: Task, splits: Mapping[str, datasets.Dataset]) 
         UserError: as `outputs_file.read_outputs`.
     """
     files = own_files.find_files("teacher_outputs", config.teacher_outputs or ())
-    kind = "scores" if task.is_regression else "multi_label" if task.is_multi_label else "classes"
     names = ("train", *task.read_splits)
     has_ids = all(ID in splits[name].column_names for name in names)
     numbers = {name: _row_numbers(name, splits[name]) for name in names}
@@ -89,16 +88,15 @@ def read(config: RunConfig, task: Task, splits: Mapping[str, datasets.Dataset]) 
     num_rows = {"train": sum(map(len, own_row.values()))} | {
         name: len(splits[name]) for name in names if name not in own_row
     }
-    ids: dict[str, np.ndarray | None] = dict.fromkeys(num_rows)
+    ids: dict[str, Sequence[str] | None] = dict.fromkeys(num_rows)
     if has_ids:
         num_rows = {name: len(splits[name]) for name in names}
-        ids = {name: np.asarray(splits[name][ID], object) for name in names}
+        ids = {name: list(splits[name][ID]) for name in names}
     found = outputs_file.read_outputs(
         files,
         config.teacher_weights,
         config.id_column,
-        task.label_names or ("score",),
-        kind,
+        task,
         ids,
         num_rows,
         [name for name in task.eval_splits if name in num_rows and config.select_on != "dev"],
