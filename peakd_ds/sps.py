@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from huggingface_hub.dataclasses import strict
-from transformers import AutoConfig, AutoModelForSequenceClassification, BertConfig
+from transformers import AutoConfig, AutoModel, AutoModelForSequenceClassification, BertConfig
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.models.bert.modeling_bert import (
@@ -351,6 +351,7 @@ class SPSBertForSequenceClassification(BertForSequenceClassification):
 
 
 AutoConfig.register("sps_bert", SPSBertConfig)
+AutoModel.register(SPSBertConfig, SPSBertModel)
 AutoModelForSequenceClassification.register(SPSBertConfig, SPSBertForSequenceClassification)
 
 

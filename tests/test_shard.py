@@ -478,7 +478,7 @@ def test_a_node_composes_its_part_of_every_batch(
         as_node(node, num_nodes)
         config = sharded_config(words, made)
         with mock.patch.object(dist, "agree", lambda action: action()):
-            part = shard_files.load(config, shard_files.find(config, task, tokenizer, None))
+            part = shard_files.load(config, task, shard_files.find(config, task, tokenizer, None))
         assert np.array_equal(part.lengths, full.lengths) and torch.equal(part.labels, full.labels)
         elsewhere = dataclasses.replace(full, node_of=part.node_of)  # all rows, dealt like the sharded ones
         for ours, theirs in zip(
@@ -520,7 +520,7 @@ def test_each_node_predicts_its_own_rows_once(
         as_rank(monkeypatch, rank, num_nodes * local_size)
         config = sharded_config(words, made)
         with mock.patch.object(dist, "agree", lambda action: action()):
-            part = shard_files.load(config, shard_files.find(config, get_task("rte"), tokenizer, None))
+            part = shard_files.load(config, get_task("rte"), shard_files.find(config, get_task("rte"), tokenizer, None))
         for name, rows in (("train", train_rows), ("holdout", held_out)):
             batches = list(eval_batches(part, rows, 4))
             seen[name] += real_rows(batches)
@@ -614,7 +614,8 @@ def test_a_dry_run_copies_nothing(words: list[str], made: Path, tmp_path: Path, 
 
 def test_more_nodes_than_rows(words: list[str], tokenizer: PreTrainedTokenizerBase, made: Path, as_node) -> None:
     manifest = shard_files.read_manifest(made)
-    few = shard_files.Manifest(made, manifest.made_from, 20, manifest.files)
+    num_held_out = manifest.files["holdout.safetensors"].num_rows
+    few = shard_files.Manifest(made, manifest.made_from, 18 + num_held_out, manifest.files)
     as_node(0, 32)
     with mock.patch.object(shard_files, "read_manifest", return_value=few):
         message = refusal(shard_files.find, sharded_config(words, made), get_task("rte"), tokenizer, None)

@@ -35,7 +35,7 @@ from peakd_ds.config import RunConfig
 from peakd_ds.config.data import DataSettings
 from peakd_ds.data.division import NUM_SHARDS, divide_rows, holds_out
 from peakd_ds.data.tasks import Task
-from peakd_ds.data.tokens import ON_ALL_NODES, Split, TokenRows, tokenizer_digest
+from peakd_ds.data.tokens import ON_ALL_NODES, Split, TokenRows, earlier_tokenizer_digest, tokenizer_digest
 from peakd_ds.errors import UserError
 from peakd_ds.files import damage_of_file, damage_of_written, damaged, parse_json, whole_file
 from peakd_ds.ranks import dist, launch
@@ -180,6 +180,8 @@ def find(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, data
         config.max_seq_length,
         select_on_of(config, task),
     )
+    if manifest.made_from.get("tokenizer") == earlier_tokenizer_digest(tokenizer):
+        wanted["tokenizer"] = manifest.made_from["tokenizer"]
     check_made_from(manifest.folder, manifest.made_from, wanted)
     shards_of_node(dist.node_rank(), dist.num_nodes())
     num_trained = manifest.num_rows - manifest.files[HOLDOUT].num_rows

@@ -192,7 +192,16 @@ def encoder_of(
 
 
 def tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
-    """A short hash of the vocabulary and of whether the tokenizer lower-cases."""
+    """A short hash of everything that decides the token ids of a text: vocabulary, normalisation, special tokens."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    steps = {} if backend is None else json.loads(backend.to_str())
+    steps.pop("truncation", None), steps.pop("padding", None)  # set anew by each call
+    state = [steps, tokenizer.get_vocab(), tokenizer.special_tokens_map, tokenizer.truncation_side]
+    return hashlib.sha256(json.dumps(state, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+
+def earlier_tokenizer_digest(tokenizer: PreTrainedTokenizerBase) -> str:
+    """The hash that shards and teacher caches of earlier versions have: vocabulary and lower case alone."""
     state = json.dumps([tokenizer.get_vocab(), tokenizer.init_kwargs.get("do_lower_case")], sort_keys=True)
     return hashlib.sha256(state.encode()).hexdigest()[:16]
 

@@ -121,7 +121,7 @@ def task_head(task: Task) -> dict[str, Any]:
     return {
         "id2label": dict(enumerate(task.label_names)),
         "label2id": {name: number for number, name in enumerate(task.label_names)},
-        "problem_type": "single_label_classification",
+        "problem_type": "multi_label_classification" if task.is_multi_label else "single_label_classification",
     }
 
 

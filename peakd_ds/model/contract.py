@@ -181,6 +181,13 @@ def check_labels(task: Task, teacher: Pretrained) -> None:
         )
     if task.is_regression:
         return
+    problem = teacher.config.problem_type
+    if problem is not None and task.is_multi_label != (problem == "multi_label_classification"):
+        several = "several labels a row" if task.is_multi_label else "one label a row"
+        raise UserError(
+            f"--{teacher.option} {teacher.path} has problem_type {problem} in config.json, but task {task.name} has "
+            f"{several}; take a model of this task"
+        )
     names = _label_names(teacher)
     expected = tuple(name.casefold() for name in task.label_names)
     fits = has_unnamed_labels(teacher) or tuple(name.casefold() for name in names) == expected

@@ -23,6 +23,8 @@ FLOAT_DTYPES = ("F64", "F32", "F16", "BF16")
 OPTIONAL = ("pooler.", "classifier.")
 """Parts that a pretrained encoder may lack; each is there as a whole or not at all."""
 ENCODER = ("embeddings.", "encoder.", "pooler.")
+PRETRAINING = ("cls.",)
+"""The head of BERT's pretraining, which some classifiers still carry."""
 BUFFERS = ("embeddings.position_ids", "embeddings.token_type_ids")
 """Whole numbers that old checkpoints hold beside the weights; nothing reads them."""
 
@@ -108,11 +110,17 @@ def _check_names(
     missing = [name for name in expected if name not in names and not name.startswith(tuple(optional))]
     if missing:
         raise UserError(f"{source} lacks {len(missing)} weights, {missing[0]} among them; get the complete model")
-    extra = sorted(name for name in names if name.startswith(ENCODER) and name not in expected and name not in BUFFERS)
+    read = ("",) if is_classifier else ENCODER  # an encoder may have been saved with the head of its pretraining
+    extra = sorted(
+        name
+        for name in names
+        if name.startswith(read) and not name.startswith(PRETRAINING) and name not in expected and name not in BUFFERS
+    )
     if extra:
         raise UserError(
-            f"{source} has {len(extra)} weights, {extra[0]} among them, that a BERT of "
-            f"{config.num_hidden_layers} layers has not; fix num_hidden_layers in config.json, or take another model"
+            f"{source} has {len(extra)} weights, {extra[0]} among them, that a BERT "
+            f"of {config.num_hidden_layers} layers has not; fix num_hidden_layers in config.json, or take another "
+            "model"
         )
 
 

@@ -40,7 +40,7 @@ from peakd_ds.data.shards import (
     stage,
 )
 from peakd_ds.data.tasks import Task
-from peakd_ds.data.tokens import encoder_of, label_dtype
+from peakd_ds.data.tokens import earlier_tokenizer_digest, encoder_of, label_dtype
 from peakd_ds.errors import UserError, first_line
 from peakd_ds.files import (
     checksum_file,
@@ -103,7 +103,8 @@ def make(
     made_from = describe(task, rows._fingerprint, tokenizer, max_seq_length, select_on)
     labels = label_array(rows.data.column("label")).astype(label_dtype(task))
     files = rows_of_files(task, labels, select_on)
-    _agree(workers, lambda: _claim(folder, made_from) if workers.rank == 0 else None)
+    earlier = earlier_tokenizer_digest(tokenizer)
+    _agree(workers, lambda: _claim(folder, made_from, earlier) if workers.rank == 0 else None)
     digests = _agree(workers, lambda: _digests_in(folder, list(files)))
     encode = encoder_of(task, tokenizer, max_seq_length)
 
@@ -164,8 +165,11 @@ def encode_file(
     }
 
 
-def _claim(folder: Path, made_from: dict[str, Any]) -> None:
+def _claim(folder: Path, made_from: dict[str, Any], earlier_digest: str) -> None:
     """Write what this folder's shards are made from, unless it holds shards of other data or settings.
+
+    Args:
+        earlier_digest: The tokenizer's, as earlier versions wrote it.
 
     Raises:
         UserError: it does; nothing is changed there.
@@ -178,6 +182,8 @@ def _claim(folder: Path, made_from: dict[str, Any]) -> None:
             found, record = dict(content["made_from"]), content.get("record", {})
         except (ValueError, TypeError, KeyError):  # the manifest of an earlier version, damaged
             continue
+        if found.get("tokenizer") == earlier_digest:
+            found["tokenizer"] = made_from["tokenizer"]
         check_made_from(folder, found, made_from)
         if "sha256" in record:
             _convert_earlier_checksum(file, record["sha256"])

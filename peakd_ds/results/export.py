@@ -88,6 +88,10 @@ def export_model(
         )
     with needs_space(folder), (checked_folder if with_checksums else whole_folder)(folder) as new:
         model.save_pretrained(new)
+        backend = getattr(tokenizer, "backend_tokenizer", None)
+        if backend is not None:  # the last call's length limit is no property of the tokenizer
+            backend.no_truncation()
+            backend.no_padding()
         tokenizer.save_pretrained(new)
         (new / "README.md").write_text(card, encoding="utf-8")
 

@@ -24,7 +24,7 @@ from transformers import PreTrainedTokenizerBase
 from peakd_ds.cluster import run_lock
 from peakd_ds.config import RunConfig
 from peakd_ds.data.tasks import Task
-from peakd_ds.data.tokens import Split, TeacherOutputs, tokenizer_digest
+from peakd_ds.data.tokens import Split, TeacherOutputs, earlier_tokenizer_digest, tokenizer_digest
 from peakd_ds.errors import UserError
 from peakd_ds.files import sha256_of
 from peakd_ds.model.build import check_saved_teacher
@@ -142,7 +142,8 @@ class TeacherCache:
         folder, stored = self.folder_of(name), sorted(set(layers))
 
         def find() -> tuple[CacheFiles, list[Gap]]:
-            manifest = cache_files.checked_manifest(folder, self._identity(name, split))
+            earlier = {"tokenizer": earlier_tokenizer_digest(self.tokenizer)}
+            manifest = cache_files.checked_manifest(folder, self._identity(name, split), earlier)
             files = CacheFiles(folder, len(split), manifest)
             gaps = files.gaps(stored)
             if gaps:

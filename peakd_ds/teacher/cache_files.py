@@ -260,8 +260,11 @@ def read_manifest(folder: Path) -> Manifest:
     return manifest
 
 
-def checked_manifest(folder: Path, identity: Manifest) -> Manifest:
+def checked_manifest(folder: Path, identity: Manifest, earlier: Manifest) -> Manifest:
     """The manifest in the folder, or the one to write there, which is `identity` with the format.
+
+    Args:
+        earlier: Entries as the former format has them.
 
     Raises:
         UserError: as `read_manifest`, or the folder holds other outputs; the message says what differs.
@@ -271,7 +274,7 @@ def checked_manifest(folder: Path, identity: Manifest) -> Manifest:
     if not manifest:
         return wanted
     if manifest.get("format") == FORMAT_WITH_LAYERS_IN_PARTS:
-        wanted["format"] = FORMAT_WITH_LAYERS_IN_PARTS
+        wanted |= {"format": FORMAT_WITH_LAYERS_IN_PARTS} | earlier
     changed = [
         f"{name} {_short(manifest.get(name))} there, {_short(value)} here"
         for name, value in wanted.items()

@@ -67,7 +67,7 @@ def read_outputs(
         values_NC, is_logits = _values(rows, task)
         by_split = _by_split(rows, values_NC, id_column, ids, num_rows, optional_splits)
         if len(files) == 1 and is_logits:
-            return {name: torch.from_numpy(found).float() for name, found in by_split.items()}
+            return {name: torch.tensor(found, dtype=torch.float32) for name, found in by_split.items()}
         by_split = {name: _probabilities(found, task) if is_logits else found for name, found in by_split.items()}
         if weighted is None:
             weighted = {name: weight * found for name, found in by_split.items()}
