@@ -20,8 +20,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PLACES = {ROOT / "peakd_ds": "", ROOT / "kernels": "kernels/"}
 
 DOORS: dict[str, str] = {
-    "run.py:open_run": "opens the run before the first batch",
+    "run.py:open_run": "opens the run before the first batch, and with it reads the rows, the user's own too",
     "run.py:": "answers a question about settings",
+    "plan.py:": "prints what is about to run before the first batch",
     "config/": "answers a question about settings",
     "command_line.py:": "writes settings as YAML",
     "ranks/": "collectives, devices and seeds",
@@ -31,10 +32,14 @@ DOORS: dict[str, str] = {
     "results/evaluation.py:": "predicts the rows that pick the epoch",
     "stages.py:trainable_module": "builds the student before the first batch",
     "stages.py:_teacher_logits": "predicts the rows that pick the epoch",
+    "stages.py:_teacher_score": "scores the teacher before the first batch",
+    "data/tasks.py:": "answers a question about the task",
+    "data/metrics.py:": "says which end of a score is better",
     "engine/checkpoint.py:": "starts the engine, at a checkpoint if there is one; counts steps",
     "engine/schedule.py:": "says when to log, evaluate and save",
     "engine/engines.py:": "starts an engine; says how DeepSpeed scales gradients",
     "teacher/cache.py:": "says whether a cache is used",
+    "teacher/stored.py:": "a teacher whose outputs are files; a batch meets it only with --teacher_outputs",
     "teacher/online.py:OnlineTeacher.is_trained": "says whether there is a teacher",
     "teacher/online.py:OnlineTeacher.engine": "starts the teacher's engine before the first batch",
     "teacher/online.py:OnlineTeacher.runs_ahead": "says whether the GPU has a stream for the teacher",

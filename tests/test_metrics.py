@@ -15,12 +15,13 @@ from scipy import stats
 from sklearn.metrics import classification_report, f1_score
 from sklearn.utils.class_weight import compute_class_weight
 
-from peakd_ds import report, run, stages, train
+from peakd_ds import report, stages, train
 from peakd_ds.command_line import parse
 from peakd_ds.data.metrics import class_weights, compute_metrics, higher_is_better, majority_class, per_class
 from peakd_ds.data.tasks import OWN_METRICS, TASKS, Task, own_task
 from peakd_ds.errors import UserError
 from peakd_ds.results import evaluation
+from peakd_ds.teacher.online import OnlineTeacher
 
 NAMES = ("red", "green", "blue")
 CLASSES = own_task("colours", "classes", ("text",), NAMES)
@@ -64,7 +65,10 @@ def test_kinds_of_tasks() -> None:
     ("arguments", "message"),
     [
         (("kinds", ("text",), NAMES), "kind 'kinds' of task mine is unknown; set one of classes, multi_label, scores"),
-        (("classes", ("text",), NAMES, "rmse"), "metric 'rmse' is none of classes, .*; set one of accuracy, macro_f1"),
+        (
+            ("classes", ("text",), NAMES, "rmse"),
+            "--metric 'rmse' is no score of task mine, whose labels are classes; set one of accuracy, macro_f1, ",
+        ),
         (("classes", (), NAMES), r"task mine has text columns \[\]; give one"),
         (("classes", ("a", "b", "c"), NAMES), "; give one, or two different ones"),
         (("classes", ("a", "a"), NAMES), "; give one, or two different ones"),
@@ -191,7 +195,8 @@ def test_the_better_end() -> None:
     assert not higher_is_better("loss"), "ptp's"
     for metric in STARS.metrics:
         task = own_task("stars", "scores", ("text",), (), metric)
-        stage = stages._teacher_stage(cast(Any, SimpleNamespace(task=task)), cast(Any, None))
+        teacher = object.__new__(OnlineTeacher)
+        stage = stages._teacher_stage(cast(Any, SimpleNamespace(task=task, teacher=teacher)), cast(Any, None))
         assert (stage.score, stage.higher_is_better) == (metric, metric != "rmse")
 
 
@@ -228,15 +233,16 @@ def test_agreement_of_tags_is_over_rows_and_classes() -> None:
 
 @pytest.mark.parametrize("kind", ["own", "glue"])
 def test_results_have_a_table_for_own_data(
-    kind: str, tiny_data: Path, tiny_encoder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, single_rank: None
+    kind: str, tiny_data: Path, tiny_encoder: Path, tmp_path: Path, single_rank: None
 ) -> None:
+    rows = ["--task", "rte", "--data_dir", str(tiny_data)]
     if kind == "own":
-        names = TASKS["rte"].label_names
-        task = own_task("rte", "classes", ("sentence1", "sentence2"), names, "macro_f1")
-        monkeypatch.setattr(run, "get_task", lambda name: task)
-    words = "--task rte --stages teacher --epochs 1 --num_hidden_layers 2 --dtype fp32".split()
-    paths = ["--teacher", str(tiny_encoder), "--data_dir", str(tiny_data), "--run_dir", str(tmp_path / "run")]
-    train.main(parse([*words, *paths]))
+        train_file, validation_file = (str(tiny_data / "rte" / f"{name}-*.parquet") for name in ("train", "validation"))
+        rows = ["--train_file", train_file, "--validation_file", validation_file, "--metric", "macro_f1"]
+    names = TASKS["rte"].label_names
+    words = "--stages teacher --epochs 1 --num_hidden_layers 2 --dtype fp32".split()
+    paths = ["--teacher", str(tiny_encoder), "--run_dir", str(tmp_path / "run")]
+    train.main(parse([*rows, *words, *paths]))
     results, readme = json.loads((tmp_path / "run" / "results.json").read_text()), tmp_path / "run" / "README.md"
     teacher = results["teacher"]
     if kind == "glue":
