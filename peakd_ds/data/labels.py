@@ -192,9 +192,8 @@ def _check_known(names: Sequence[str], known: Sequence[str], source: str, where:
     ours, theirs = {name.casefold() for name in names}, {name.casefold() for name in known}
     if ours - theirs or (is_declared and theirs - ours):
         raise UserError(
-            f"{where} has the labels {shown(sorted(names))}, but {source} has {shown(sorted(known))}; make the "
-            f"names equal"
-            " (case does not matter)"
+            f"{where} has the labels {shown(sorted(names))}, but {source} has {shown(sorted(known))}; write "
+            "equal names (case does not matter)"
         )
 
 
