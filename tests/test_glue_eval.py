@@ -287,7 +287,7 @@ class TestPeakdEvalRefuses:
         words = ("--model", student / "student", "--data_dir", tiny_data)
         assert "has 2 label(s), task stsb needs 1; take a model of" in refusal(*words, "--task", "stsb")
         message = refusal(*words, "--task", "rte")
-        assert message.startswith(f"--model {student / 'student'} orders its labels ['negative', 'positive'], task rte")
+        assert message.startswith(f"--model {student / 'student'} has the labels ['negative', 'positive'], task rte")
 
     def test_an_encoder_without_a_head(self, tiny_encoder: Path, tiny_data: Path) -> None:
         """Its metrics would be those of a random head."""

@@ -91,8 +91,8 @@ def check_data(config: RunConfig, fingerprints: dict[str, str], source: str) -> 
         )
     if parse_json(_read_text(saved)) != fingerprints:
         raise UserError(
-            f"--run_dir {config.run_dir} holds a run on other rows than {source} has now; nothing was changed there: "
-            "take another --run_dir, or the data it was started with"
+            f"--run_dir {config.run_dir} holds a run on other rows than {source} has now, by its {DATA}; nothing was "
+            "changed there: take another --run_dir, or the data it was started with"
         )
 
 
