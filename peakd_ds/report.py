@@ -38,6 +38,7 @@ def write(run: Run, log: RunLog) -> None:
         "settings": {**asdict(run.config), "layer_pairs": run.pairs},
         "teacher": teacher,
         "student": student,
+        **_primary_metric(run),
         **_majority(run),
     }
 
@@ -128,6 +129,11 @@ def _load_student(run: Run) -> SPSBertForSequenceClassification:
         if report["missing_keys"]:
             raise ValueError(f"{len(report['missing_keys'])} weights are missing")
         return student
+
+
+def _primary_metric(run: Run) -> dict[str, str]:
+    """For results.json, of own data: the score that picks epochs; of GLUE's tasks, their names say it."""
+    return {"primary_metric": run.task.primary_metric} if run.task.is_own else {}
 
 
 def _majority(run: Run) -> dict[str, Any]:
@@ -223,6 +229,7 @@ def _metrics(results: dict[str, Any], name: str) -> dict[str, float]:
 def _readme(run: Run, results: dict[str, Any], text: str) -> str:
     chosen = {
         "holdout": "a fixed tenth of train, which no stage trained on",
+        "validation": "the validation rows, which no stage trained on",
         "dev": "the dev set itself, so the figures below are optimistic",
     }[results["selected_on"]]
     sizes = ", ".join(f"{name} {len(split):,} rows" for name, split in run.dev.items())
