@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from peakd_ds.data import metrics
+from peakd_ds.data.tasks import AGREEMENT
 from peakd_ds.engine import checkpoint
 from peakd_ds.engine.ds_config import DTYPES
 from peakd_ds.files import damage_named, damaged, needs_space, write_atomically
@@ -176,16 +177,21 @@ def _write_files(run: Run, results: dict[str, Any], log: RunLog) -> None:
 
 def _export(run: Run, results: dict[str, Any], log: RunLog) -> None:
     student = _load_student(run)
+    scores, teacher_scores = results["student"]["metrics"], (results["teacher"] or {}).get("metrics")
+    if not run.task.has_labels:
+        agreement = results["student"]["agreement"]
+        scores, teacher_scores = {} if agreement is None else {AGREEMENT: agreement}, None
     card: dict[str, Any] = dict(
         task=run.task.name,
         method=run.method,
-        metrics=results["student"]["metrics"],
-        teacher_metrics=(results["teacher"] or {}).get("metrics"),
+        metrics=scores,
+        teacher_metrics=teacher_scores,
         num_parameters=results["student"]["params"],
         num_stored_layers=results["student"]["stored_layers"],
         num_effective_layers=results["student"]["effective_layers"],
-        settings={name: value for name, value in results["settings"].items() if name not in ("run_dir", "data_dir")},
+        settings=results["settings"],
         base_model=run.student_init.path,
+        own_task=run.task if run.task.is_own else None,
     )
     write_atomically(run.folder / "student" / "README.md", model_card(**card, model_type="sps_bert"))
     if not run.config.export_unrolled:
