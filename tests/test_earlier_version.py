@@ -13,14 +13,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors import safe_open
 from test_files import DAMAGES
 
 from peakd_ds import train
 from peakd_ds.command_line import parse
 from peakd_ds.engine import checkpoint
+from peakd_ds.errors import UserError
 from peakd_ds.files import damage_of, has_checksums, sha256_of
 from peakd_ds.model import build
 from peakd_ds.programs import scripts, shard
+from peakd_ds.run import open_run
+from peakd_ds.teacher.cache import CachedOutputs
 
 ARCHIVE = Path(__file__).parent / "fixtures" / "run_folders_of_7503deb.tar.xz"
 STOPPED_AT = 10  # steps of the stage, half of its second epoch
@@ -116,6 +121,59 @@ def test_temporary_names_are_ignored_and_then_deleted(here: Path, single_rank: N
         path.mkdir()
     train.main(parse(json.loads((here / "expected.json").read_text())["distill"]["words"]))
     assert [path.exists() for path in leftovers] == [False, False, False, True]
+
+
+# -- Teacher caches ----------------------------------------------------------------------------------------------------
+
+CACHE_WORDS = "--task sst2 --num_hidden_layers 1 --data_dir data --max_seq_length 32 --dtype fp32 --teacher_mode cached"
+EARLIER_CACHE = Path("stopped_in_distill/teacher_cache")
+
+
+def cached_by(run_dir: str, *words: str) -> tuple[CachedOutputs, list[str]]:
+    """The outputs of a run that takes the teacher of the stopped run, and what it says."""
+    more = ["--run_dir", run_dir, "--teacher", "stopped_in_distill/teacher", *words]
+    said: list[str] = []
+    outputs = open_run(parse([*CACHE_WORDS.split(), *more])).teacher_cache.outputs(said.append)
+    assert outputs is not None
+    return outputs["train"], said
+
+
+def test_an_earlier_cache_is_extended(here: Path, single_rank: None) -> None:
+    """The layer in its part file is read from there; another is added beside it, and nothing is written anew."""
+    shared, rows = ("--teacher_cache", str(EARLIER_CACHE)), torch.arange(90)
+    before = contents(EARLIER_CACHE / "train")
+    _, said = cached_by("same_layer", "--layer_map", "1:1", *shared)
+    assert said == [] and contents(EARLIER_CACHE / "train") == before
+    logits, (first, second) = cached_by("both", "--layer_map", "1:1,2:2", *shared)[0].of(rows)
+    added = {"layer-02-part-00.safetensors", "layer-02-part-00.sha256"}
+    after = contents(EARLIER_CACHE / "train")
+    assert after.keys() - before.keys() == added and before.items() <= after.items()
+
+    at_once = cached_by("at_once", "--layer_map", "1:1,2:2", "--teacher_cache", "new")[0].of(rows)
+    for ours, anew in zip((logits, first, second), (at_once[0], *at_once[1]), strict=True):
+        torch.testing.assert_close(ours, anew, rtol=1e-4, atol=1e-5)  # another CPU may have made ours
+
+
+def test_a_part_of_an_earlier_cache_is_computed_again(here: Path, single_rank: None) -> None:
+    """In the earlier format, with the layers that the manifest lists, though this run reads none of them."""
+    part = EARLIER_CACHE / "train" / "part-00.safetensors"
+    with safe_open(part, framework="pt") as opened:
+        before, note = {name: opened.get_tensor(name).clone() for name in list(opened.keys())}, opened.metadata()
+    part.unlink()
+    cached_by("run", "--layer_map", "1:2", "--teacher_cache", str(EARLIER_CACHE))
+    with safe_open(part, framework="pt") as opened:
+        assert opened.metadata() == note and set(opened.keys()) == set(before)
+        for name, tensor in before.items():
+            torch.testing.assert_close(opened.get_tensor(name), tensor, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layers", ['"layers": []', '"layers": "1"', '"layers": [true]', '"lay": [1]'])
+def test_a_manifest_of_an_earlier_cache_that_lists_other_layers(here: Path, single_rank: None, layers: str) -> None:
+    manifest = EARLIER_CACHE / "train" / "manifest.json"
+    text = json.dumps(json.loads(manifest.read_text()))
+    manifest.write_text(text.replace('"layers": [1]', layers))
+    with pytest.raises(UserError, match=r"(manifest.json is damaged|belongs to another cache).*; delete"):
+        cached_by("run", "--layer_map", "1:2", "--teacher_cache", str(EARLIER_CACHE))
 
 
 # -- Shards ------------------------------------------------------------------------------------------------------------

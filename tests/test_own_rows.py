@@ -271,7 +271,7 @@ def broken(records: list[Record], row: int, **values: Any) -> list[Record]:
         (
             rows_of(30),
             {"label_names": ("billing", "bug")},
-            r"has the labels .*, but --label_names has .*make the names",
+            r"has the labels .*, but --label_names has .*write equal names",
         ),
         (rows_of(12), {}, "there are 12 rows, too few to hold out two tenths"),
         (rows_of(30, text=lambda i: i), {}, "column 'text' holds int64, not text"),

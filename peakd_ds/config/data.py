@@ -172,7 +172,7 @@ def check_data_source(settings: DataSettings, needs_train: bool = True) -> None:
     if settings.text_columns and len(settings.text_columns) > 2:
         raise UserError(
             f"--text_columns {' '.join(settings.text_columns)} are {len(settings.text_columns)} columns, but a row has "
-            "one or two texts; name one or two"
+            "one or two texts; give one or two"
         )
     if settings.label_columns is not None and len(settings.label_columns) < 2:
         raise UserError(
@@ -185,4 +185,4 @@ def check_data_source(settings: DataSettings, needs_train: bool = True) -> None:
         names = [name.casefold() for name in getattr(settings, option) or ()]
         twice = next((name for name in names if names.count(name) > 1), None)
         if twice is not None:
-            raise UserError(f"--{option} has {shown(twice)} twice; name each once")
+            raise UserError(f"--{option} has {shown(twice)} twice; write each once")

@@ -153,7 +153,7 @@ def _check_observed(spec: LabelSpec, observed: Mapping[str, set[Any]], where: st
         )
     if len(spec.names) > MAX_CLASSES:
         raise UserError(
-            f"{where} has {len(spec.names):,} different labels, more than {MAX_CLASSES:,} classes; name another "
+            f"{where} has {len(spec.names):,} different labels, more than {MAX_CLASSES:,} classes; give another "
             "--label_column, or give scores as numbers with a decimal point"
         )
     for split, found in observed.items():
@@ -192,9 +192,8 @@ def _check_known(names: Sequence[str], known: Sequence[str], source: str, where:
     ours, theirs = {name.casefold() for name in names}, {name.casefold() for name in known}
     if ours - theirs or (is_declared and theirs - ours):
         raise UserError(
-            f"{where} has the labels {shown(sorted(names))}, but {source} has {shown(sorted(known))}; make the "
-            f"names equal"
-            " (case does not matter)"
+            f"{where} has the labels {shown(sorted(names))}, but {source} has {shown(sorted(known))}; write "
+            "equal names (case does not matter)"
         )
 
 
@@ -344,7 +343,9 @@ def _without_hidden(values: Sequence[int | None], names: tuple[str, ...] | None,
         )
     if wrong is not None:
         rule = f"0 to {len(names) - 1}" if names else "0 or more"
-        raise UserError(f"{where} row {wrong} has label {values[wrong]}; it must be {rule}, or -1 or null for none")
+        raise UserError(
+            f"{where} row {wrong} has label {values[wrong]}; it must be {rule}, or -1 or null for none: fix it"
+        )
     found = [None if value is None or value == UNLABELED else value for value in values]
     return [value if value is None or not names else names[value] for value in found]
 
@@ -390,7 +391,7 @@ def _read_lists(file: str, where: str, values: Sequence[Any], names: tuple[str, 
                 "a column for each class with --label_columns)"
             )
         if len(set(value)) < len(value):
-            raise UserError(f"{where} row {row} names a class twice ({shown(value)}); name each once")
+            raise UserError(f"{where} row {row} names a class twice ({shown(value)}); write each once")
         found.append(tuple(value))
     return Labels(file, found, "lists" if any(value is not None for value in found) else "", names)
 
@@ -409,7 +410,7 @@ def _read_switches(rows: Rows, columns: Sequence[str]) -> Labels:
         if None in switches:
             wrong = switches.index(None)
             raise UserError(
-                f"{rows.where} row {row} column {columns[wrong]!r} is {shown(values[wrong])}; it must be 0 or 1"
+                f"{rows.where} row {row} column {columns[wrong]!r} is {shown(values[wrong])}; it must be 0 or 1: fix it"
             )
         found.append(tuple(name for name, is_on in zip(columns, switches, strict=True) if is_on))
     is_any = any(value is not None for value in found)

@@ -145,7 +145,7 @@ def _text_columns(settings: DataSettings, files: Mapping[str, Sequence[Rows]]) -
         if found is None:
             raise UserError(
                 f"{every[0].where} has the columns {shown(columns)}, none of which is called text, sentence or another "
-                "usual name; say with --text_columns which hold the text"
+                "usual name; give those that hold the text with --text_columns"
             )
         chosen = found
     for rows in every:
@@ -175,7 +175,7 @@ def _unused_columns(settings: DataSettings, files: Mapping[str, Sequence[Rows]],
 def _check_column(option: str, name: str, rows: Rows) -> None:
     if name not in rows.columns:
         raise UserError(
-            f"--{option} {name} is no column of {rows.where}, which has {shown(rows.columns)}; name one of them"
+            f"--{option} {name} is no column of {rows.where}, which has {shown(rows.columns)}; give one of them"
         )
 
 
@@ -236,7 +236,7 @@ def _checked_text(rows: Rows, name: str) -> pyarrow.ChunkedArray:
     if types.is_dictionary(column.type):
         column = column.dictionary_decode()
     if not (types.is_string(column.type) or types.is_large_string(column.type) or types.is_string_view(column.type)):
-        raise UserError(f"{rows.where} column {name!r} holds {column.type}, not text; name another of --text_columns")
+        raise UserError(f"{rows.where} column {name!r} holds {column.type}, not text; give another of --text_columns")
     column = column.cast(pyarrow.large_string())
     for row, value in enumerate(column.to_pylist()):
         problem = (

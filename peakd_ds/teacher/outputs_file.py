@@ -134,9 +134,7 @@ def _numbers(rows: Rows, name: str, task: Task) -> np.ndarray:
         return _by_name(column, where, task)
     is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
     if not is_list or not (types.is_floating(kind.value_type) or types.is_integer(kind.value_type)):
-        raise UserError(
-            f"{where} holds {kind}; each row must be a list of {task.num_labels} numbers, or numbers by class"
-        )
+        raise UserError(f"{where} holds {kind}; give each row a list of {task.num_labels} numbers, or numbers by class")
     sizes = pyarrow.compute.list_value_length(column).to_numpy(zero_copy_only=False)
     if (sizes != task.num_labels).any():
         row = int((sizes != task.num_labels).argmax())
@@ -154,13 +152,13 @@ def _by_name(column: pyarrow.StructArray, where: str, task: Task) -> np.ndarray:
     if sorted(names) != sorted(name.casefold() for name in task.label_names):
         raise UserError(
             f"{where} has the classes {shown(sorted(names.values()))}, but task {task.name} has "
-            f"{shown(sorted(task.label_names))}; make the names equal (case does not matter)"
+            f"{shown(sorted(task.label_names))}; write equal names (case does not matter)"
         )
     columns: list[np.ndarray] = []
     for name in task.label_names:
         values = column.field(names[name.casefold()])
         if not (types.is_floating(values.type) or types.is_integer(values.type)):
-            raise UserError(f"{where} class {name!r} holds {values.type}; each must be a number")
+            raise UserError(f"{where} class {name!r} holds {values.type}; write numbers")
         columns.append(values.cast("float64").to_numpy(zero_copy_only=False))
     return np.stack(columns, axis=1)
 
