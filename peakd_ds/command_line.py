@@ -348,7 +348,7 @@ def to_words(source: str, settings: Mapping[Any, Any]) -> list[str]:
                 f"{source}: {name}: {str(value).lower()} (as true, yes, on, false, no and off are read) does not fit; "
                 "write a value, in quotes if it is one of these words"
             )
-        elif not _is_word(value) and not (_takes_list(spec) and _is_list(value)):
+        elif not _is_word(value) and not (_takes_list(spec) and _is_list(value, not spec.metadata["takes_many"])):
             expected = "a value, or a list of values" if _takes_list(spec) else "one value"
             raise UserError(f"{source}: {name}: {shown(value)} does not fit; write {expected}")
         elif spec.metadata["takes_many"]:
@@ -373,10 +373,10 @@ def _is_word(value: Any) -> bool:
     return isinstance(value, str | int | float) and not isinstance(value, bool)
 
 
-def _is_list(value: Any) -> bool:
+def _is_list(value: Any, may_nest: bool) -> bool:
     """Whether it is a list of words, or of lists of words."""
     return isinstance(value, list) and all(
-        _is_word(item) or (isinstance(item, list) and all(map(_is_word, item))) for item in value
+        _is_word(item) or (may_nest and isinstance(item, list) and all(map(_is_word, item))) for item in value
     )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from peakd_ds.data import metrics
+from peakd_ds.data.tasks import AGREEMENT
 from peakd_ds.engine import checkpoint
 from peakd_ds.engine.ds_config import DTYPES
 from peakd_ds.files import damage_named, damaged, needs_space, write_atomically
@@ -38,6 +39,7 @@ def write(run: Run, log: RunLog) -> None:
         "settings": {**asdict(run.config), "layer_pairs": run.pairs},
         "teacher": teacher,
         "student": student,
+        **_primary_metric(run),
         **_majority(run),
     }
 
@@ -130,6 +132,11 @@ def _load_student(run: Run) -> SPSBertForSequenceClassification:
         return student
 
 
+def _primary_metric(run: Run) -> dict[str, str]:
+    """For results.json, of own data: the score that picks epochs; of GLUE's tasks, their names say it."""
+    return {"primary_metric": run.task.primary_metric} if run.task.is_own else {}
+
+
 def _majority(run: Run) -> dict[str, Any]:
     """For results.json, of own data: the largest class of the reported split, and its share of the labelled rows."""
     largest = metrics.majority_class(run.task, run.dev[run.task.eval_splits[0]].labels) if run.task.is_own else None
@@ -170,16 +177,21 @@ def _write_files(run: Run, results: dict[str, Any], log: RunLog) -> None:
 
 def _export(run: Run, results: dict[str, Any], log: RunLog) -> None:
     student = _load_student(run)
+    scores, teacher_scores = results["student"]["metrics"], (results["teacher"] or {}).get("metrics")
+    if not run.task.has_labels:
+        agreement = results["student"]["agreement"]
+        scores, teacher_scores = {} if agreement is None else {AGREEMENT: agreement}, None
     card: dict[str, Any] = dict(
         task=run.task.name,
         method=run.method,
-        metrics=results["student"]["metrics"],
-        teacher_metrics=(results["teacher"] or {}).get("metrics"),
+        metrics=scores,
+        teacher_metrics=teacher_scores,
         num_parameters=results["student"]["params"],
         num_stored_layers=results["student"]["stored_layers"],
         num_effective_layers=results["student"]["effective_layers"],
-        settings={name: value for name, value in results["settings"].items() if name not in ("run_dir", "data_dir")},
+        settings=results["settings"],
         base_model=run.student_init.path,
+        own_task=run.task if run.task.is_own else None,
     )
     write_atomically(run.folder / "student" / "README.md", model_card(**card, model_type="sps_bert"))
     if not run.config.export_unrolled:
@@ -223,6 +235,7 @@ def _metrics(results: dict[str, Any], name: str) -> dict[str, float]:
 def _readme(run: Run, results: dict[str, Any], text: str) -> str:
     chosen = {
         "holdout": "a fixed tenth of train, which no stage trained on",
+        "validation": "the validation rows, which no stage trained on",
         "dev": "the dev set itself, so the figures below are optimistic",
     }[results["selected_on"]]
     sizes = ", ".join(f"{name} {len(split):,} rows" for name, split in run.dev.items())

@@ -4,6 +4,8 @@
 #   sbatch --nodes=2 --ntasks-per-node=8 slurm/shard_glue.sh --task mnli --teacher bert-base-uncased \
 #       --shard_dir /shared/shards/mnli
 #
+# Rows of your own take the place of the task: --train_file 'rows-*.csv' [--label_column LABEL ...].
+#
 # One task is one MPI worker, at most one per shard; the number of workers does not change the shards. If nodes have a
 # scratch disk, each node's shards are copied to it. Then:
 #

@@ -19,6 +19,9 @@ from transformers import (
     BertTokenizer,
 )
 
+from peakd_ds.config import SPECS
+from peakd_ds.data.metrics import in_words
+from peakd_ds.data.tasks import OWN_METRICS, own_task
 from peakd_ds.files import damage_of, has_checksums
 from peakd_ds.results import export
 from peakd_ds.results.export import export_model, export_onnx, model_card, unroll
@@ -294,6 +297,62 @@ def test_card_names_a_base_model_only_if_it_is_on_the_hub(tmp_path, monkeypatch)
         text = card(base_model=name)
         assert "base_model" not in front_matter(text)
         assert name is None or name not in text
+
+
+def test_card_of_own_data_says_what_outputs_and_metrics_are():
+    names = ("billing", "bug | crash")
+    classes = own_task("tickets", "classes", ("text",), names)
+    text = card(task="tickets", own_task=classes, metrics={"accuracy": 0.5, "macro_f1": 0.4})
+    for line in (
+        "A BERT text classifier for the task `tickets`, made with the method `pea-kd` of peakd_ds.",
+        "The data is the maker's own. The model reads a text and gives one of 2 classes.",
+        "| 0 | billing |",
+        r"| 1 | bug \| crash |",
+        "- accuracy: the share of rows with the right class",
+        "- macro_f1: the mean of the classes' F1",
+    ):
+        assert line in text.splitlines()
+    assert "top_k" not in text and "own" not in card()
+    several = card(own_task=own_task("tags", "multi_label", ("title", "text"), names), metrics={"micro_f1": 0.5})
+    assert "reads two texts and gives those of 2 classes that apply, which are those with a logit above 0." in several
+    assert ", top_k=None)" in several
+    scores = card(own_task=own_task("stars", "scores", ("text",), ()), metrics={"rmse": 0.5})
+    assert "gives a score, its one output." in scores and "| output | class |" not in scores
+    assert "- rmse: the root mean square error of the predicted scores; lower is better" in scores.splitlines()
+
+
+def test_card_of_many_classes_and_of_none_with_a_label():
+    names = tuple(f"class {number}" for number in range(52))
+    unlabeled = own_task("mails", "classes", ("text",), names, has_labels=False)
+    text = card(own_task=unlabeled, metrics={"agreement": 0.9}, teacher_metrics=None)
+    assert "| 49 | class 49 |" in text and "class 50" not in text
+    assert "and 2 more, which config.json has." in text.splitlines()
+    assert "| agreement | 0.9000 |" in text and "no row has a label" in text
+    assert "No row has a label, so there is no score." in card(own_task=unlabeled, metrics={}, teacher_metrics=None)
+
+
+def test_every_metric_of_own_data_has_words():
+    for metric in {metric for metrics in OWN_METRICS.values() for metric in metrics}:
+        assert in_words(metric)
+
+
+# Settings of any text that is no path: names, columns and labels.
+WORDS_OF_DATA = "task name dataset_config_name text_columns label_column label_columns label_names id_column metric"
+
+
+def test_card_tells_no_path_of_the_users(tmp_path):
+    (tmp_path / "private").mkdir()
+    path = str(tmp_path / "private")
+    settings = dict.fromkeys(WORDS_OF_DATA.split(), "public") | {"alpha": 0.7, "dropout": None, "shard_dir": ""}
+    for name, spec in SPECS.items():
+        takes_any_text = "str" in str(spec.type) and not spec.metadata["choices"] and not spec.metadata["parse"]
+        if takes_any_text and name not in settings:
+            settings[name] = (path,) if spec.metadata["takes_many"] else path
+    assert {"train_file", "teacher_outputs", "dataset_name", "teacher_ds_config", "run_dir"} <= settings.keys()
+    text = card(settings=settings, base_model=path)
+    assert "private" not in text and "| label_names | public |" in text and "| alpha | 0.7 |" in text
+    assert "dropout" not in text and "shard_dir" not in text
+    assert "| teacher | google-bert/bert-base-uncased |" in card(settings={"teacher": "google-bert/bert-base-uncased"})
 
 
 # -- ONNX --------------------------------------------------------------------------------------------------------------

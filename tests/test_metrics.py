@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import warnings
 from pathlib import Path
 from types import SimpleNamespace
@@ -238,7 +239,9 @@ def test_results_have_a_table_for_own_data(
     rows = ["--task", "rte", "--data_dir", str(tiny_data)]
     if kind == "own":
         train_file, validation_file = (str(tiny_data / "rte" / f"{name}-*.parquet") for name in ("train", "validation"))
-        rows = ["--train_file", train_file, "--validation_file", validation_file, "--metric", "macro_f1"]
+        test_file = shutil.copy(next((tiny_data / "rte").glob("validation-*.parquet")), tmp_path / "reported.parquet")
+        rows = ["--train_file", train_file, "--validation_file", validation_file, "--test_file", str(test_file)]
+        rows += ["--metric", "macro_f1"]
     names = TASKS["rte"].label_names
     words = "--stages teacher --epochs 1 --num_hidden_layers 2 --dtype fp32".split()
     paths = ["--teacher", str(tiny_encoder), "--run_dir", str(tmp_path / "run")]
@@ -247,16 +250,18 @@ def test_results_have_a_table_for_own_data(
     teacher = results["teacher"]
     if kind == "glue":
         assert set(teacher) == {"metrics", "params", "effective_layers", "samples_per_s"}
-        assert "majority_class" not in results and "class" not in readme.read_text()
+        assert not {"majority_class", "primary_metric"} & results.keys() and "class" not in readme.read_text()
         return
     assert list(teacher["metrics"]) == ["accuracy", "macro_f1", "weighted_f1"]
     assert {name: row["support"] for name, row in teacher["per_class"].items()} == dict.fromkeys(
         names, NUM_DEV_ROWS / 2
     )
+    assert results["primary_metric"] == "macro_f1" and results["selected_on"] == "validation"
+    assert "Epochs were picked on the validation rows, which no stage trained on." in readme.read_text()
     f1 = [row["f1"] for row in teacher["per_class"].values()]
     assert teacher["metrics"]["macro_f1"] == pytest.approx(np.mean(f1))
     assert results["majority_class"] == {"name": names[0], "share": 0.5}
-    assert "The largest class of validation is entailment, with 0.5000 of the rows, the" in readme.read_text()
+    assert "The largest class of test is entailment, with 0.5000 of the rows, the" in readme.read_text()
     (row,) = [line.split("|")[1:-1] for line in readme.read_text().splitlines() if line.startswith("| not_entailment")]
     scores = teacher["per_class"]["not_entailment"]
     assert [cell.strip() for cell in row[1:]] == ["15", *(f"{scores[s]:.4f}" for s in ("precision", "recall", "f1"))]

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, pipeline
 from peakd_ds import train
 from peakd_ds.command_line import parse
 from peakd_ds.errors import UserError
-from peakd_ds.programs import glue_eval, predict, scripts, shard
+from peakd_ds.programs import glue_eval, predict, scripts, shard, tables
 from peakd_ds.run import open_run
 
 WORDS = (
@@ -72,6 +72,10 @@ def test_a_csv_becomes_a_classifier_with_the_users_labels(finished: Path) -> Non
     classify = pipeline("text-classification", model=str(finished / "student_unrolled"))
     assert classify(["the film is very good ."])[0]["label"] in conftest.TICKETS
     assert "| billing" in (finished / "README.md").read_text()
+    for folder in ("student", "student_unrolled"):
+        card = (finished / folder / "README.md").read_text()
+        assert "gives one of 5 classes" in card and "- macro_f1: the mean of" in card
+        assert str(finished.parent) not in card and "tickets.csv" not in card
 
 
 def test_stages_before_distillation_train_on_labelled_rows_alone(finished: Path) -> None:
@@ -123,6 +127,10 @@ def test_rows_without_any_label(two_ranks, tickets: Path, classifier_of, tmp_pat
     assert results["student"]["metrics"] == {} and 0 <= results["student"]["agreement"] <= 1
     student = AutoModelForSequenceClassification.from_pretrained(tmp_path / "run" / "student_unrolled")
     assert tuple(student.config.id2label.values()) == conftest.TICKETS
+    agreement = f"{results['student']['agreement']:.4f}"
+    assert f"| agreement | {agreement} |" in (tmp_path / "run" / "student_unrolled" / "README.md").read_text()
+    (row,), _ = tables.gather([tmp_path / "run"])
+    assert (row.task, row.results[0].metrics) == ("mails", {"agreement": results["student"]["agreement"]})
     with pytest.raises(UserError, match=r"--alpha 0.5 gives labels a weight, but no row has one; leave it out"):
         open_run(parse([*words, "--alpha", "0.5", "--run_dir", str(tmp_path / "other")]))
 

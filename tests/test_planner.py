@@ -304,6 +304,17 @@ def test_a_folder_without_weights_can_be_planned(tmp_path: Path, capsys: pytest.
     assert counted == sum(p.numel() for p in BertForSequenceClassification(encoder).parameters())
 
 
+def test_own_rows_are_planned_by_their_number_of_labels(capsys: pytest.CaptureFixture[str]) -> None:
+    def plan(*words: str) -> dict[str, Any]:
+        planner.main(scripts.plan_options([*SHAPES[:4], *words, "--json"]))
+        return json.loads(capsys.readouterr().out)
+
+    assert plan("--num_labels", "3") == plan("--task", "mnli") == plan()
+    assert plan("--num_labels", "1") == plan("--task", "stsb")
+    more = plan("--num_labels", "1003")["teacher_parameters"] - plan()["teacher_parameters"]
+    assert more == 1000 * (128 + 1)  # weights and a bias of each label
+
+
 def test_shorter_rows_take_less_memory(capsys: pytest.CaptureFixture[str]) -> None:
     def activations(*words: str) -> int:
         planner.main(scripts.plan_options([*SHAPES, *words, "--json"]))
@@ -328,6 +339,8 @@ def test_shorter_rows_take_less_memory(capsys: pytest.CaptureFixture[str]) -> No
         (["--teacher_layers", "4", "--teacher_hidden", "100"], "not a multiple of 64"),
         (["--teacher", "no/such/folder"], "neither a folder with config.json"),
         ([*SHAPES, "--task", "nope"], "--task: unknown task 'nope'"),
+        ([*SHAPES, "--num_labels", "3"], "--task rte has a number of labels, but --num_labels 3 is given too; leave"),
+        ([*SHAPES[:4], "--num_labels", "0"], "--num_labels 0 is outside its range [1, 10000]"),
         ([*SHAPES, "--nonsense"], "unknown option --nonsense"),
         ([*SHAPES, "--world_size", "many"], "'many' is not a whole number"),
     ],

@@ -1,11 +1,14 @@
 """The shell scripts: lint, and the mistakes that they refuse before any job runs. No cluster is needed."""
 
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from peakd_ds.command_line import parse
 
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = sorted([*ROOT.glob("slurm/*.sh"), *ROOT.glob("tests/cluster/*.sh"), ROOT / ".ci" / "run"])
@@ -108,6 +111,43 @@ def test_percent_signs_in_the_run_folders_name(slurm_job: dict[str, str], tmp_pa
     given = f"--output={tmp_path}/100%%N %%%% %%j/logs/7-0/%N.log"
     assert given in (tmp_path / "words").read_text().splitlines()
     assert (run_dir / "logs" / "7-0" / "start.json").exists()
+
+
+@pytest.fixture
+def words_of_srun(slurm_job: dict[str, str], tmp_path: Path) -> Path:
+    """The file that receives the arguments of each srun, one a line."""
+    (tmp_path / "srun").write_text(f'#!/bin/sh\nprintf "%s\\n" "$@" >> {tmp_path}/words\nexit 1\n')
+    (tmp_path / "scontrol").write_text("#!/bin/sh\nexit 1\n")
+    (tmp_path / "scontrol").chmod(0o755)
+    return tmp_path / "words"
+
+
+OWN_ROWS = ["--train_file", "my rows.csv", "more.csv", "--label_names", "big bill", "it's $HOME", "*"]
+
+
+def test_words_with_spaces_reach_the_ranks(slurm_job: dict[str, str], words_of_srun: Path, tmp_path: Path) -> None:
+    """From a grid through sweep.sh and distill.sh; a run of one's own rows has no name of a task."""
+    grid = {"train_file": OWN_ROWS[1:3], "label_names": OWN_ROWS[4:], "teacher": "t", "grid": {"seed": [1, 2]}}
+    (tmp_path / "grid.yaml").write_text(json.dumps(grid))
+    words = (str(tmp_path / "grid.yaml"), "--run_dir", str(tmp_path / "runs"), "--validation_file", "dev rows.csv")
+    env = {**slurm_job, "PEAKD_VENV": str(BIN.parent), "PEAKD_PREFLIGHT": "no", "SLURM_ARRAY_TASK_ID": "1"}
+    code, output = run("slurm/sweep.sh", *words, **env, SLURM_ARRAY_JOB_ID="7")
+    assert code == 1, output
+    run_dir = tmp_path / "runs" / "my_rows" / "pea-kd" / "seed-2"
+    given = words_of_srun.read_text().splitlines()
+    config = parse(given[given.index("peakd_ds") + 1 :])
+    assert (config.run_dir, config.train_file) == (str(run_dir), ("my rows.csv", "more.csv"))
+    assert (config.label_names, config.validation_file) == (("big bill", "it's $HOME", "*"), ("dev rows.csv",))
+    start = run_dir / "logs" / "7_1-0"
+    assert parse(json.loads((start / "start.json").read_text())["words"]) == config
+    assert parse(["--config", str(start / "settings.yaml")]) == config
+
+
+def test_words_with_spaces_reach_the_workers_that_make_shards(slurm_job: dict[str, str], words_of_srun: Path) -> None:
+    code, output = run("slurm/shard_glue.sh", *OWN_ROWS, **slurm_job, PEAKD_VENV=str(BIN.parent))
+    assert code == 1, output
+    given = words_of_srun.read_text().splitlines()
+    assert given[given.index("peakd_ds.programs.shard") + 1 :] == OWN_ROWS
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,70 @@ def test_names_in_braces_are_replaced_by_the_elements_values(grid_file: Callable
         assert element.config.data_dir == f"data/{task}"
 
 
+OWN = """
+teacher: "{run_dir}/{task}/teacher"
+run_dir: R
+train_file: ["d/{name}/*.csv", extra.csv]
+label_names: [big bill, other]
+grid:
+  name: [tickets, mails]
+  seed: [1, 2]
+"""
+
+
+def test_rows_of_ones_own_are_varied_by_name(grid_file: Callable[[str], str]) -> None:
+    elements = read_grid(grid_file(OWN), ["--validation_file", "v/{name} dev.csv"]).elements
+    assert [element.name for element in elements] == [
+        f"{name}/pea-kd/seed-{seed}" for name in ("tickets", "mails") for seed in (1, 2)
+    ]
+    for element in elements:
+        config, name = element.config, element.name.split("/")[0]
+        assert parse(element.words) == config and config.name == config.task_name == name
+        assert config.train_file == (f"d/{name}/*.csv", "extra.csv") and config.label_names == ("big bill", "other")
+        assert (config.validation_file, config.teacher) == ((f"v/{name} dev.csv",), f"R/{name}/teacher")
+
+
+@pytest.mark.parametrize(
+    ("lists", "names", "setting", "values"),
+    [
+        ("train_file: [d/a.csv, b.csv.gz]", ["a/pea-kd", "b/pea-kd"], "train_file", [("d/a.csv",), ("b.csv.gz",)]),
+        (
+            "train_file: [[d/a.csv, b.csv], [c d.csv]]",
+            ["a/pea-kd", "c_d/pea-kd"],
+            "train_file",
+            [("d/a.csv", "b.csv"), ("c d.csv",)],
+        ),
+        (
+            "train_file: [d/a.csv, b.csv], name: [x]",
+            ["x/pea-kd/train_file-d_a.csv", "x/pea-kd/train_file-b.csv"],
+            "name",
+            ["x", "x"],
+        ),
+        (
+            "train_file: ['d {seed}.csv'], seed: [1, 2]",
+            ["d_1/pea-kd", "d_2/pea-kd"],
+            "train_file",
+            [("d 1.csv",), ("d 2.csv",)],
+        ),
+        ("train_file: [a.csv], method: [pea-kd, sps+pkd]", ["a/pea-kd", "a/sps+pkd"], "ptp", [True, False]),
+        ("dataset_name: [them/a, b]", ["a/pea-kd", "b/pea-kd"], "dataset_name", ["them/a", "b"]),
+        (
+            "train_file: [a.csv], text_columns: [x, [x, y]]",
+            ["a/pea-kd/text_columns-x", "a/pea-kd/text_columns-x,y"],
+            "text_columns",
+            [("x",), ("x", "y")],
+        ),
+    ],
+)
+def test_own_files_may_be_lists(
+    grid_file: Callable[[str], str], lists: str, names: list[str], setting: str, values: list[object]
+) -> None:
+    elements = read_grid(grid_file(f"{{teacher: t, run_dir: R, grid: {{{lists}}}}}")).elements
+    assert [element.name.rpartition("/seed-")[0] for element in elements] == names
+    assert [getattr(element.config, setting) for element in elements] == values
+    assert all(parse(element.words) == element.config for element in elements)
+
+
 def test_methods_are_the_readmes_baselines() -> None:
     readme = (ROOT / "README.md").read_text()
     names = {
@@ -180,6 +244,22 @@ def test_the_papers_recipes_fit_each_other() -> None:
             ["lr-1e-5/seed-42 and", "would be the same"],
         ),
         ("{task: rte, run_dir: R, grid: {teacher: [a/b, a_b]}}", ["would be the same run"]),
+        (
+            "{teacher: t, run_dir: R, grid: {train_file: [x/a.csv, y/a.csv]}}",
+            ["would be the same run; drop one, or list name in place of train_file, and write {name} there"],
+        ),
+        (
+            "{teacher: t, run_dir: R, train_file: a.csv, grid: {name: [x, y]}}",
+            ["x/pea-kd/seed-42 and y/pea-kd/seed-42"],
+        ),
+        (
+            "{teacher: t, run_dir: R, grid: {train_file: ['{name}.csv']}}",
+            ["{name}.csv has the rows' name", "give name"],
+        ),
+        ("{teacher: t, run_dir: R, grid: {train_file: ['{sed}.csv']}}", ["{sed} in {sed}.csv is not a setting"]),
+        ("{teacher: t, run_dir: R, grid: {train_file: [[[a.csv]]]}}", ["train_file: [['a.csv']] does not fit"]),
+        (OWN + "task: rte\n", ["--task rte brings its own rows", "--train_file is given too; leave one out"]),
+        (OWN + "  scratch_dir: [a, b]\n", ["scratch_dir does not change a run's result"]),
     ],
 )
 def test_a_wrong_grid_is_refused_in_one_line(grid_file: Callable[[str], str], text: str, parts: list[str]) -> None:

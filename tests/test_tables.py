@@ -182,6 +182,64 @@ def test_runs_of_the_teacher_stage_alone(make_run: MakeRun, runs: Path) -> None:
     assert "- " + tables._relative(runs / "rte/teacher/seed-2") + ": unfinished (stages teacher ran" in text
 
 
+# -- Own data ----------------------------------------------------------------------------------------------------------
+
+
+def make_own(make_run: MakeRun, name: str, metrics: dict[str, float], primary: str, **settings: Any) -> Path:
+    """A finished run on rows of the user's own; `metrics` without "agreement", as of rows without labels."""
+    folder = make_run(name, metrics=metrics, task="", train_file=("x.csv",), **settings)
+    edit(folder, lambda results: results.update(primary_metric=primary))
+    return folder
+
+
+def test_own_data_says_itself_which_score_is_the_main_one(make_run: MakeRun, runs: Path) -> None:
+    for seed in (1, 2):
+        make_own(make_run, f"stars/kd/seed-{seed}", {"pearson": 0.5, "rmse": float(seed)}, "rmse", metric="rmse")
+    text, lines = written(runs)
+    assert [(line["task"], line["metric"], line["mean"], line["teacher"]) for line in lines] == [
+        ("stars", "pearson", "0.5", "0.7"),
+        ("stars", "rmse", "1.5", "0.7"),
+    ]
+    assert "Lower is better: rmse." in text and "Lower is better: pearson" not in text
+    (panel,) = tables._panels(tables.gather([runs])[0])
+    assert (panel.title, panel.metric, panel.means) == ("stars", "rmse (lower is better)", [1.5])
+
+
+def test_runs_without_labels_are_compared_by_agreement(make_run: MakeRun, runs: Path) -> None:
+    for seed in (1, 2, 3):
+        folder = make_own(make_run, f"mails/kd/seed-{seed}", {"accuracy": 0.1}, "agreement")
+        edit(folder, lambda results: [results[model]["metrics"].clear() for model in ("teacher", "student")])
+    edit(folder, lambda results: results["student"].update(agreement=None))
+    text, (line,) = written(runs)
+    assert [line[name] for name in ("metric", "mean", "n", "teacher")] == ["agreement", "0.9", "2", ""]
+    assert "| mails | kd     | 2     | 0.9000 ± 0.0000 |" in text and "Lower is better" not in text
+    assert "seed-3: no score: no row has a label, and the teacher's outputs of the reported rows are not known" in text
+
+
+def test_own_data_may_have_the_name_of_a_task(make_run: MakeRun, runs: Path) -> None:
+    make_run("rte/kd/seed-1")
+    make_own(make_run, "rte/own/seed-1", {"macro_f1": 0.4, "accuracy": 0.5}, "macro_f1", metric="macro_f1")
+    text, lines = written(runs)
+    assert [(line["metric"], line["mean"]) for line in lines] == [
+        ("accuracy", "0.61"),
+        ("macro_f1", "0.4"),
+        ("accuracy", "0.5"),
+    ]
+    assert "task=rte" in text and [panel.metric for panel in tables._panels(tables.gather([runs])[0])] == [
+        "accuracy",
+        "macro_f1",
+    ]
+
+
+def test_a_damaged_main_score_is_listed(make_run: MakeRun, runs: Path) -> None:
+    make_run("rte/kd/seed-1")
+    folder = make_own(make_run, "stars/kd/seed-2", {"rmse": 1.0}, "rmse")
+    for value in (*VALUES, "pearson", "agreement "):
+        edit(folder, lambda results, value=value: results.update(primary_metric=value))
+        rows, (line,) = tables.gather([runs])
+        assert len(rows) == 1 and "stars/kd/seed-2: damaged results.json" in line, value
+
+
 # -- What is not in the table ------------------------------------------------------------------------------------------
 
 

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 
 from peakd_ds.config.setting import Range, setting
 from peakd_ds.errors import UserError, shown
@@ -115,7 +116,24 @@ class DataSettings:
         """Whether the rows are the user's own, not those of a `task`."""
         return bool(self.train_file or self.unlabeled_file or self.dataset_name)
 
+    @property
+    def named_by(self) -> str:
+        """The setting that the task has its name from; "" if there are no rows to train on."""
+        return next((name for name in NAMED_BY if getattr(self, name)), "")
 
+    @property
+    def task_name(self) -> str:
+        """Name of the task: `task`, `name`, or the first file's or the dataset's, without what paths do not take."""
+        given = getattr(self, self.named_by) if self.named_by else "rows"
+        if self.named_by in ("task", "name"):
+            return given
+        stem = Path(given if isinstance(given, str) else given[0]).name.split(".")[0]
+        name = re.sub(r"[^A-Za-z0-9_-]", "_", stem).strip("_-")
+        return name or "rows"
+
+
+NAMED_BY = ("task", "name", "dataset_name", "train_file", "unlabeled_file")
+"""Settings that name the task; the first that is given does."""
 SOURCES = ("task", "train_file", "unlabeled_file", "dataset_name")
 """Settings that say where rows come from; a run needs one of them."""
 OWN_DATA = (

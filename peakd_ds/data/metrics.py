@@ -20,7 +20,7 @@ from sklearn.metrics import (
     root_mean_squared_error,
 )
 
-from peakd_ds.data.tasks import Task
+from peakd_ds.data.tasks import AGREEMENT, Task
 
 MAX_CLASSES_IN_TABLE = 50
 """Most classes that a table with a row for each of them has."""
@@ -32,6 +32,11 @@ Floats = NDArray[np.float64]
 def higher_is_better(metric: str) -> bool:
     """Whether a larger value of a metric is the better one."""
     return metric not in _LOWER_IS_BETTER
+
+
+def in_words(metric: str) -> str:
+    """What a metric of own data is, in plain words."""
+    return _IN_WORDS[metric] + ("" if higher_is_better(metric) else "; lower is better")
 
 
 def compute_metrics(task: Task, logits: ArrayLike, labels: ArrayLike) -> dict[str, float]:
@@ -230,4 +235,15 @@ _METRICS: dict[str, Callable[..., float]] = {
     "pearson": _correlation(pearsonr),
     "spearmanr": _correlation(spearmanr),
     "rmse": lambda labels_N, predictions_N: float(root_mean_squared_error(labels_N, predictions_N)),
+}
+_IN_WORDS = {
+    "accuracy": "the share of rows with the right class",
+    "exact_match": "the share of rows with all classes right",
+    "micro_f1": "F1 over the decisions on all rows and classes together",
+    "macro_f1": "the mean of the classes' F1",
+    "weighted_f1": "the mean of the classes' F1, weighted by their rows",
+    "pearson": "Pearson's correlation of predicted and true scores",
+    "spearmanr": "Spearman's rank correlation of predicted and true scores",
+    "rmse": "the root mean square error of the predicted scores",
+    AGREEMENT: "the share of predictions that are the teacher's, or the scores' correlation; no row has a label",
 }

@@ -92,7 +92,7 @@ def load(settings: DataSettings, teacher: TeacherClasses | None, metric: str = "
     if not {"validation", "test"} & set(splits):
         splits["train"], splits["test"] = _carve(spec, splits["train"])
     task = own_task(
-        name=settings.name or _name_of(settings),
+        name=settings.task_name,
         kind=spec.kind,
         text_columns=texts,
         label_names=spec.names,
@@ -269,14 +269,6 @@ def _carve(spec: LabelSpec, train: pyarrow.Table) -> tuple[pyarrow.Table, pyarro
     is_reported = np.zeros(len(train), bool)
     is_reported[stratified_tenth(values, seed=1)] = True
     return train.filter(pyarrow.array(~is_reported)), train.filter(pyarrow.array(is_reported))
-
-
-def _name_of(settings: DataSettings) -> str:
-    """The name of the first file, or the last word of the dataset's, with what paths do not take left out."""
-    first = settings.dataset_name or next(iter(settings.train_file or settings.unlabeled_file or ("rows",)))
-    stem = Path(first).name.split(".")[0]
-    name = "".join(char if char.isascii() and (char.isalnum() or char in "-_") else "_" for char in stem).strip("_-")
-    return name or "rows"
 
 
 def _dataset(task: Task, table: pyarrow.Table) -> datasets.Dataset:

@@ -18,6 +18,8 @@ OWN_METRICS = {
 }
 """The metrics of own data for each kind of label."""
 KINDS = tuple(OWN_METRICS)
+AGREEMENT = "agreement"
+"""The score of own data without labels: how alike student and teacher predict."""
 _OWN_PRIMARY = {"classes": "accuracy", "multi_label": "micro_f1", "scores": "spearmanr"}
 
 
@@ -220,7 +222,7 @@ def own_task(
         text_columns=tuple(text_columns),
         label_names=tuple(label_names),
         metrics=metrics,
-        primary_metric=metric or (_OWN_PRIMARY[kind] if has_labels else "agreement"),
+        primary_metric=metric or (_OWN_PRIMARY[kind] if has_labels else AGREEMENT),
         eval_splits=tuple(eval_splits),
         kind=kind,
         is_own=True,

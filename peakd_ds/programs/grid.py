@@ -6,9 +6,15 @@
       method: [pea-kd, kd]              # named as in results.json
       seed: [1, 2, 3]                   # 2 x 2 x 3 = 12 elements, the last list varying fastest
 
-An element's run folder is RUNS/TASK/METHOD/[NAME-VALUE/]seed-N. A setting may contain the name of another in braces,
-such as {task} or {seed}, which is replaced by the element's value, and {run_dir}, which is replaced by RUNS:
+An element's run folder is RUNS/TASK/METHOD/[SETTING-VALUE/]seed-N. A setting may contain the name of another in
+braces, such as {task} or {seed}, which is replaced by the element's value, and {run_dir}, which is replaced by RUNS:
 `teacher: "{run_dir}/{task}/teacher/seed-42/teacher"`.
+
+Rows of your own are named by `name`, or else by their first file; {name} and {task} are both replaced by that name:
+
+    train_file: ["data/{name}/*.csv"]   # files are a list, or one word
+    grid:
+      name: [tickets, mails]            # or train_file: [[a.csv, b.csv], [c.csv]]
 """
 
 import itertools
@@ -20,12 +26,15 @@ from typing import Any
 
 from peakd_ds.command_line import parse, read_yaml, set_values, suggest, to_word, to_words, to_yaml
 from peakd_ds.config import RESULT_NEUTRAL, SPECS, RunConfig
+from peakd_ds.config.data import OWN_DATA
 from peakd_ds.data.tasks import get_task
 from peakd_ds.errors import UserError, shown
 from peakd_ds.programs.scripts import MAX_ELEMENTS
 
 TEACHER_ONLY = "teacher"
 """The method, in folder names and tables, of a run of the teacher stage alone."""
+UNCHANGING = RESULT_NEUTRAL - {*OWN_DATA, "teacher_outputs"}
+"""Settings that do not make another run. Paths of rows do, though a start may change them: it compares the content."""
 
 
 @dataclass(frozen=True)
@@ -107,12 +116,12 @@ def _checked_axes(source: str, axes: object) -> dict[str, list[Any]]:
     """The lists under `grid:`. Raises UserError for an unknown name, or a list that is empty or repeats a value."""
     if not isinstance(axes, dict) or not axes:
         raise UserError(f"{source} has no lists to multiply; add them below a line 'grid:', such as 'seed: [1, 2, 3]'")
-    names = ["method", *(name for name in SPECS if name not in RESULT_NEUTRAL)]
+    names = ["method", *(name for name in SPECS if name not in UNCHANGING)]
     num_elements = math.prod(len(values) for values in axes.values() if isinstance(values, list))
     if num_elements > MAX_ELEMENTS:
         raise UserError(f"{source} has {num_elements} elements; the most is {MAX_ELEMENTS}: give several grids")
     for name, values in axes.items():
-        if name in RESULT_NEUTRAL:
+        if name in UNCHANGING:
             raise UserError(
                 f"{source}: {name} does not change a run's result, so a list of it would give equal runs; "
                 "set it beside grid, for all elements"
@@ -176,10 +185,11 @@ def _element(where: str, words: list[str], method: str | None, chosen: Mapping[s
             )
         if config.stages == ("teacher",):
             method = TEACHER_ONLY
-        others = [f"{name}-{_label(value)}" for name, value in chosen.items() if name not in ("task", "seed")]
-        parts = [get_task(config.task).name, method or config.method, *others, f"seed-{config.seed}"]
+        values: dict[str, Any] = {name: getattr(config, name) for name in SPECS} | {"method": method}
+        values["task"] = values["name"] = task = _task_name(config, values)
+        others = [f"{name}-{_label(value)}" for name, value in chosen.items() if name not in ("seed", config.named_by)]
+        parts = [task, method or config.method, *others, f"seed-{config.seed}"]
         name = "/".join(re.sub(r"[^\w.,:+-]+", "_", part, flags=re.ASCII) for part in parts)
-        values = {name: getattr(config, name) for name in SPECS} | {"method": method}
         given = set_values(config) | {"run_dir": f"{config.run_dir.rstrip('/')}/{name}"}
         defaults = set_values(RunConfig())
         words = to_words(where, {name: value for name, value in given.items() if value != defaults.get(name)})
@@ -187,6 +197,19 @@ def _element(where: str, words: list[str], method: str | None, chosen: Mapping[s
         return Element(name, words, parse(words))
     except ValueError as error:
         raise UserError(f"{where}: {error}") from error
+
+
+def _task_name(config: RunConfig, values: Mapping[str, Any]) -> str:
+    """The task's name in folders. Raises UserError if the file that rows are named by has {name} in its own name."""
+    if config.task:
+        return get_task(config.task).name
+    given = getattr(config, config.named_by)
+    first = given if isinstance(given, str) else given[0]
+    if re.search(r"\{(name|task)\}", first):
+        raise UserError(f"--{config.named_by} {first} has the rows' name in it, which is not given; give name")
+    filled: Any = _fill_in(first, values) if isinstance(given, str) else (_fill_in(first, values),)
+    settings: dict[str, Any] = {config.named_by: filled}
+    return replace(config, **settings).task_name
 
 
 def _label(value: Any) -> str:
@@ -211,7 +234,11 @@ def _check_distinct(source: str, elements: Sequence[Element]) -> None:
     seen: dict[str, Element] = {}
     for element in elements:
         config = element.config
-        effective = replace(config, ptp=config.runs_ptp(get_task(config.task).is_regression), run_dir="")
+        has_classes = not config.task or get_task(config.task).has_right_and_wrong  # own files are not read here
+        effective = replace(config, ptp=config.runs_ptp(has_classes), run_dir="", name="")
         for key in (element.name, to_yaml(effective)):
             if seen.setdefault(key, element) is not element:
-                raise UserError(f"{source}: {seen[key].name} and {element.name} would be the same run; drop one")
+                remedy = "drop one"
+                if config.named_by not in ("task", "name"):
+                    remedy += f", or list name in place of {config.named_by}, and write {{name}} there"
+                raise UserError(f"{source}: {seen[key].name} and {element.name} would be the same run; {remedy}")

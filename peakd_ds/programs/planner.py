@@ -21,7 +21,7 @@ from torch import nn
 from transformers import BertConfig
 
 from peakd_ds.config import RunConfig
-from peakd_ds.data.tasks import get_task
+from peakd_ds.data.tasks import Task, get_task, own_task
 from peakd_ds.engine import engines
 from peakd_ds.engine.ds_config import DTYPES, batch_plan, load_ds_config
 from peakd_ds.errors import UserError
@@ -252,18 +252,29 @@ def encoder_of_shape(num_layers: int, hidden: int, vocab_size: int) -> Pretraine
     return Pretrained(str(num_layers), "teacher_layers", config, is_classifier=False)
 
 
+def planned_task(name: str, num_labels: int | None) -> Task:
+    """The task of that name, or one of own rows with so many labels. Raises UserError for an unknown name."""
+    if num_labels is not None:
+        names = tuple(map(str, range(num_labels))) if num_labels > 1 else ()
+        return own_task("rows", "classes" if names else "scores", ("text",), names)
+    try:
+        return get_task(name)
+    except ValueError as error:
+        raise UserError(f"--task: {error}") from error
+
+
 def build_on_meta(
-    config: RunConfig, teacher: BertConfig, student_init: BertConfig
+    config: RunConfig, teacher: BertConfig, student_init: BertConfig, num_labels: int | None = None
 ) -> tuple[SPSBertForSequenceClassification, MatchedStudent]:
     """(teacher, matched student) on the meta device, as model/build.py makes them for a run.
+
+    Args:
+        num_labels: Of own rows, in place of the config's task.
 
     Raises:
         UserError: an unknown task, or a layer map that does not fit the depths.
     """
-    try:
-        task = get_task(config.task)
-    except ValueError as error:
-        raise UserError(f"--task: {error}") from error
+    task = planned_task(config.task, num_labels)
     sizes = student_config(config, student_init, task_head(task))
     pairs = layer_pairs(config.layer_map, sizes.num_effective_layers, teacher.num_hidden_layers)
     with torch.device("meta"):
@@ -286,7 +297,7 @@ def make_plan(
     micro, accum = batch_plan(config.global_batch_size, config.micro_batch_size, options.world_size)
     for encoder in (teacher, student_init):
         contract.check_length(config.max_seq_length, encoder)
-    frozen, matched = build_on_meta(config, teacher.config, student_init.config)
+    frozen, matched = build_on_meta(config, teacher.config, student_init.config, options.num_labels)
     dtypes = scripts.PLAN_DTYPES if options.dtype == "auto" else (options.dtype,)
     num_tokens = math.ceil(micro * (options.tokens_per_row or config.max_seq_length))
     width = math.ceil(config.max_seq_length / WIDTH_MULTIPLE) * WIDTH_MULTIPLE

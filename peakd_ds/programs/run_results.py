@@ -8,7 +8,7 @@ from typing import Any
 
 from peakd_ds.config import RESULT_NEUTRAL, RunConfig
 from peakd_ds.config.setting import check_text
-from peakd_ds.data.tasks import get_task
+from peakd_ds.data.tasks import AGREEMENT, get_task
 from peakd_ds.errors import one_line, shown
 from peakd_ds.programs.grid import TEACHER_ONLY
 
@@ -34,8 +34,10 @@ class Result:
     settings: dict[str, Any]
     """All settings that change the result, except the seed."""
     metrics: dict[str, float]
+    primary_metric: str
+    """The one of `metrics` that picks the best epoch."""
     teacher: float | None
-    """The teacher's primary metric."""
+    """The teacher's primary metric; None without a teacher, and where it is the agreement with the teacher."""
     params: int
     stored_layers: int
     effective_layers: int
@@ -64,7 +66,7 @@ def read_result(folder: Path) -> Result:
 def _result_in(folder: Path, results: Any) -> Result:
     """The result in the content of results.json. Raises Unusable for an unfinished run, `DAMAGE` for a damaged one."""
     settings = {**DEFAULTS, **results["settings"]}
-    task, seed = get_task(results["task"]), _whole(results["seed"])
+    task, primary, expected = _task_of(results)
     is_student = results["student"] is not None
     if not is_student and (settings["stages"] != ["teacher"] or (folder / "checkpoints" / "ptp").exists()):
         raise Unusable(f"unfinished (stages {','.join(settings['stages'])} ran, there is no student)")
@@ -74,19 +76,37 @@ def _result_in(folder: Path, results: Any) -> Result:
         changing["data"] = json.loads((folder / "data.json").read_text(encoding="utf-8"))
     for value in (*settings, *settings.values(), changing.get("data")):
         _check_shallow(value)
-    teacher = results["teacher"]
+    scores, teacher = model["metrics"], results["teacher"]
+    if primary == AGREEMENT:
+        if model["agreement"] is None:
+            raise Unusable("no score: no row has a label, and the teacher's outputs of the reported rows are not known")
+        scores, teacher = {AGREEMENT: model["agreement"]}, None
     return Result(
         folder=folder,
-        task=task.name,
+        task=task,
         method=printable(results["method"]) if is_student else TEACHER_ONLY,
-        seed=seed,
+        seed=_whole(results["seed"]),
         settings=changing,
-        metrics={printable(name): _score(model["metrics"][name]) for name in (*task.metrics, *model["metrics"])},
-        teacher=None if teacher is None else _score(teacher["metrics"][task.primary_metric]),
+        metrics={printable(name): _score(scores[name]) for name in (*scores, *expected)},
+        primary_metric=primary,
+        teacher=None if teacher is None else _score(teacher["metrics"][primary]),
         params=_whole(model["params"]),
         stored_layers=_whole(model.get("stored_layers", model["effective_layers"])),
         effective_layers=_whole(model["effective_layers"]),
     )
+
+
+def _task_of(results: Any) -> tuple[str, str, tuple[str, ...]]:
+    """The task's name, the metric that picks its epochs, and those that each run has; of own data, results.json says.
+
+    Raises:
+        ValueError: no task has the name, or a name is none.
+    """
+    if "primary_metric" in results:
+        primary = printable(results["primary_metric"])
+        return printable(results["task"]), primary, (primary,)
+    task = get_task(results["task"])
+    return task.name, task.primary_metric, task.metrics
 
 
 def _whole(value: Any) -> int:
@@ -96,7 +116,7 @@ def _whole(value: Any) -> int:
 
 
 def _score(value: Any) -> float:
-    if type(value) not in (int, float) or not abs(value) < 1e9:
+    if type(value) not in (int, float) or not abs(value) < 10**15:
         raise ValueError(f"{shown(value)} is not a score")
     return float(value)
 

@@ -105,6 +105,7 @@ PLAN_NUMBERS: dict[str, tuple[type, float | None, Range, str]] = {
         Range(1, 100_000),
         "mean of the rows, for activations; else --max_seq_length [tokens",
     ),
+    "num_labels": (int, None, Range(1, 10_000), "of your own rows, in place of --task; 1 for scores [classes"),
     "train_rows": (int, 0, Range(0, 10**12), "rows whose teacher outputs are cached [rows"),
 }
 """What only a plan needs: type, default, range, help with the unit."""
@@ -126,12 +127,18 @@ def plan_options(words: Sequence[str]) -> argparse.Namespace:
     shown = {"task": "mnli", "teacher": "none"}
     for name in PLAN_SETTINGS:
         add_setting(parser, SPECS[name], shown.get(name, ""))
-    parser.set_defaults(task=shown["task"])
     for name, (kind, default, range, text) in PLAN_NUMBERS.items():
         parser.add_number(parser, name, kind, range, text, default=default, metavar=name.upper())
     parser.add_argument("--dtype", choices=("auto", *PLAN_DTYPES), default="auto", help="auto plans for both [auto]")
     parser.add_argument("--json", action="store_true", help="print every figure as JSON, in bytes")
     options = _checked(parser, words)
+    if options.task and options.num_labels is not None:
+        raise UserError(
+            f"--task {options.task} has a number of labels, but --num_labels {options.num_labels} is given too; "
+            "leave one out"
+        )
+    if options.num_labels is None:
+        options.task = options.task or shown["task"]
     if options.tokens_per_row is not None and options.tokens_per_row > options.max_seq_length:
         raise UserError(
             f"--tokens_per_row {options.tokens_per_row} is outside its range 1 to {options.max_seq_length}, which is "

@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from peakd_ds.config.setting import check_text
-from peakd_ds.data.tasks import get_task
+from peakd_ds.data.metrics import higher_is_better
+from peakd_ds.data.tasks import AGREEMENT
 from peakd_ds.errors import UserError, one_line
 from peakd_ds.files import write_atomically
 from peakd_ds.programs import scripts
@@ -106,6 +107,9 @@ def to_markdown(rows: Sequence[Row], left_out: Sequence[str]) -> str:
     lines = [markdown.table([*header, "layers (stored)"], cells, is_padded=True), ""]
     lines += ["Metrics on all rows of the dev set: mean ± sample standard deviation (n - 1) over the seeds, or - for a"]
     lines += ["single seed. `teacher` is the mean of the teachers' main metric."]
+    if AGREEMENT in metrics:
+        lines += ["`agreement` is with the teacher's predictions, of runs whose rows have no labels."]
+    lines += [f"Lower is better: {metric}." for metric in metrics if not higher_is_better(metric)]
     if any(result.settings["select_on"] == "dev" for row in rows for result in row.results):
         lines += ["Runs with select_on dev chose their best epoch on the dev set, so their scores are optimistic."]
     if left_out:
@@ -233,11 +237,12 @@ def _groups(results: Sequence[Result]) -> dict[tuple[str, str], list[list[Result
 
 
 def _differ_only_in_seed(one: Result, other: Result) -> bool:
-    """Whether two runs of a task and method have the same settings.
+    """Whether two runs of a task and method have the same settings and metrics.
 
     Paths that differ only in the run's own seed count as the same: sweeps write such paths (seed-7/).
     """
-    return one.settings.keys() == other.settings.keys() and all(
+    has_same_names = one.settings.keys() == other.settings.keys() and one.metrics.keys() == other.metrics.keys()
+    return has_same_names and all(
         value == other.settings[name]
         or _without_seed(value, one.seed) == _without_seed(other.settings[name], other.seed)
         for name, value in one.settings.items()
@@ -289,19 +294,22 @@ def _with_deviation(row: Row, metric: str) -> str:
     return f"{row.mean(metric):.4f} ± {'-' if deviation is None else f'{deviation:.4f}'}"
 
 
+def _task_and_metric(row: Row) -> tuple[str, str]:
+    return row.task, row.results[0].primary_metric
+
+
 def _panels(rows: Sequence[Row]) -> list[figures.ScorePanel]:
-    """A panel for each task, with its main metric."""
+    """A panel for each task, with its main metric; own data may have the name of a task, or runs with other metrics."""
     panels = []
-    for task in dict.fromkeys(row.task for row in rows):
-        metric = get_task(task).primary_metric
-        of_task = [row for row in rows if row.task == task]
+    for task, metric in dict.fromkeys(map(_task_and_metric, rows)):
+        of_task = [row for row in rows if _task_and_metric(row) == (task, metric)]
         labels = ["\n".join([f"{row.method} ({row.seeds})", *map(_clipped, row.settings)]) for row in of_task]
         labels = [label.replace("$", r"\$") for label in labels]  # Matplotlib would set $..$ as a formula
         teachers = {row.teacher for row in of_task}
         panels.append(
             figures.ScorePanel(
                 title=task,
-                metric=metric,
+                metric=metric if higher_is_better(metric) else f"{metric} (lower is better)",
                 labels=labels,
                 scores=[row.values(metric) for row in of_task],
                 means=[row.mean(metric) for row in of_task],

@@ -16,6 +16,8 @@ from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import nn
 from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
+from peakd_ds.data.metrics import MAX_CLASSES_IN_TABLE, in_words
+from peakd_ds.data.tasks import Task
 from peakd_ds.files import checked_folder, needs_space, whole_file, whole_folder
 from peakd_ds.results import markdown
 from peakd_ds.sps import SPSBertConfig, SPSBertForSequenceClassification, execution_order
@@ -23,6 +25,13 @@ from peakd_ds.sps import SPSBertConfig, SPSBertForSequenceClassification, execut
 ONNX_TOLERANCE = 1e-4
 """Largest absolute difference of a logit between PyTorch and onnxruntime that `export_onnx` accepts."""
 
+PATHS = frozenset(
+    "run_dir data_dir train_file validation_file test_file unlabeled_file shard_dir scratch_dir teacher_outputs "
+    "teacher_cache".split()
+)
+"""Settings that are paths of the user's."""
+SOURCES = frozenset("teacher student_init dataset_name student_ds_config teacher_ds_config".split())
+"""Settings that are paths of the user's, or names that everybody knows."""
 _LAYERS = "bert.encoder.layer."
 _QUERY, _KEY = "attention.self.query", "attention.self.key"
 
@@ -113,6 +122,7 @@ def model_card(
     settings: Mapping[str, object],
     base_model: str | None = None,
     model_type: str = "bert",
+    own_task: Task | None = None,
 ) -> str:
     """A Hugging Face model card: YAML front matter and Markdown.
 
@@ -124,9 +134,10 @@ def model_card(
         num_parameters: Parameters of the saved model.
         num_stored_layers: Encoder layers that the saved model stores.
         num_effective_layers: Encoder layers that run.
-        settings: Training settings to list, by name.
+        settings: Training settings by name; those that are set and tell no path of the user's are listed.
         base_model: What the model was initialised from; the front matter names it if it is a hub id.
         model_type: Of the saved config; `sps_bert` needs peakd_ds.sps to load.
+        own_task: The task if it is the user's own data: the card says what labels and metrics are.
     """
     front_matter: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-classification"}
     if base_model is not None and _is_hub_id(base_model):
@@ -141,18 +152,46 @@ def model_card(
         f"---\n{yaml.safe_dump(front_matter, sort_keys=False)}---",
         f"# {task}: {method}",
         f"A BERT text classifier for the task `{task}`, made with the method `{method}` of peakd_ds.",
+        *(_labels(own_task) if own_task else []),
         "## Evaluation",
         _metric_table(metrics, teacher_metrics),
+        *(["\n".join(f"- {name}: {in_words(name)}" for name in metrics)] if own_task else []),
         "## Size",
         markdown.table(("size", "value"), sizes.items()),
         "## Use",
-        _usage(model_type),
+        _usage(model_type, own_task is not None and own_task.is_multi_label),
         "## Training settings",
-        markdown.table(("setting", "value"), settings.items()),
+        markdown.table(("setting", "value"), publishable(settings).items()),
         "## Method",
         "Pea-KD (Cho and Kang): [arXiv:2009.14822](https://arxiv.org/abs/2009.14822).",
     ]
     return "\n\n".join(sections) + "\n"
+
+
+def publishable(settings: Mapping[str, object]) -> dict[str, object]:
+    """The settings that are set and tell no path of the user's: a hub id stays, a folder does not."""
+    return {
+        name: value
+        for name, value in settings.items()
+        if value not in (None, "") and name not in PATHS and (name not in SOURCES or _is_hub_id(str(value)))
+    }
+
+
+def _labels(task: Task) -> list[str]:
+    """Paragraphs of a card: what the outputs of a model of own data mean."""
+    texts = "a text" if len(task.text_columns) == 1 else "two texts"
+    if task.is_regression:
+        return [f"The data is the maker's own. The model reads {texts} and gives a score, its one output."]
+    given = f"one of {task.num_labels} classes"
+    if task.is_multi_label:
+        given = f"those of {task.num_labels} classes that apply, which are those with a logit above 0"
+    shown = list(enumerate(task.label_names))[:MAX_CLASSES_IN_TABLE]
+    left_out = task.num_labels - len(shown)
+    return [
+        f"The data is the maker's own. The model reads {texts} and gives {given}.",
+        markdown.table(("output", "class"), shown),
+        *([f"and {left_out:,} more, which config.json has."] if left_out else []),
+    ]
 
 
 def _is_hub_id(name: str) -> bool:
@@ -164,6 +203,8 @@ def _is_hub_id(name: str) -> bool:
 
 
 def _metric_table(metrics: Mapping[str, float], teacher_metrics: Mapping[str, float] | None) -> str:
+    if not metrics:
+        return "No row has a label, so there is no score."
     if teacher_metrics is None:
         return markdown.table(("metric", "this model"), [(name, f"{value:.4f}") for name, value in metrics.items()])
     teacher = {name: f"{value:.4f}" for name, value in teacher_metrics.items()}
@@ -171,12 +212,13 @@ def _metric_table(metrics: Mapping[str, float], teacher_metrics: Mapping[str, fl
     return markdown.table(("metric", "this model", "teacher"), rows)
 
 
-def _usage(model_type: str) -> str:
+def _usage(model_type: str, gives_several: bool) -> str:
     is_shared = model_type == SPSBertConfig.model_type
     imports = "import peakd_ds.sps  # registers sps_bert with transformers\n" if is_shared else ""
+    options = ", top_k=None" if gives_several else ""  # the probability of every class, not of the largest
     return (
         f"```python\n{imports}from transformers import pipeline\n\n"
-        'classifier = pipeline("text-classification", model="path/to/this/folder")\n'
+        f'classifier = pipeline("text-classification", model="path/to/this/folder"{options})\n'
         'print(classifier("A sentence."))\n'
         'print(classifier({"text": "The first sentence", "text_pair": "and the second."}))\n```'
     )
