@@ -132,7 +132,7 @@ class DataSettings:
         return name or "rows"
 
 
-NAMED_BY = ("task", "name", "dataset_name", "train_file", "unlabeled_file")
+NAMED_BY = ("task", "name", "dataset_name", "train_file", "unlabeled_file", "test_file", "validation_file")
 """Settings that name the task; the first that is given does."""
 SOURCES = ("task", "train_file", "unlabeled_file", "dataset_name")
 """Settings that say where rows come from; a run needs one of them."""

@@ -204,9 +204,20 @@ def _by_split(
                 f"{rows.where} row {row} has the {id_column} {shown(str(value))} of row {place[str(value)]}; a row has "
                 "one output: leave one of them out"
             )
-    found = {}
+    found: dict[str, np.ndarray] = {}
+    named_before: set[str] = set()
     for name, names in ids.items():
         assert names is not None
+        again = next((one for one in names if one in named_before), None) or _first_repeated(names)
+        named_before |= set(names)
+        if again is not None:
+            if name in optional_splits:
+                continue  # its rows have names of their own
+            raise UserError(
+                f"the data has two rows with {id_column} {shown(again)}, so {rows.where} cannot tell them apart; "
+                f"give each "
+                "row an id of its own, or leave the ids out of the data, and rows are taken in order"
+            )
         places = np.array([place.get(str(one), -1) for one in names])
         missing = np.flatnonzero(places < 0)
         if not len(missing):
@@ -217,6 +228,11 @@ def _by_split(
                 f"{id_column} {shown(str(names[missing[0]]))}; add them"
             )
     return found
+
+
+def _first_repeated(names: Sequence[str]) -> str | None:
+    seen: set[str] = set()
+    return next((name for name in names if name in seen or seen.add(name)), None)  # type: ignore[func-returns-value]
 
 
 def _by_order(
