@@ -83,11 +83,10 @@ def _check_declared_sizes(metadata: pyarrow.parquet.FileMetaData) -> None:
     if not 0 <= metadata.num_rows <= MAX_ROWS:
         raise ValueError(f"it declares {metadata.num_rows:,} rows, but at most {MAX_ROWS:,} can be read")
     for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        for column in range(group.num_columns):
-            size = group.column(column).total_uncompressed_size
-            if not 0 <= size <= MAX_COLUMN_BYTES:
-                raise ValueError(f"it declares a column of {size:,} bytes; at most {MAX_COLUMN_BYTES:,} can be read")
+        group = metadata.row_group(number)  # not its columns: pyarrow ends the process if their statistics are damaged
+        limit = MAX_COLUMN_BYTES * group.num_columns
+        if not 0 <= group.total_byte_size <= limit:
+            raise ValueError(f"it declares {group.total_byte_size:,} bytes of rows; at most {limit:,} can be read")
 
 
 def _check_utf8(table: pyarrow.Table, file: Path) -> None:

@@ -129,7 +129,7 @@ def test_a_declared_size_that_nothing_has(folder: Path, monkeypatch: pytest.Monk
     assert "it declares 12 rows, but at most 11 can be read" in read_or_refuse(folder, "rows")
     monkeypatch.setattr("peakd_ds.data.parquet_files.MAX_ROWS", NUM_ROWS)
     monkeypatch.setattr("peakd_ds.data.parquet_files.MAX_COLUMN_BYTES", 99)
-    assert "it declares a column of" in read_or_refuse(folder, "bytes")
+    assert "bytes of rows; at most" in read_or_refuse(folder, "bytes")
 
 
 # -- Types -------------------------------------------------------------------------------------------------------------
