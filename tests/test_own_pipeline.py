@@ -13,9 +13,11 @@ from transformers import AutoModelForSequenceClassification, pipeline
 
 from peakd_ds import train
 from peakd_ds.command_line import parse
+from peakd_ds.data.tasks import own_task
 from peakd_ds.errors import UserError
 from peakd_ds.programs import glue_eval, predict, scripts, shard, tables
 from peakd_ds.run import open_run
+from peakd_ds.teacher import outputs_file
 
 WORDS = (
     "--num_hidden_layers 1 --epochs 2 --global_batch_size 16 --log_steps 1 --lr 2e-3 --dtype fp32 --max_seq_length 32"
@@ -194,3 +196,20 @@ def test_the_classifier_may_order_its_classes_otherwise(
     student = AutoModelForSequenceClassification.from_pretrained(folders[1] / "student_unrolled")
     assert student.config.id2label == {0: "POSITIVE", 1: "NEGATIVE"}
     assert os.listdir(folders[1])
+
+
+def test_ids_that_stand_there_twice(tmp_path: Path) -> None:
+    """An id of two rows cannot say which of them an output is for; a reported split with ids of its own is left out."""
+    task = own_task("mine", "classes", ("text",), ("a", "b"))
+    file = write_rows(tmp_path / "o.jsonl", [{"probabilities": [0.25, 0.75]}] * 3, id=str)
+
+    def read(train: list[str], dev: list[str], optional: tuple[str, ...] = ()) -> set[str]:
+        ids = {"train": train, "validation": dev}
+        sizes = {name: len(names) for name, names in ids.items()}
+        return set(outputs_file.read_outputs([file], None, "id", task, ids, sizes, optional))
+
+    assert read(["0", "1"], ["2"]) == {"train", "validation"}
+    assert read(["0", "1"], ["1"], ("validation",)) == {"train"}
+    for trained, others in ((["0", "0"], ["2"]), (["0", "1"], ["1"])):
+        with pytest.raises(UserError, match=r"two rows with id '[01]', so .*o.jsonl cannot tell them apart"):
+            read(trained, others)
