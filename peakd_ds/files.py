@@ -179,13 +179,15 @@ def sha256_of(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-_known: dict[tuple[int, int, int, int], str] = {}
+_known: dict[tuple[int, ...], str] = {}
 
 
 def known_sha256_of(file: Path) -> str:
     """The same, computed once in a process for each file, for files that are checked often."""
     stat = file.stat()
-    key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns)  # the same after the file's folder is renamed
+    # The same after the file's folder is renamed. Of two files that have one number after each other, copies with the
+    # times of their originals too, the change times differ.
+    key = (stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
     if key not in _known:
         _known[key] = sha256_of(file)
     return _known[key]

@@ -286,9 +286,9 @@ def test_damage_to_any_file_is_found_and_named(folder: Path, damage: Callable[[P
     for number, file in enumerate(damageable(folder / "step-00000003")):
         copy = Path(shutil.copytree(folder / "step-00000003", folder / f"step-{number + 10:08d}"))
         damage(copy / file.name)
-        found, (reason, *_) = checkpoint.newest(folder)
-        assert reason.startswith(f"checkpoint {copy.name} is skipped: ") and file.name in reason
-        assert found == folder / "step-00000003"
+        found, reasons = checkpoint.newest(folder)
+        assert reasons[0].startswith(f"checkpoint {copy.name} is skipped: ") and file.name in reasons[0]
+        assert found == folder / "step-00000003", reasons
         shutil.rmtree(copy)
     assert number == 5, "four files, SHA256SUMS and DONE"
 

@@ -301,7 +301,7 @@ os.umask({umask})
 from pathlib import Path
 from peakd_ds.teacher import cache_files
 folder = Path({str(folder)!r})
-files = cache_files.CacheFiles(folder, 3, cache_files.checked_manifest(folder, {{"rows": 3}}))
+files = cache_files.CacheFiles(folder, 3, cache_files.checked_manifest(folder, {{"rows": 3}}, {{}}))
 files.prepare()
 for gap in files.gaps({layers}):
     files.write(gap, torch.zeros(3, 2), {{layer: torch.zeros(3, 4) for layer in {layers}}})
@@ -341,7 +341,7 @@ def as_another_user() -> Iterator[Path]:
 def test_what_a_user_may_not_read_or_write_is_named(as_another_user: Path, single_rank: None) -> None:
     """A damage is not suspected, and nobody is told to delete what another user has made."""
     folder = as_another_user / "train"
-    files = CacheFiles(folder, 3, cache_files.checked_manifest(folder, {"rows": 3}))
+    files = CacheFiles(folder, 3, cache_files.checked_manifest(folder, {"rows": 3}, {}))
     files.prepare()
     for gap in files.gaps([1, 2]):
         files.write(gap, torch.zeros(1, 2), {1: torch.zeros(1, 4), 2: torch.ones(1, 4)})
