@@ -20,7 +20,7 @@ import yaml
 
 from peakd_ds import __version__
 from peakd_ds.config import GROUPS, RESULT_NEUTRAL, SPECS, RunConfig, validate, yaml_file
-from peakd_ds.config.data import OWN_DATA, SOURCES
+from peakd_ds.config.data import OWN_DATA
 from peakd_ds.config.setting import Range, finite_number, shown_default, whole_number
 from peakd_ds.errors import UserError, exit_with, first_line, shown
 
@@ -62,11 +62,15 @@ def settings_of(values: argparse.Namespace) -> dict[str, Any]:
 
 def _without_other_rows(settings: dict[str, Any], typed: argparse.Namespace) -> dict[str, Any]:
     """The settings of a YAML file without its rows, if the command line names rows of another kind: it wins."""
+    files = ("train_file", "validation_file", "test_file", "unlabeled_file")
+    dropped: tuple[str, ...] = ()
     if typed.task:
-        return {name: value for name, value in settings.items() if name not in OWN_DATA}
-    if any(getattr(typed, name) for name in SOURCES):
-        return {name: value for name, value in settings.items() if name != "task"}
-    return settings
+        dropped = (*OWN_DATA, "metric")
+    elif typed.dataset_name:
+        dropped = ("task", *files)
+    elif any(getattr(typed, name) for name in files):
+        dropped = ("task", "dataset_name", "dataset_config_name")
+    return {name: value for name, value in settings.items() if name not in dropped}
 
 
 def start(

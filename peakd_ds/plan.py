@@ -57,7 +57,8 @@ def _loss_backend(config: RunConfig) -> str:
 def _teacher(run: Run) -> str:
     """The teacher's name and size, or the files of its outputs."""
     if not isinstance(run.teacher, OnlineTeacher):
-        return f"outputs in {' and '.join(run.config.teacher_outputs or ())}"
+        order = f", classes in the order {', '.join(run.task.label_names)}" if run.task.label_names else ""
+        return f"outputs in {' and '.join(run.config.teacher_outputs or ())}{order}"
     source = run.teacher.source
     sizes = f"{source.config.num_hidden_layers} layers of {source.config.hidden_size}"
     return f"{source.path}, {sizes}, ZeRO stage {run.teacher.zero_stage}"

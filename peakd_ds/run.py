@@ -20,7 +20,7 @@ from peakd_ds.config.optimisation import EVAL_BATCH_FACTOR
 from peakd_ds.data import reading, summary
 from peakd_ds.data import shards as shard_files
 from peakd_ds.data.division import TrainRows, check_holdout, divide_rows, holds_out
-from peakd_ds.data.labels import is_labeled, label_array, label_weights
+from peakd_ds.data.label_arrays import is_labeled, label_array, label_weights
 from peakd_ds.data.shards import Manifest
 from peakd_ds.data.tasks import Task
 from peakd_ds.data.tokens import Split, tokenize, used_tokens
@@ -164,8 +164,8 @@ def open_run(config: RunConfig) -> Run:
     checked = dist.agree(lambda: _check(config, is_bf16_fast))
     config, task, fingerprints = checked.config, checked.task, checked.fingerprints
     fingerprints_of_rank_0 = dist.broadcast(fingerprints)
+    dist.agree(lambda: _check_equal_on_ranks(config, task, fingerprints, fingerprints_of_rank_0))
     names = ("train", *task.read_splits)
-    dist.agree(lambda: _check_equal_on_ranks(config, names, fingerprints, fingerprints_of_rank_0))
     train = None if checked.shards is None else shard_files.load(config, task, checked.shards)
     if not config.dry_run:
         dist.on_main(lambda: run_folder.create(config, fingerprints))
@@ -349,10 +349,11 @@ def _check_labels(config: RunConfig, task: Task) -> None:
 
 
 def _check_equal_on_ranks(
-    config: RunConfig, names: Sequence[str], fingerprints: dict[str, str], fingerprints_of_rank_0: dict[str, str]
+    config: RunConfig, task: Task, fingerprints: dict[str, str], fingerprints_of_rank_0: dict[str, str]
 ) -> None:
     """Raise UserError if this rank reads other rows than rank 0, as where each node has its own copy of the data."""
-    differing = [name for name in names if fingerprints[name] != fingerprints_of_rank_0[name]]
+    names = (fingerprints.keys() | fingerprints_of_rank_0.keys()) - task.submission_files.keys()  # no run reads these
+    differing = sorted(name for name in names if fingerprints.get(name) != fingerprints_of_rank_0.get(name))
     if differing:
         raise UserError(
             f"{socket.gethostname()} has other rows of {', '.join(differing)} in "

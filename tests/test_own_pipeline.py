@@ -17,7 +17,7 @@ from peakd_ds.data.tasks import own_task
 from peakd_ds.errors import UserError
 from peakd_ds.programs import glue_eval, predict, scripts, shard, tables
 from peakd_ds.run import open_run
-from peakd_ds.teacher import outputs_file
+from peakd_ds.teacher import outputs_file, stored
 
 WORDS = (
     "--num_hidden_layers 1 --epochs 2 --global_batch_size 16 --log_steps 1 --lr 2e-3 --dtype fp32 --max_seq_length 32"
@@ -167,8 +167,9 @@ def test_a_run_on_outputs_equals_the_run_on_their_teacher(
     if kind == "probabilities":
         rows = list(map(json.loads, out.read_text().splitlines()))
         for row in rows:
-            values = torch.tensor(row.pop("logits"), dtype=torch.float64).softmax(-1).tolist()
-            row["probabilities"] = dict(zip(reversed(conftest.TICKETS), reversed(values), strict=True))
+            logits = row.pop("logits")
+            values = torch.tensor(list(logits.values()), dtype=torch.float64).softmax(-1).tolist()
+            row["probabilities"] = dict(reversed(list(zip(logits, values, strict=True))))
         out.write_text("\n".join(map(json.dumps, reversed(rows))))
     words = f"{WORDS} --beta 0 --run_dir {tmp_path / 'run'} --id_column {column} --train_file {file}"
     two_ranks.run(run_all, [*words.split(), "--teacher_outputs", str(out), "--student_init", teacher])
@@ -213,3 +214,30 @@ def test_ids_that_stand_there_twice(tmp_path: Path) -> None:
     for trained, others in ((["0", "0"], ["2"]), (["0", "1"], ["1"])):
         with pytest.raises(UserError, match=r"two rows with id '[01]', so .*o.jsonl cannot tell them apart"):
             read(trained, others)
+
+
+def test_outputs_are_found_by_class_name_id_and_weight(tmp_path: Path) -> None:
+    """Whatever the order of classes, rows and files."""
+    of_model = own_task("mine", "classes", ("text",), ("b", "a"))
+    of_run = own_task("mine", "classes", ("text",), ("a", "b"))
+    files = [tmp_path / "z.jsonl", tmp_path / "a.parquet"]
+    logits = torch.tensor([[0.0, 1.0], [2.0, 0.0], [0.0, 3.0]])
+    outputs_file.write_outputs(files[0], ["0", "1", "2"], logits, of_model, "id")
+    outputs_file.write_outputs(files[1], ["0", "1", "2"], -logits, of_model, "id")
+
+    def read(files: list[Path], weights: list[float] | None, ids: list[str] | None) -> torch.Tensor:
+        return outputs_file.read_outputs(files, weights, "id", of_run, {"train": ids}, {"train": 3}, ())["train"]
+
+    assert read(files[:1], None, None).tolist() == logits.flip(1).tolist()
+    assert read(files[:1], None, ["2", "0", "1"]).tolist() == logits.flip(1)[[2, 0, 1]].tolist()
+    mixed = (3 * logits.flip(1).double().softmax(1) + (-logits.flip(1)).double().softmax(1)) / 4
+    assert torch.allclose(read(files, [3.0, 1.0], None).double().exp(), mixed, atol=1e-6)
+    config = parse(
+        ["--task", "rte", "--run_dir", "r", "--student_init", "s", "--beta", "0", "--teacher_outputs", *map(str, files)]
+    )
+    assert stored._files(config) == files  # not sorted: the weights are in this order
+    outputs_file.write_outputs(tmp_path / "named.jsonl", ["2", "0", "1"], logits, of_model, "id")
+    with pytest.raises(UserError, match="names its rows in 'id', but the data has no such column in every file"):
+        read([tmp_path / "named.jsonl"], None, None)
+    with pytest.raises(UserError, match="--teacher_weights gives 1 numbers, but --teacher_outputs names 2 files"):
+        read(files, [3.0], None)

@@ -15,7 +15,8 @@ from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 from peakd_ds.config.data import DataSettings, check_data_source
 from peakd_ds.data import own_rows
 from peakd_ds.data.division import divide_rows, stratified_tenth
-from peakd_ds.data.labels import TeacherClasses, is_labeled, label_array, label_weights
+from peakd_ds.data.label_arrays import is_labeled, label_array, label_weights
+from peakd_ds.data.labels import TeacherClasses
 from peakd_ds.data.own_rows import OwnRows
 from peakd_ds.errors import UserError
 
@@ -359,3 +360,70 @@ def test_a_teacher_with_other_classes(tmp_path: Path) -> None:
 def test_wrong_settings(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         load(**settings)
+
+
+# -- What went wrong without a word ------------------------------------------------------------------------------------
+
+
+def test_minus_one_is_a_class_where_it_is_named(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.csv", rows_of(60, label=lambda i: i % 3 - 1))
+    named = load(train_file=file, label_names=("-1", "0", "1"))
+    assert named.task.label_names == ("-1", "0", "1") and (labels_of(named) >= 0).all()
+    hidden = load(train_file=file)
+    assert "warning: 20 labels are -1, which stands for no label; if it is a class, write words" in hidden.notes
+
+
+def test_scores_may_be_minus_one_but_not_all(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.csv", rows_of(60, label=lambda i: i / 10 - 2))
+    dev = write(tmp_path / "b.csv", rows_of(6, label=lambda i: i - 2))
+    assert np.isfinite(labels_of(load(train_file=file, validation_file=dev), "validation")).all()
+    hidden = write(tmp_path / "c.csv", rows_of(6, label=lambda i: -1.0))
+    assert "test rows have no labels, so they are not used" in load(train_file=file, test_file=hidden).notes
+
+
+def test_tenths_do_not_depend_on_the_order_of_the_classes(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.csv", rows_of(200))
+    reported = [
+        load(train_file=file, label_names=names).splits["test"]["text"]
+        for names in (("billing", "bug", "praise"), ("praise", "billing", "bug"))
+    ]
+    assert reported[0] == reported[1]
+    rare = load(train_file=write(tmp_path / "b.csv", rows_of(60, label=lambda i: "c" if i == 7 else NAMES[i % 2])))
+    assert 2 in labels_of(rare)  # the one row of class c is trained on
+
+
+def test_class_numbers_in_words_are_sorted_as_numbers(tmp_path: Path) -> None:
+    file = write(tmp_path / "a.parquet", rows_of(120, label=lambda i: str(i % 12)))
+    assert load(train_file=file).task.label_names == tuple(map(str, range(12)))
+
+
+def test_labels_under_two_names_are_refused(tmp_path: Path) -> None:
+    dev = [{"text": row["text"], "labels": row["label"]} for row in rows_of(6)]
+    with pytest.raises(UserError, match=r"b.csv has labels in 'labels', but another file in 'label'; give both"):
+        load(train_file=write(tmp_path / "a.csv", rows_of(60)), validation_file=write(tmp_path / "b.csv", dev))
+
+
+def test_label_names_in_another_order_than_the_teachers(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="in the order of its outputs; leave --label_names out"):
+        load(teacher_of(*reversed(NAMES)), train_file=write(tmp_path / "a.csv", rows_of(60)), label_names=NAMES)
+
+
+def test_classes_that_another_file_does_not_declare(tmp_path: Path) -> None:
+    features = Features({"text": Value("string"), "label": ClassLabel(names=["bug", "billing", "x"])})
+    dev = Dataset.from_dict({"text": ["a"] * 6, "label": [0, 1] * 3}, features=features)
+    dev.to_parquet(tmp_path / "b.parquet")
+    with pytest.raises(UserError, match="but another file of the data has"):
+        load(train_file=write(tmp_path / "a.csv", rows_of(60)), validation_file=tmp_path / "b.parquet")
+
+
+def test_a_quote_that_nothing_closes_in_a_tsv(tmp_path: Path) -> None:
+    (tmp_path / "a.tsv").write_text('text\tlabel\n"Hello\ta\nfoo\tb\nthe end" x\ta\n')
+    with pytest.raises(UserError, match="row 0 has a line break and a tab in column 'text'"):
+        load(train_file=tmp_path / "a.tsv")
+
+
+def test_a_model_of_several_labels_on_rows_without(tmp_path: Path) -> None:
+    model = TeacherClasses("--model m", ("a", "b"), is_named=True, is_multi_label=True)
+    file = str(write(tmp_path / "a.jsonl", [{"text": f"t{i}"} for i in range(5)]))
+    found = own_rows.load(DataSettings(test_file=(file,)), model, needs_train=False)
+    assert found.task.is_multi_label and len(found.splits["test"]) == 5

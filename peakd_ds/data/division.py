@@ -14,7 +14,7 @@ from math import gcd
 import numpy as np
 
 from peakd_ds.config.data import DataSettings
-from peakd_ds.data.labels import is_labeled
+from peakd_ds.data.label_arrays import is_labeled
 from peakd_ds.data.tasks import Task
 from peakd_ds.errors import UserError
 
@@ -73,8 +73,15 @@ def stratified_tenth(labels: np.ndarray, seed: int) -> np.ndarray:
     """A tenth of the rows that have a label (of all rows if none has), sorted; all labels are in it alike."""
     rows = np.flatnonzero(is_labeled(labels))
     rows = np.random.default_rng(seed).permutation(rows if len(rows) else np.arange(len(labels)))
-    _, groups = np.unique(labels[rows], axis=0, return_inverse=True)
-    by_label = rows[np.argsort(groups.reshape(-1), kind="stable")]
+    _, first, groups, counts = np.unique(
+        labels[rows], axis=0, return_index=True, return_inverse=True, return_counts=True
+    )
+    groups = groups.reshape(-1)
+    is_scores = labels.ndim == 1 and np.issubdtype(labels.dtype, np.floating)
+    if not is_scores:
+        rows, groups = rows[counts[groups] > 1], groups[counts[groups] > 1]  # a class of one row is trained on
+        groups = np.argsort(np.argsort(first))[groups]  # not by number: teachers number the classes differently
+    by_label = rows[np.argsort(groups, kind="stable")]
     return np.sort(by_label[HOLDOUT_SHARE // 2 :: HOLDOUT_SHARE])
 
 

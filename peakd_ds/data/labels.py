@@ -14,17 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import pyarrow
-import torch
 from pyarrow import types
 
-from peakd_ds.data import metrics
+from peakd_ds.data.label_arrays import UNLABELED
 from peakd_ds.data.own_files import Rows
 from peakd_ds.errors import UserError, shown
 
 CLASSES, SCORES, MULTI_LABEL = "classes", "scores", "multi_label"
-UNLABELED = -1
-"""Class id of a row without a label."""
 MAX_CLASSES = 10_000
 
 
@@ -35,8 +31,11 @@ class TeacherClasses:
     name: str
     """The option and path, for messages."""
     names: tuple[str, ...]
+    """In the order of its outputs."""
     is_named: bool
     """Whether the names are more than LABEL_0, LABEL_1, ..."""
+    is_multi_label: bool = False
+    """Whether it was trained on several labels a row."""
 
     @property
     def num_labels(self) -> int:
@@ -55,29 +54,34 @@ class LabelSpec:
     """What the user should know of how the labels were taken."""
     are_ids: bool = False
     """Whether whole numbers in the data are class ids, not names of classes."""
+    has_minus_one: bool = False
+    """Whether -1 is a class; otherwise it stands for no label, as in hidden test splits."""
 
 
 def of_unlabeled(teacher: TeacherClasses | None, label_names: Sequence[str] | None) -> LabelSpec:
     """The classes where no row has a label: the given names, or the teacher's. Raises UserError if there are none."""
-    if label_names:
-        return LabelSpec(CLASSES, tuple(label_names), ())
+    kind = MULTI_LABEL if teacher is not None and teacher.is_multi_label else CLASSES
+    if label_names and (teacher is None or not teacher.is_named):
+        return LabelSpec(kind, tuple(label_names), ())
     if teacher is None:
         raise UserError(
             "no row has a label, so nothing says which classes there are; give their names with --label_names, or a "
             "classifier as --teacher"
         )
-    return LabelSpec(
-        SCORES if teacher.num_labels == 1 else CLASSES, teacher.names if teacher.num_labels > 1 else (), ()
-    )
+    return LabelSpec(SCORES, (), ()) if teacher.num_labels == 1 else LabelSpec(kind, teacher.names, ())
 
 
 def find_spec(
-    labels: Mapping[str, Sequence["Labels"]], teacher: TeacherClasses | None, label_names: Sequence[str] | None
+    labels: Mapping[str, Sequence["Labels"]],
+    teacher: TeacherClasses | None,
+    label_names: Sequence[str] | None,
+    needs_train: bool = True,
 ) -> LabelSpec:
     """What the labels of all splits mean.
 
     Args:
         labels: The label values of each split's files.
+        needs_train: Whether there must be rows of two classes to train on.
 
     Raises:
         UserError: files of different kinds, fewer than two classes, or names that do not fit the teacher's.
@@ -104,7 +108,7 @@ def find_spec(
                 f"{shown(list(teacher.names))}; take a model with one output, or give classes"
             )
         return LabelSpec(SCORES, (), ())
-    return _classes_of(MULTI_LABEL if kind == "lists" else CLASSES, labels, teacher, label_names)
+    return _classes_of(MULTI_LABEL if kind == "lists" else CLASSES, labels, teacher, label_names, needs_train)
 
 
 def _classes_of(
@@ -112,25 +116,35 @@ def _classes_of(
     labels: Mapping[str, Sequence["Labels"]],
     teacher: TeacherClasses | None,
     label_names: Sequence[str] | None,
+    needs_train: bool,
 ) -> LabelSpec:
     files = [file for split in labels.values() for file in split if file.kind]
-    observed = {name: set().union(*(file.observed() for file in split)) for name, split in labels.items()}
+    given = label_names or (teacher.names if teacher is not None and teacher.is_named else ())
+    has_minus_one = "-1" in given
+    for file in files:
+        file.check_class_numbers(has_minus_one)
+    observed = {
+        name: set().union(*(file.observed() for file in split)) - (set() if has_minus_one else {UNLABELED})
+        for name, split in labels.items()
+    }
     everywhere = set().union(*observed.values())
     declared = next((file.class_names for file in files if file.class_names), None)
+    if declared is not None:
+        _check_known(_sorted_names(everywhere), declared, "another file of the data", files[0].where, is_declared=False)
     in_order = declared or _sorted_names(everywhere)
     _check_spelling(in_order, files[0].where)
-    notes: list[str] = []
+    notes = _notes_of_minus_one(files, has_minus_one)
     names, are_ids = in_order, False
-    if label_names or (teacher is not None and teacher.is_named):
-        source, chosen = ("--label_names", tuple(label_names)) if label_names else (teacher.name, teacher.names)  # type: ignore[union-attr]
-        are_ids = declared is None and _are_ids(everywhere, chosen)
+    if given:
+        source = "--label_names" if label_names or teacher is None else teacher.name
+        names = tuple(given)
+        are_ids = declared is None and _are_ids(everywhere, names)
         if are_ids:
-            notes.append(f"warning: labels 0 to {len(chosen) - 1} are taken for {', '.join(chosen)}")
+            notes.append(f"warning: labels 0 to {len(names) - 1} are taken for {', '.join(names)}")
         else:
-            _check_known(in_order, chosen, source, files[0].where, is_declared=declared is not None)
-        names = chosen
+            _check_known(in_order, names, source, files[0].where, is_declared=declared is not None)
     if label_names and teacher is not None and teacher.is_named:
-        _check_known(tuple(label_names), teacher.names, teacher.name, "--label_names", is_declared=True)
+        _check_same_order(label_names, teacher)
     if teacher is not None and teacher.num_labels != len(names):
         raise UserError(
             f"{teacher.name} has {teacher.num_labels} classes, but {files[0].where} has {len(names)} "
@@ -138,9 +152,25 @@ def _classes_of(
         )
     if teacher is not None and not teacher.is_named:
         notes.append(f"warning: {teacher.name} does not name its classes; they are taken for {', '.join(names)}")
-    spec = LabelSpec(kind, names, tuple(notes), are_ids)
-    _check_observed(spec, observed, files[0].where)
+    spec = LabelSpec(kind, names, tuple(notes), are_ids, has_minus_one)
+    if needs_train:
+        _check_observed(spec, observed, files[0].where)
     return spec
+
+
+def _check_same_order(label_names: Sequence[str], teacher: TeacherClasses) -> None:
+    """Raise UserError unless `--label_names` are the teacher's classes in its order, which its outputs have."""
+    if [name.casefold() for name in label_names] != [name.casefold() for name in teacher.names]:
+        raise UserError(
+            f"--label_names are {shown(list(label_names))}, but {teacher.name} has {shown(list(teacher.names))}, "
+            f"in the "
+            "order of its outputs; leave --label_names out, or write them so"
+        )
+
+
+def _notes_of_minus_one(files: Sequence["Labels"], has_minus_one: bool) -> list[str]:
+    num = 0 if has_minus_one else sum(file.values.count(UNLABELED) for file in files)
+    return [f"warning: {num:,} labels are -1, which stands for no label; if it is a class, write words"] if num else []
 
 
 def _check_observed(spec: LabelSpec, observed: Mapping[str, set[Any]], where: str) -> None:
@@ -166,8 +196,8 @@ def _check_observed(spec: LabelSpec, observed: Mapping[str, set[Any]], where: st
 
 def _sorted_names(observed: Iterable[Any]) -> tuple[str, ...]:
     values = list(observed)
-    if all(isinstance(value, int) for value in values):
-        return tuple(map(str, sorted(values)))
+    if all(isinstance(value, int) or _WHOLE.fullmatch(value) for value in values):
+        return tuple(map(str, sorted(values, key=int)))
     return tuple(sorted(map(str, values)))
 
 
@@ -197,50 +227,6 @@ def _check_known(names: Sequence[str], known: Sequence[str], source: str, where:
         )
 
 
-# -- Labels as arrays --------------------------------------------------------------------------------------------------
-
-
-def label_array(column: pyarrow.ChunkedArray) -> np.ndarray:
-    """A column of labels as a NumPy array: [N], or [N, C] of 0 and 1."""
-    if types.is_list(column.type) or types.is_fixed_size_list(column.type):
-        values = column.combine_chunks()
-        return values.flatten().to_numpy(zero_copy_only=False).reshape(len(values), -1)
-    return column.to_numpy()
-
-
-def is_labeled(labels: np.ndarray) -> np.ndarray:
-    """Which rows have a label, bool [N], for labels [N] or [N, C]."""
-    if labels.ndim == 2:
-        return labels[:, 0] >= 0
-    return ~np.isnan(labels) if np.issubdtype(labels.dtype, np.floating) else labels >= 0
-
-
-def label_weights(labels: np.ndarray, rows: np.ndarray, num_classes: int, class_weights: str) -> torch.Tensor | None:
-    """Weight of each row's hard loss, float32 [N]; None if all `rows` have a label and all classes count alike.
-
-    A row without a label weighs 0. "balanced" weighs classes as `metrics.class_weights` of `rows`.
-
-    Args:
-        labels: [N] or [N, C] of a split.
-        rows: Those that are trained on.
-    """
-    has_label = is_labeled(labels)
-    if class_weights == "balanced":
-        weights = np.where(has_label, metrics.class_weights(labels[rows], num_classes)[np.maximum(labels, 0)], 0)
-    elif has_label[rows].all():
-        return None
-    else:
-        weights = has_label
-    return torch.from_numpy(weights.astype(np.float32))
-
-
-def without_missing(labels: torch.Tensor) -> torch.Tensor:
-    """Labels with 0 where there is none, for a loss that gives these rows the weight 0."""
-    if labels.ndim == 1 and labels.is_floating_point():
-        return labels.nan_to_num(nan=0.0)
-    return labels.clamp(min=0)
-
-
 # -- Values ------------------------------------------------------------------------------------------------------------
 
 _KINDS = {"int": "whole numbers", "float": "numbers", "str": "words", "lists": "lists of classes"}
@@ -268,6 +254,18 @@ class Labels:
         found = {value for value in self.values if value is not None}
         return {int(value) for value in found} if self.kind == "float" and self.is_whole else found
 
+    def check_class_numbers(self, has_minus_one: bool) -> None:
+        """Raise UserError for a class number below 0; -1 may stand for no label."""
+        if self.kind not in ("int", "float") or has_minus_one:
+            return
+        wrong = next((row for row, value in enumerate(self.values) if value is not None and value < UNLABELED), None)
+        if wrong is not None:
+            raise UserError(
+                f"{self.where} row {wrong} has label {self.values[wrong]}; it must be 0 or more, or -1 or null "
+                f"for none: "
+                "fix it, or write classes as words"
+            )
+
     def encode(self, spec: LabelSpec) -> np.ndarray:
         """int64 [N] classes, float32 [N] scores, or float32 [N, C] of 0 and 1."""
         if spec.kind == SCORES:
@@ -280,7 +278,8 @@ class Labels:
             return value if spec.are_ids else number_of[str(value).casefold()]
 
         if spec.kind == CLASSES:
-            return np.array([UNLABELED if value is None else number(value) for value in self.values], np.int64)
+            missing = (None,) if spec.has_minus_one else (None, UNLABELED)
+            return np.array([UNLABELED if value in missing else number(value) for value in self.values], np.int64)
         encoded = np.zeros((len(self.values), len(spec.names)), np.float32)
         for row, value in enumerate(self.values):
             if value is None:
@@ -312,9 +311,7 @@ def read(rows: Rows, column: str, columns: Sequence[str] | None) -> Labels:
     elif types.is_boolean(value_type):
         kind, values = "str", [None if value is None else str(value) for value in values]
     elif types.is_integer(value_type):
-        kind = "int"
-        if names or any(value is not None and value < 0 for value in values):
-            values = _without_hidden(values, names, where)
+        values = _named(values, names, where) if names else values
         kind = "str" if names else "int"
     elif types.is_floating(value_type):
         kind, values = "float", [None if value is None or math.isnan(value) else value for value in values]
@@ -329,25 +326,20 @@ def read(rows: Rows, column: str, columns: Sequence[str] | None) -> Labels:
     )
     if infinite is not None:
         raise UserError(f"{where} row {infinite} has the score {values[infinite]}; give a finite number, or none")
-    if all(value is None for value in values):
-        kind = ""
+    if all(value in (None, UNLABELED) for value in values):  # a hidden test split
+        kind, values = "", [None] * len(values)
     return Labels(rows.where, values, kind, names)
 
 
-def _without_hidden(values: Sequence[int | None], names: tuple[str, ...] | None, where: str) -> list[Any]:
-    """Class ids with None for -1, which stands for a hidden label, and as names if there are any."""
-    wrong = next((row for row, value in enumerate(values) if value is not None and value < UNLABELED), None)
-    if names:
-        wrong = next(
-            (row for row, value in enumerate(values) if value is not None and not -1 <= value < len(names)), wrong
-        )
+def _named(values: Sequence[int | None], names: tuple[str, ...], where: str) -> list[str | None]:
+    """The names of class ids, None for -1, which stands for a hidden label."""
+    wrong = next((row for row, value in enumerate(values) if value is not None and not -1 <= value < len(names)), None)
     if wrong is not None:
-        rule = f"0 to {len(names) - 1}" if names else "0 or more"
         raise UserError(
-            f"{where} row {wrong} has label {values[wrong]}; it must be {rule}, or -1 or null for none: fix it"
+            f"{where} row {wrong} has label {values[wrong]}; it must be 0 to {len(names) - 1}, or -1 or null for none: "
+            "fix it"
         )
-    found = [None if value is None or value == UNLABELED else value for value in values]
-    return [value if value is None or not names else names[value] for value in found]
+    return [None if value is None or value == UNLABELED else names[value] for value in values]
 
 
 _WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
@@ -362,8 +354,7 @@ def _read_text(where: str, values: Sequence[str | None], is_text: bool) -> tuple
         return "str", stripped
     are_numbers = [bool(_NUMBER.fullmatch(value)) for value in present]
     if all(_WHOLE.fullmatch(value) for value in present):
-        numbers = [None if value is None else int(value) for value in stripped]
-        return "int", _without_hidden(numbers, None, where)
+        return "int", [None if value is None else int(value) for value in stripped]
     if all(are_numbers):
         return "float", [None if value is None else float(value) for value in stripped]
     if any(are_numbers):
@@ -383,7 +374,7 @@ def _read_lists(file: str, where: str, values: Sequence[Any], names: tuple[str, 
             found.append(None)
             continue
         if names:
-            value = _without_hidden(value, names, f"{where} row {row}")
+            value = _named(value, names, f"{where} row {row}")
         if not all(isinstance(name, str) for name in value):
             raise UserError(
                 f"{where} row {row} holds {shown(value)}; a list of labels must name classes as words (for 0 and "
@@ -396,17 +387,17 @@ def _read_lists(file: str, where: str, values: Sequence[Any], names: tuple[str, 
     return Labels(file, found, "lists" if any(value is not None for value in found) else "", names)
 
 
-_SWITCH = {"0": False, "1": True, "0.0": False, "1.0": True, "False": False, "True": True}
+_SWITCH = {"0": False, "1": True, "0.0": False, "1.0": True, "false": False, "true": True}
 
 
 def _read_switches(rows: Rows, columns: Sequence[str]) -> Labels:
     found: list[tuple[str, ...] | None] = []
     table = [rows.table.column(name).to_pylist() for name in columns]
     for row, values in enumerate(zip(*table, strict=True)):
-        if all(value is None or value == UNLABELED for value in values):
+        if all(value is None or str(value).strip() in ("-1", "-1.0") for value in values):
             found.append(None)
             continue
-        switches = [_SWITCH.get(str(value).strip()) for value in values]
+        switches = [_SWITCH.get(str(value).strip().lower()) for value in values]
         if None in switches:
             wrong = switches.index(None)
             raise UserError(

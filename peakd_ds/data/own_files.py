@@ -18,6 +18,7 @@ from typing import IO, Any
 
 import datasets
 import pyarrow
+import pyarrow.compute
 import pyarrow.csv
 
 from peakd_ds.data import parquet_files
@@ -165,7 +166,22 @@ def _read_csv(file: Path, separator: str) -> Rows:
                 quoted_strings_can_be_null=True,
             ),
         )
+    if separator == "\t":
+        _check_quotes(file, table)
     return Rows(str(file), table, {}, is_text=True)
+
+
+def _check_quotes(file: Path, table: pyarrow.Table) -> None:
+    """Raise UserError for a field with a tab and a line break: a quote without its partner has joined lines."""
+    for name in table.column_names:
+        joined = pyarrow.compute.match_substring_regex(table.column(name), r"(?s)\t.*\n|\n.*\t")
+        row = pyarrow.compute.index(joined, True).as_py()
+        if row >= 0:
+            raise UserError(
+                f"{file} row {row} has a line break and a tab in column {name!r}, as after a quote that nothing "
+                f"closes; "
+                "write quotes in a field twice, and the field in quotes"
+            )
 
 
 _ONE_THREAD = pyarrow.csv.ReadOptions(use_threads=False, block_size=2**28)

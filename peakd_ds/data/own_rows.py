@@ -20,6 +20,7 @@ from pyarrow import types
 from peakd_ds.config.data import DataSettings
 from peakd_ds.data import labels, own_files
 from peakd_ds.data.division import HOLDOUT_SHARE, stratified_tenth
+from peakd_ds.data.label_arrays import is_labeled, label_array
 from peakd_ds.data.labels import Labels, LabelSpec, TeacherClasses
 from peakd_ds.data.own_files import Rows
 from peakd_ds.data.tasks import Task, own_task
@@ -71,12 +72,13 @@ def load(settings: DataSettings, teacher: TeacherClasses | None, metric: str = "
     labeled = {name: found for name, found in read.items() if any(file.kind for file in found)}
     notes = []
     if "train" in labeled or (labeled and not needs_train):
-        spec = labels.find_spec(labeled, teacher, settings.label_names)
+        spec = labels.find_spec(labeled, teacher, settings.label_names, needs_train)
     elif labeled:
         raise UserError(f"{files[next(iter(labeled))][0].where} has labels, but no train row has one; label some")
     else:
         spec = labels.of_unlabeled(teacher, settings.label_names)
-    hidden = [name for name in ("validation", "test") if name in files and name not in labeled and labeled]
+    others = [name for name in ("validation", "test") if name in files]
+    hidden = [name for name in others if name not in labeled and labeled and needs_train]
     for name in hidden:
         notes.append(f"{name} rows have no labels, so they are not used")
     splits = {
@@ -89,15 +91,15 @@ def load(settings: DataSettings, teacher: TeacherClasses | None, metric: str = "
         splits["train"] = _joined(splits["train"], unlabeled) if "train" in splits else unlabeled
     if "train" in splits:
         splits["train"] = splits["train"].append_column(ROW, pyarrow.array(np.arange(len(splits["train"]))))
-    if not {"validation", "test"} & set(splits):
-        splits["train"], splits["test"] = _carve(spec, splits["train"])
+    if needs_train and not {"validation", "test"} & set(splits):
+        splits["train"], splits["test"] = _carve(splits["train"])
     task = own_task(
         name=settings.task_name,
         kind=spec.kind,
         text_columns=texts,
         label_names=spec.names,
         metric=metric,
-        eval_splits=("test",) if "test" in splits else ("validation",),
+        eval_splits=(next(name for name in ("test", "validation", "train") if name in splits),),
         selection_split="validation" if {"validation", "test"} <= set(splits) else "",
         has_labels=bool(labeled),
     )
@@ -163,8 +165,17 @@ def _label_column(settings: DataSettings, files: Mapping[str, Sequence[Rows]]) -
         for rows in labeled:
             _check_column("label_column", settings.label_column, rows)
         return settings.label_column
-    columns = labeled[0].columns if labeled else []
-    return next((name for name in LABEL_COLUMNS if name in columns), "")
+    columns = {name for rows in labeled for name in rows.columns}
+    chosen = next((name for name in LABEL_COLUMNS if name in columns), "")
+    for rows in labeled:
+        other = next((name for name in LABEL_COLUMNS if name in rows.columns), "")
+        if other and chosen not in rows.columns:
+            raise UserError(
+                f"{rows.where} has labels in {other!r}, but another file in {chosen!r}; give both columns one "
+                f"name, or say "
+                "which it is with --label_column"
+            )
+    return chosen
 
 
 def _unused_columns(settings: DataSettings, files: Mapping[str, Sequence[Rows]], used: Sequence[str]) -> list[str]:
@@ -218,16 +229,30 @@ def _split(
             else pyarrow.array(encoded)
         )
         if all(settings.id_column in other.columns for other in files):
-            ids = rows.table.column(settings.id_column)
-            if ids.null_count or not (types.is_integer(ids.type) or types.is_string(ids.type)):
-                raise UserError(
-                    f"{rows.where} column {settings.id_column!r} must name every row with a word or a whole "
-                    f"number, but "
-                    f"holds {ids.type}, {ids.null_count} of them null; fix it, or name another --id_column"
-                )
-            columns[ID] = ids.cast(pyarrow.string())
-        tables.append(pyarrow.table(columns))
-    return pyarrow.concat_tables(tables, promote_options="permissive")
+            columns[ID] = _ids(settings, rows)
+        tables.append(pyarrow.table({name: column for name, column in columns.items() if column is not None}))
+    whole = pyarrow.concat_tables(tables, promote_options="permissive")
+    return whole.drop([ID]) if ID in whole.column_names and whole.column(ID).null_count else whole
+
+
+def _ids(settings: DataSettings, rows: Rows) -> pyarrow.ChunkedArray | None:
+    """The names of the rows as text; None if the column of the usual name names no rows.
+
+    Raises:
+        UserError: a column that the user chose has a row without a name, or values that are no names.
+    """
+    ids = rows.table.column(settings.id_column)
+    if types.is_dictionary(ids.type):
+        ids = ids.cast(ids.type.value_type)
+    is_text = types.is_string(ids.type) or types.is_large_string(ids.type) or types.is_string_view(ids.type)
+    if not ids.null_count and (is_text or types.is_integer(ids.type)):
+        return ids.cast(pyarrow.string())
+    if settings.id_column == ID:
+        return None
+    raise UserError(
+        f"{rows.where} column {settings.id_column!r} must name every row with a word or a whole number, but holds "
+        f"{ids.type}, {ids.null_count} of them null; fix it, or give another --id_column"
+    )
 
 
 def _checked_text(rows: Rows, name: str) -> pyarrow.ChunkedArray:
@@ -259,12 +284,15 @@ def _joined(labeled: pyarrow.Table, unlabeled: pyarrow.Table) -> pyarrow.Table:
     return pyarrow.concat_tables([labeled.select(names), unlabeled.select(names)], promote_options="permissive")
 
 
-def _carve(spec: LabelSpec, train: pyarrow.Table) -> tuple[pyarrow.Table, pyarrow.Table]:
+def _carve(train: pyarrow.Table) -> tuple[pyarrow.Table, pyarrow.Table]:
     """The train rows without a fixed stratified tenth of the labelled ones, and that tenth, which is reported."""
-    values = labels.label_array(train.column("label"))
-    if len(train) < 2 * HOLDOUT_SHARE:
+    values = label_array(train.column("label"))
+    num_labeled = int(is_labeled(values).sum()) or len(train)
+    if num_labeled < 2 * HOLDOUT_SHARE:
         raise UserError(
-            f"there are {len(train)} rows, too few to hold out two tenths; give a --validation_file or a --test_file"
+            f"there are {num_labeled} rows{' with a label' if num_labeled < len(train) else ''}, too few to hold "
+            f"out two "
+            "tenths; give a --validation_file or a --test_file"
         )
     is_reported = np.zeros(len(train), bool)
     is_reported[stratified_tenth(values, seed=1)] = True

@@ -24,20 +24,25 @@ HUB_DATASET = "nyu-mll/glue"
 
 
 def load(
-    settings: DataSettings, teacher: TeacherClasses | None, metric: str = "", train: bool = True
+    settings: DataSettings,
+    teacher: TeacherClasses | None,
+    metric: str = "",
+    train: bool = True,
+    needs_train: bool = True,
 ) -> tuple[Task, dict[str, datasets.Dataset], tuple[str, ...]]:
     """The task, its splits and notes for the plan, whether the rows are a task of GLUE's or the user's own.
 
     Args:
         teacher: The classes of a teacher that is a classifier: labels are numbered in its order.
         metric: The score that picks the best epoch of own rows; "" for the usual one.
-        train: Whether there must be a train split; that of a `task` is read only then.
+        train: Whether the train split of a `task` is read.
+        needs_train: Whether own rows must have some to train on; a saved model is scored without.
 
     Raises:
         UserError: as `load_splits` and `own_rows.load`.
     """
     if not settings.task:
-        own = own_rows.load(settings, teacher, metric, needs_train=train)
+        own = own_rows.load(settings, teacher, metric, needs_train)
         return own.task, own.splits, own.notes
     task = get_task(settings.task)
     if metric:

@@ -10,7 +10,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from peakd_ds.data import metrics
-from peakd_ds.data.labels import is_labeled
+from peakd_ds.data.label_arrays import is_labeled
 from peakd_ds.data.tasks import Task
 from peakd_ds.data.tokens import Split
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from peakd_ds.data.labels import label_array, without_missing
+from peakd_ds.data.label_arrays import label_array, without_missing
 from peakd_ds.data.tasks import Task
 from peakd_ds.files import checked_folder, damage_of
 from peakd_ds.packed.packing import pack

@@ -203,7 +203,8 @@ def classes_of(teacher: Pretrained) -> TeacherClasses | None:
     """The classes of a model that is a classifier; None for an encoder."""
     if not teacher.is_classifier:
         return None
-    return TeacherClasses(teacher.name, _label_names(teacher), not has_unnamed_labels(teacher))
+    is_multi_label = teacher.config.problem_type == "multi_label_classification"
+    return TeacherClasses(teacher.name, _label_names(teacher), not has_unnamed_labels(teacher), is_multi_label)
 
 
 def has_unnamed_labels(teacher: Pretrained) -> bool:

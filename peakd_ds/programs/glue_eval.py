@@ -17,7 +17,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
 
 from peakd_ds.data import reading
-from peakd_ds.data.own_rows import ID
+from peakd_ds.data.own_rows import ID, ROW
 from peakd_ds.data.tasks import Task, get_task
 from peakd_ds.data.tokens import Split, tokenize
 from peakd_ds.errors import UserError
@@ -47,6 +47,8 @@ def main(args: argparse.Namespace) -> None:
     dist.init()
     import peakd_ds.sps  # noqa: F401 - registers the student's form with transformers
 
+    if args.predictions:
+        dist.on_main(lambda: check_new("predictions", args.predictions, (".csv", ".tsv", ".jsonl", ".parquet")))
     task, model, tokenizer, splits, notes = dist.agree(lambda: load_inputs(args))
 
     def tokenized(name: str) -> Split:
@@ -57,14 +59,15 @@ def main(args: argparse.Namespace) -> None:
 
     dev = {name: tokenized(name) for name in task.eval_splits}
     metrics, logits_of, speed = evaluation.evaluate(forward, task, dev, args.micro_batch_size)
+    if args.predictions:
+        name = task.eval_splits[0]
+        row_names = ids_of(splits[name])
+        dist.on_main(
+            lambda: outputs_file.write_predictions(args.predictions, row_names, logits_of[name], task, args.id_column)
+        )
     if dist.is_main():
         for note in notes:
             print(note, file=sys.stderr)
-        if args.predictions:
-            name = task.eval_splits[0]
-            outputs_file.write_predictions(
-                args.predictions, ids_of(splits[name]), logits_of[name], task, args.id_column
-            )
         result = {"task": task.name, "model": args.model, "metrics": metrics, "samples_per_s": speed}
         print(json.dumps(result, indent=2))
     if args.submission:
@@ -92,7 +95,9 @@ def load_inputs(
         raise UserError(f"{source.name} is an encoder without a head for a task; give a saved classifier")
     contract.check_length(args.max_seq_length, source)
     tokenizer = contract.load_tokenizer(source)
-    task, splits, notes = reading.load(scripts.data_settings(args), contract.classes_of(source), train=with_train)
+    task, splits, notes = reading.load(
+        scripts.data_settings(args), contract.classes_of(source), train=with_train, needs_train=False
+    )
     contract.check_labels(task, source)
     if args.submission and not any(name in splits for name in task.submission_files):
         files = " and ".join(f"{task.name}/{name}-*.parquet" for name in task.submission_files)
@@ -104,9 +109,20 @@ def load_inputs(
     return task, model.to(device()).eval(), tokenizer, splits, notes
 
 
+def check_new(option: str, file: Path, endings: Sequence[str]) -> None:
+    """Raise UserError unless a file with a known ending can be written there, and none is there."""
+    if file.suffix not in endings:
+        raise UserError(f"--{option} {file} must end with {' or '.join(endings)}; give such a name")
+    if file.exists():
+        raise UserError(f"--{option} {file} is there already; nothing was changed: give another name")
+    if not file.absolute().parent.is_dir():
+        raise UserError(f"--{option} {file} lies in no folder that exists; give one that does")
+
+
 def ids_of(rows: datasets.Dataset) -> list[str]:
     """The name of each row: its id if the files have one, else its number."""
-    return list(rows[ID]) if ID in rows.column_names else [str(number) for number in range(len(rows))]
+    numbers = rows[ROW] if ROW in rows.column_names else range(len(rows))
+    return list(rows[ID]) if ID in rows.column_names else list(map(str, numbers))
 
 
 # -- Files for the GLUE server -----------------------------------------------------------------------------------------

@@ -10,7 +10,6 @@ import torch
 
 from peakd_ds.data.own_rows import ID, ROW
 from peakd_ds.data.tokens import tokenize
-from peakd_ds.errors import UserError
 from peakd_ds.packed.packing import padded
 from peakd_ds.programs import glue_eval, scripts
 from peakd_ds.ranks import dist
@@ -34,14 +33,14 @@ def main(args: argparse.Namespace) -> None:
     dist.init()
     import peakd_ds.sps  # noqa: F401 - registers the student's form with transformers
 
-    dist.on_main(lambda: _check_new(args))
+    dist.on_main(lambda: glue_eval.check_new("out", args.out, (".parquet", ".jsonl")))
     args.submission = None
     task, model, tokenizer, splits, _ = dist.agree(lambda: glue_eval.load_inputs(args, with_train=True))
     logits: list[torch.Tensor] = []
     places: list[np.ndarray] = []
     ids: list[str] = []
     first = sum(len(rows) for name, rows in splits.items() if ROW in rows.column_names or name == "train")
-    for name in (name for name in ("train", *task.read_splits) if name in splits):
+    for name in dict.fromkeys(name for name in ("train", *task.read_splits) if name in splits):
         rows = splits[name]
         split = tokenize(task, rows, tokenizer, args.max_seq_length, None)
         found, _ = evaluation.predict(
@@ -63,16 +62,6 @@ def main(args: argparse.Namespace) -> None:
         names = [ids[number] for number in order]
         outputs_file.write_outputs(args.out, names, torch.cat(logits)[torch.from_numpy(order)], task, args.id_column)
         print(f"wrote the outputs of {len(names):,} rows to {args.out}")
-
-
-def _check_new(args: argparse.Namespace) -> None:
-    """Raise UserError unless the file can be written and is not there."""
-    if args.out.suffix not in (".parquet", ".jsonl"):
-        raise UserError(f"--out {args.out} must end with .parquet or .jsonl; give such a name")
-    if args.out.exists():
-        raise UserError(f"--out {args.out} is there already; nothing was changed: give another name")
-    if not args.out.absolute().parent.is_dir():
-        raise UserError(f"--out {args.out} lies in no folder that exists; make it first")
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from transformers import PreTrainedTokenizerBase
 
 from peakd_ds.data import reading
 from peakd_ds.data.division import NUM_SHARDS, check_holdout, holds_out
-from peakd_ds.data.labels import label_array
+from peakd_ds.data.label_arrays import label_array
 from peakd_ds.data.shards import (
     HOLDOUT,
     INDEX,

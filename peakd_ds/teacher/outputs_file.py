@@ -33,6 +33,7 @@ from peakd_ds.errors import UserError, shown
 from peakd_ds.files import whole_file
 
 LOGITS, PROBABILITIES = "logits", "probabilities"
+PREDICTED = "label"
 FLOOR = 1e-30
 """Least probability, whose logarithm is still finite in float32."""
 SUM_TOLERANCE = 1e-3
@@ -61,6 +62,12 @@ def read_outputs(
         UserError: a file that cannot be read, a wrong number of rows or classes, a row without output or with two, or
             numbers that are no logits or probabilities; names file and row.
     """
+    if weights is not None and len(weights) != len(files):
+        raise UserError(
+            f"--teacher_weights gives {len(weights)} numbers, but --teacher_outputs names {len(files)} files; "
+            f"give one for "
+            "each"
+        )
     weighted, total = None, 0.0
     for file, weight in zip(files, weights or [1.0] * len(files), strict=True):
         rows = own_files.read_file("teacher_outputs", file)
@@ -190,7 +197,7 @@ def _by_split(
 ) -> dict[str, np.ndarray]:
     """The values of each split's rows, in their order."""
     if all(names is None for names in ids.values()):
-        return _by_order(rows, values_NC, num_rows, optional_splits)
+        return _by_order(rows, values_NC, id_column, num_rows, optional_splits)
     if id_column not in rows.columns:
         raise UserError(
             f"{rows.where} has no column {id_column!r}, which names the rows of the data, but "
@@ -236,9 +243,16 @@ def _first_repeated(names: Sequence[str]) -> str | None:
 
 
 def _by_order(
-    rows: Rows, values_NC: np.ndarray, num_rows: Mapping[str, int], optional_splits: Collection[str]
+    rows: Rows, values_NC: np.ndarray, id_column: str, num_rows: Mapping[str, int], optional_splits: Collection[str]
 ) -> dict[str, np.ndarray]:
     """The values of splits that follow each other; the optional ones may be missing at the end."""
+    if id_column in rows.columns:
+        names = list(map(str, rows.table.column(id_column).to_pylist()))
+        if names != [str(number) for number in range(len(names))]:
+            raise UserError(
+                f"{rows.where} names its rows in {id_column!r}, but the data has no such column in every file, so they "
+                "cannot be matched; give the data this column, or drop it there, and rows are taken in order"
+            )
     needed = {name: size for name, size in num_rows.items() if name not in optional_splits}
     present = next((sizes for sizes in (num_rows, needed) if sum(sizes.values()) == len(values_NC)), None)
     if present is None:
@@ -262,13 +276,23 @@ def write_outputs(file: Path, ids: Sequence[str], logits_NC: Tensor, task: Task,
         ids: Name of each row, in the column `id_column`.
         logits_NC: float32 [N, C].
     """
-    columns = {id_column: list(ids), LOGITS: logits_NC.float().tolist()}
+    rows = logits_NC.float().tolist()
+    # By class name: the run that reads them may number its classes otherwise.
+    values = rows if task.is_regression else [dict(zip(task.label_names, row, strict=True)) for row in rows]
     with whole_file(file) as new:
         if file.suffix == ".parquet":
-            logits = pyarrow.array(columns[LOGITS], pyarrow.list_(pyarrow.float32(), task.num_labels))
-            pyarrow.parquet.write_table(pyarrow.table({id_column: columns[id_column], LOGITS: logits}), new)
+            float32 = pyarrow.float32()
+            kind = (
+                pyarrow.list_(float32)
+                if task.is_regression
+                else pyarrow.struct(dict.fromkeys(task.label_names, float32))
+            )
+            table = pyarrow.table(
+                {id_column: pyarrow.array(ids, pyarrow.string()), LOGITS: pyarrow.array(values, kind)}
+            )
+            pyarrow.parquet.write_table(table, new)
         else:
-            records = (dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True))
+            records = ({id_column: name, LOGITS: value} for name, value in zip(ids, values, strict=True))
             new.write_text("".join(f"{json.dumps(record)}\n" for record in records), encoding="utf-8")
 
 
@@ -282,18 +306,19 @@ def write_predictions(file: Path, ids: Sequence[str], logits_NC: Tensor, task: T
         ids: Name of each row, in the column `id_column`.
         logits_NC: float32 [N, C].
     """
+    id_column = "id" if id_column == PREDICTED else id_column
     probabilities_NC = _probabilities(logits_NC.double().numpy(), task)
     records: list[dict[str, Any]] = []
     for name, logits, probabilities in zip(ids, logits_NC, probabilities_NC, strict=True):
         if task.is_regression:
-            records.append({id_column: name, "label": logits.item()})
+            records.append({id_column: name, PREDICTED: logits.item()})
             continue
         if task.is_multi_label:
             label = " ".join(other for other, value in zip(task.label_names, logits, strict=True) if value > 0)
         else:
             label = task.label_names[int(logits.argmax())]
         by_class = {f"p_{other}": float(value) for other, value in zip(task.label_names, probabilities, strict=True)}
-        records.append({id_column: name, "label": label} | by_class)
+        records.append({id_column: name, PREDICTED: label} | by_class)
     with whole_file(file) as new:
         if file.suffix == ".parquet":
             pyarrow.parquet.write_table(pyarrow.Table.from_pylist(records), new)

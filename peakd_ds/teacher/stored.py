@@ -17,6 +17,7 @@ from peakd_ds.data import own_files
 from peakd_ds.data.own_rows import ID, ROW
 from peakd_ds.data.tasks import Task
 from peakd_ds.data.tokens import TeacherOutputs
+from peakd_ds.errors import UserError
 from peakd_ds.ranks.device import to_device
 from peakd_ds.results.meter import TeacherClock
 from peakd_ds.teacher import outputs_file
@@ -80,9 +81,16 @@ def read(config: RunConfig, task: Task, splits: Mapping[str, datasets.Dataset]) 
     Raises:
         UserError: as `outputs_file.read_outputs`.
     """
-    files = own_files.find_files("teacher_outputs", config.teacher_outputs or ())
+    files = _files(config)
     names = ("train", *task.read_splits)
-    has_ids = all(ID in splits[name].column_names for name in names)
+    needed = task.dev_split if config.select_on == "dev" or task.selection_split else ""
+    """The split that picks epochs, if it is not held out of train."""
+    with_ids = [name for name in names if ID in splits[name].column_names]
+    has_ids = "train" in with_ids
+    if has_ids and needed and needed not in with_ids:
+        raise UserError(
+            f"train rows have the column {config.id_column!r}, but the {needed} rows do not; give all rows one, or none"
+        )
     numbers = {name: _row_numbers(name, splits[name]) for name in names}
     own_row = {name: found for name, found in numbers.items() if found is not None}
     num_rows = {"train": sum(map(len, own_row.values()))} | {
@@ -90,8 +98,8 @@ def read(config: RunConfig, task: Task, splits: Mapping[str, datasets.Dataset]) 
     }
     ids: dict[str, Sequence[str] | None] = dict.fromkeys(num_rows)
     if has_ids:
-        num_rows = {name: len(splits[name]) for name in names}
-        ids = {name: list(splits[name][ID]) for name in names}
+        num_rows = {name: len(splits[name]) for name in with_ids}
+        ids = {name: list(splits[name][ID]) for name in with_ids}
     found = outputs_file.read_outputs(
         files,
         config.teacher_weights,
@@ -99,7 +107,7 @@ def read(config: RunConfig, task: Task, splits: Mapping[str, datasets.Dataset]) 
         task,
         ids,
         num_rows,
-        [name for name in task.eval_splits if name in num_rows and config.select_on != "dev"],
+        [name for name in task.eval_splits if name in num_rows and name != needed],
     )
     if has_ids:
         return found
@@ -108,8 +116,13 @@ def read(config: RunConfig, task: Task, splits: Mapping[str, datasets.Dataset]) 
 
 def fingerprint(config: RunConfig) -> str:
     """A short hash of the files and their weights."""
-    files: list[Path] = own_files.find_files("teacher_outputs", config.teacher_outputs or ())
-    return outputs_file.fingerprint(files, config.teacher_weights)
+    return outputs_file.fingerprint(_files(config), config.teacher_weights)
+
+
+def _files(config: RunConfig) -> list[Path]:
+    """The files of `--teacher_outputs` in the order given, which is that of the weights."""
+    found = [own_files.find_files("teacher_outputs", [pattern]) for pattern in config.teacher_outputs or ()]
+    return list(dict.fromkeys(file for files in found for file in files))
 
 
 def _row_numbers(name: str, rows: datasets.Dataset) -> np.ndarray | None:
