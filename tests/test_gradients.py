@@ -88,7 +88,7 @@ def plain_gradients(argv: list[str], rows: np.ndarray) -> tuple[dict[str, torch.
         if config.class_weights == "balanced":
             trained = run.train.labels[run.train_rows]
             weight = 1 / torch.bincount(trained[trained >= 0]).float()  # a common factor cancels
-        hard = F.cross_entropy(logits, labels, weight, ignore_index=-1)
+        hard = F.cross_entropy(logits, labels, weight, ignore_index=-1) if (labels >= 0).any() else torch.zeros(())
         soft = t**2 * F.kl_div(
             F.log_softmax(logits / t, -1), F.log_softmax(answer.logits / t, -1), reduction="batchmean", log_target=True
         )
