@@ -99,6 +99,15 @@ def test_a_folder_of_save_to_disk(tmp_path: Path) -> None:
     assert labels_of(found, "test").tolist() == [0, 1] * 10
 
 
+def test_a_dataset_without_train_rows_can_only_be_scored(tmp_path: Path) -> None:
+    rows = Dataset.from_dict({"text": [f"t{i}" for i in range(6)], "label": ["a", "b"] * 3})
+    DatasetDict({"test": rows}).save_to_disk(str(tmp_path / "mine"))
+    with pytest.raises(UserError, match="mine has no train split; give one that has"):
+        load(dataset_name=str(tmp_path / "mine"))
+    found = own_rows.load(DataSettings(dataset_name=str(tmp_path / "mine")), teacher_of("b", "a"), needs_train=False)
+    assert labels_of(found, "test").tolist() == [1, 0] * 3
+
+
 def test_pairs_of_texts_and_unused_columns(tmp_path: Path) -> None:
     columns = {"premise": lambda i: f"p{i}", "hypothesis": lambda i: f"h{i}", "source": lambda i: "web"}
     records = [{name: row[name] for name in (*columns, "label")} for row in rows_of(9, **columns)]

@@ -88,7 +88,7 @@ def read_dataset(name: str, config_name: str) -> dict[str, Rows]:
     """The splits train, validation and test of a dataset of the hub or of `save_to_disk`, those that are there.
 
     Raises:
-        UserError: there is no such dataset, or it has no train split.
+        UserError: there is no such dataset, or it has none of these splits.
     """
     problem, remedy = f"--dataset_name {name} cannot be read", "give a hub id, or a folder that save_to_disk wrote"
     with as_user_error(problem, remedy):
@@ -104,8 +104,8 @@ def read_dataset(name: str, config_name: str) -> dict[str, Rows]:
             raise UserError(f"--dataset_name {name} has the splits {there}, which mean the same; leave one of them")
         if there:
             found[split] = _of_dataset(f"{name} ({there[0]})", splits[there[0]])
-    if "train" not in found:
-        raise UserError(f"--dataset_name {name} has the splits {shown(list(splits))}, but no train; give one that has")
+    if not found:
+        raise UserError(f"--dataset_name {name} has the splits {shown(list(splits))}; give one with train or test rows")
     return found
 
 

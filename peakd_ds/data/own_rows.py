@@ -66,6 +66,10 @@ def load(settings: DataSettings, teacher: TeacherClasses | None, metric: str = "
         UserError: a file, column, text or label that cannot be used; names file, row, rule and remedy.
     """
     files = _read(settings)
+    if needs_train and not {"train", "unlabeled"} & files.keys():
+        raise UserError(
+            f"--dataset_name {settings.dataset_name} has no train split; give one that has, or --train_file"
+        )
     texts = _text_columns(settings, files)
     column = _label_column(settings, files)
     read = _read_labels(settings, files, column)
