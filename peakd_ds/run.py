@@ -338,9 +338,8 @@ def _check_labels(config: RunConfig, task: Task) -> None:
     """Raise UserError for settings of the hard loss that these labels have no use for."""
     if config.class_weights != "none" and (task.is_regression or task.is_multi_label or not task.has_labels):
         raise UserError(
-            f"--class_weights {config.class_weights} weighs the one class of each row, which rows of {task.name} "
-            f"do not "
-            "have; leave it out"
+            f"--class_weights {config.class_weights} weighs the one class of each row, which rows of {task.name} do "
+            "not have; leave it out"
         )
     if not task.has_labels and config.alpha not in (SPECS["alpha"].default, 1):
         raise UserError(

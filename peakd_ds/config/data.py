@@ -152,8 +152,8 @@ def check_data_source(settings: DataSettings, needs_train: bool = True) -> None:
     given = [f"--{name}" for name in OWN_DATA if getattr(settings, name)]
     if settings.task and given:
         raise UserError(
-            f"--task {settings.task} brings its own rows, columns and labels, but {given[0]} is given too; leave "
-            f"one out"
+            f"--task {settings.task} brings its own rows, columns and labels, but {given[0]} is given too; leave one "
+            "out"
         )
     is_scored = bool(settings.test_file or settings.validation_file) and not needs_train
     if not settings.task and not settings.has_own_data and not is_scored:

@@ -56,6 +56,6 @@ def check_teacher_source(settings: TeacherSettings) -> None:
         raise UserError(f"--teacher {settings.teacher} and --teacher_outputs {files[0]} are both given; leave one out")
     if weights and len(weights) != len(files):
         raise UserError(
-            f"--teacher_weights gives {len(weights)} numbers, but --teacher_outputs {len(files)} files; give one "
-            f"for each"
+            f"--teacher_weights gives {len(weights)} numbers, but --teacher_outputs {len(files)} files; give one for "
+            "each"
         )

@@ -162,9 +162,8 @@ def _check_same_order(label_names: Sequence[str], teacher: TeacherClasses) -> No
     """Raise UserError unless `--label_names` are the teacher's classes in its order, which its outputs have."""
     if [name.casefold() for name in label_names] != [name.casefold() for name in teacher.names]:
         raise UserError(
-            f"--label_names are {shown(list(label_names))}, but {teacher.name} has {shown(list(teacher.names))}, "
-            f"in the "
-            "order of its outputs; leave --label_names out, or write them so"
+            f"--label_names are {shown(list(label_names))}, but {teacher.name} has {shown(list(teacher.names))}, in "
+            "the order of its outputs; leave --label_names out, or write them so"
         )
 
 
@@ -177,8 +176,7 @@ def _check_observed(spec: LabelSpec, observed: Mapping[str, set[Any]], where: st
     """Raise UserError if there are fewer than two classes, too many, or some that train lacks."""
     if len(spec.names) < 2 or (spec.kind == CLASSES and len(observed.get("train", spec.names)) < 2):
         raise UserError(
-            f"{where} has one class only ({shown(list(observed.get('train') or spec.names))}), so there is "
-            f"nothing to "
+            f"{where} has one class only ({shown(list(observed.get('train') or spec.names))}), so there is nothing to "
             "learn; give rows of at least two"
         )
     if len(spec.names) > MAX_CLASSES:
@@ -261,9 +259,8 @@ class Labels:
         wrong = next((row for row, value in enumerate(self.values) if value is not None and value < UNLABELED), None)
         if wrong is not None:
             raise UserError(
-                f"{self.where} row {wrong} has label {self.values[wrong]}; it must be 0 or more, or -1 or null "
-                f"for none: "
-                "fix it, or write classes as words"
+                f"{self.where} row {wrong} has label {self.values[wrong]}; it must be 0 or more, or -1 or null for "
+                "none: fix it, or write classes as words"
             )
 
     def encode(self, spec: LabelSpec) -> np.ndarray:
@@ -377,9 +374,8 @@ def _read_lists(file: str, where: str, values: Sequence[Any], names: tuple[str, 
             value = _named(value, names, f"{where} row {row}")
         if not all(isinstance(name, str) for name in value):
             raise UserError(
-                f"{where} row {row} holds {shown(value)}; a list of labels must name classes as words (for 0 and "
-                f"1 give "
-                "a column for each class with --label_columns)"
+                f"{where} row {row} holds {shown(value)}; a list of labels must name classes as words (for 0 and 1 "
+                "give a column for each class with --label_columns)"
             )
         if len(set(value)) < len(value):
             raise UserError(f"{where} row {row} names a class twice ({shown(value)}); write each once")

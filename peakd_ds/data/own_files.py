@@ -179,8 +179,7 @@ def _check_quotes(file: Path, table: pyarrow.Table) -> None:
         if row >= 0:
             raise UserError(
                 f"{file} row {row} has a line break and a tab in column {name!r}, as after a quote that nothing "
-                f"closes; "
-                "write quotes in a field twice, and the field in quotes"
+                "closes; write quotes in a field twice, and the field in quotes"
             )
 
 

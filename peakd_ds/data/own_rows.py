@@ -175,9 +175,8 @@ def _label_column(settings: DataSettings, files: Mapping[str, Sequence[Rows]]) -
         other = next((name for name in LABEL_COLUMNS if name in rows.columns), "")
         if other and chosen not in rows.columns:
             raise UserError(
-                f"{rows.where} has labels in {other!r}, but another file in {chosen!r}; give both columns one "
-                f"name, or say "
-                "which it is with --label_column"
+                f"{rows.where} has labels in {other!r}, but another file in {chosen!r}; give both columns one name, or "
+                "say which it is with --label_column"
             )
     return chosen
 
@@ -294,9 +293,8 @@ def _carve(train: pyarrow.Table) -> tuple[pyarrow.Table, pyarrow.Table]:
     num_labeled = int(is_labeled(values).sum()) or len(train)
     if num_labeled < 2 * HOLDOUT_SHARE:
         raise UserError(
-            f"there are {num_labeled} rows{' with a label' if num_labeled < len(train) else ''}, too few to hold "
-            f"out two "
-            "tenths; give a --validation_file or a --test_file"
+            f"there are {num_labeled} rows{' with a label' if num_labeled < len(train) else ''}, too few to hold out "
+            "two tenths; give a --validation_file or a --test_file"
         )
     is_reported = np.zeros(len(train), bool)
     is_reported[stratified_tenth(values, seed=1)] = True

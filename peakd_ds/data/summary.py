@@ -52,10 +52,9 @@ def of_lengths(split: Split, max_seq_length: int, tokenizer: PreTrainedTokenizer
         num_tokens += len(ids)
         num_unknown += int((ids == tokenizer.unk_token_id).sum()) if tokenizer.unk_token_id is not None else 0
     return (
-        f"tokens of a row: median {median}, 95 % up to {most}, longest {split.lengths.max()}; {at_limit:.1%} of "
-        f"rows reach "
-        f"--max_seq_length {max_seq_length}, where they are cut; {num_unknown / max(num_tokens, 1):.2%} of tokens "
-        f"unknown"
+        f"tokens of a row: median {median}, 95 % up to {most}, longest {split.lengths.max()}; {at_limit:.1%} of rows "
+        f"reach --max_seq_length {max_seq_length}, where they are cut; {num_unknown / max(num_tokens, 1):.2%} of "
+        "tokens unknown"
     )
 
 

@@ -195,7 +195,7 @@ def check_labels(task: Task, teacher: Pretrained) -> None:
         raise UserError(
             f"--{teacher.option} {teacher.path} has the labels {list(names)}, task {task.name} has "
             f"{list(task.label_names)}; take a model of this task, whatever its order (or fix id2label in its "
-            f"config.json)"
+            "config.json)"
         )
 
 

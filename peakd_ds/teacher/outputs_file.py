@@ -64,9 +64,8 @@ def read_outputs(
     """
     if weights is not None and len(weights) != len(files):
         raise UserError(
-            f"--teacher_weights gives {len(weights)} numbers, but --teacher_outputs names {len(files)} files; "
-            f"give one for "
-            "each"
+            f"--teacher_weights gives {len(weights)} numbers, but --teacher_outputs names {len(files)} files; give one "
+            "for each"
         )
     weighted, total = None, 0.0
     for file, weight in zip(files, weights or [1.0] * len(files), strict=True):
@@ -221,9 +220,8 @@ def _by_split(
             if name in optional_splits:
                 continue  # its rows have names of their own
             raise UserError(
-                f"the data has two rows with {id_column} {shown(again)}, so {rows.where} cannot tell them apart; "
-                f"give each "
-                "row an id of its own, or leave the ids out of the data, and rows are taken in order"
+                f"the data has two rows with {id_column} {shown(again)}, so {rows.where} cannot tell them apart; give "
+                "each row an id of its own, or leave the ids out of the data, and rows are taken in order"
             )
         places = np.array([place.get(str(one), -1) for one in names])
         missing = np.flatnonzero(places < 0)
