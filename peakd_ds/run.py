@@ -213,7 +213,7 @@ def _teacher_of(
     config, task = checked.config, checked.task
     if checked.stored_logits is not None:
         split = "train" if selection.split is train else task.dev_split
-        stored = StoredTeacher(config, checked.stored_logits, selection.name, split)
+        stored = StoredTeacher(checked.stored_logits, selection.name, split)
         return stored, stored
     eval_batch_size = _eval_batch_size(config)
     folder = Path(config.run_dir) / "teacher"
@@ -253,7 +253,7 @@ def _check(config: RunConfig, is_bf16_fast: bool) -> _Checked:
         config,
         contract.classes_of(teacher) if config.teacher else None,
         config.metric,
-        train=not is_sharded or dist.is_main() or not config.task or bool(config.teacher_outputs),
+        train=not is_sharded or dist.is_main() or bool(config.teacher_outputs),
     )
     stored_logits = stored.read(config, task, splits) if config.teacher_outputs else None
     contract.check_contract(config, task, teacher, student_init, tokenizer)
@@ -335,7 +335,7 @@ def _check_loss_backend(config: RunConfig) -> None:
 
 
 def _check_labels(config: RunConfig, task: Task) -> None:
-    """Raise UserError for settings of the hard loss that these labels have no use for."""
+    """Raise UserError for settings of the hard loss that do not apply to these labels."""
     if config.class_weights != "none" and (task.is_regression or task.is_multi_label or not task.has_labels):
         raise UserError(
             f"--class_weights {config.class_weights} weighs the one class of each row, which rows of {task.name} do "

@@ -6,9 +6,9 @@ A row without a label has -1 (classes), NaN (scores) or -1 for every class (seve
 import numpy as np
 import pyarrow
 import torch
-from pyarrow import types
 
 from peakd_ds.data import metrics
+from peakd_ds.data.arrow_types import is_list
 
 UNLABELED = -1
 """Class id of a row without a label."""
@@ -16,7 +16,7 @@ UNLABELED = -1
 
 def label_array(column: pyarrow.ChunkedArray) -> np.ndarray:
     """A column of labels as a NumPy array: [N], or [N, C] of 0 and 1."""
-    if types.is_list(column.type) or types.is_fixed_size_list(column.type):
+    if is_list(column.type):
         values = column.combine_chunks()
         return values.flatten().to_numpy(zero_copy_only=False).reshape(len(values), -1)
     return column.to_numpy()

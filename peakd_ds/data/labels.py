@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 from pyarrow import types
 
+from peakd_ds.data.arrow_types import is_list, is_text
 from peakd_ds.data.label_arrays import UNLABELED
 from peakd_ds.data.own_files import Rows
 from peakd_ds.errors import UserError, shown
@@ -303,7 +304,7 @@ def read(rows: Rows, column: str, columns: Sequence[str] | None) -> Labels:
     where = f"{rows.where} column {column!r}"
     if types.is_null(value_type):
         kind = ""
-    elif types.is_list(value_type) or types.is_large_list(value_type) or types.is_fixed_size_list(value_type):
+    elif is_list(value_type):
         return _read_lists(rows.where, where, values, names)
     elif types.is_boolean(value_type):
         kind, values = "str", [None if value is None else str(value) for value in values]
@@ -312,8 +313,8 @@ def read(rows: Rows, column: str, columns: Sequence[str] | None) -> Labels:
         kind = "str" if names else "int"
     elif types.is_floating(value_type):
         kind, values = "float", [None if value is None or math.isnan(value) else value for value in values]
-    elif types.is_string(value_type) or types.is_large_string(value_type) or types.is_string_view(value_type):
-        kind, values = _read_text(where, values, is_text=rows.is_text)
+    elif is_text(value_type):
+        kind, values = _read_text(where, values, may_be_numbers=rows.is_text)
     else:
         raise UserError(
             f"{where} holds {column_type}, which are no labels; give words, whole numbers, numbers or lists"
@@ -343,11 +344,11 @@ _WHOLE = re.compile(r"[+-]?[0-9]{1,18}")
 _NUMBER = re.compile(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][+-]?[0-9]+)?")
 
 
-def _read_text(where: str, values: Sequence[str | None], is_text: bool) -> tuple[str, list[Any]]:
+def _read_text(where: str, values: Sequence[str | None], may_be_numbers: bool) -> tuple[str, list[Any]]:
     """Words; in files where everything is text, numbers if all are. Labels of spaces alone are none."""
     stripped = [value.strip() or None if value is not None else None for value in values]
     present = [value for value in stripped if value is not None]
-    if not is_text or not present:
+    if not may_be_numbers or not present:
         return "str", stripped
     are_numbers = [bool(_NUMBER.fullmatch(value)) for value in present]
     if all(_WHOLE.fullmatch(value) for value in present):

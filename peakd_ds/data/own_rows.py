@@ -19,6 +19,7 @@ from pyarrow import types
 
 from peakd_ds.config.data import DataSettings
 from peakd_ds.data import labels, own_files
+from peakd_ds.data.arrow_types import is_text
 from peakd_ds.data.division import HOLDOUT_SHARE, stratified_tenth
 from peakd_ds.data.label_arrays import is_labeled, label_array
 from peakd_ds.data.labels import Labels, LabelSpec, TeacherClasses
@@ -39,7 +40,7 @@ PAIRS = (
 SINGLES = ("text", "sentence", "content", "review", "body", "message", "title", "question")
 LABEL_COLUMNS = ("label", "labels", "target")
 ROW = "row"
-"""Column of the number of a row among the train files and then the unlabelled ones, -1 in other splits."""
+"""Column of the number of a row among the train files and then the unlabelled ones; other splits lack it."""
 ID = "id"
 
 
@@ -107,9 +108,10 @@ def load(settings: DataSettings, teacher: TeacherClasses | None, metric: str = "
         selection_split="validation" if {"validation", "test"} <= set(splits) else "",
         has_labels=bool(labeled),
     )
-    notes += [f"columns: {' and '.join(texts)}" + (f", labels in {column or ', '.join(settings.label_columns or ())}"
-              if labeled else ", no labels")]  # fmt: skip
-    unused = _unused_columns(settings, files, (*texts, column, *(settings.label_columns or ())))
+    label_columns = settings.label_columns or (column,)
+    where = f"labels in {', '.join(label_columns)}" if labeled else "no labels"
+    notes.append(f"columns: {' and '.join(texts)}, {where}")
+    unused = _unused_columns(settings, files, (*texts, *label_columns))
     if unused:
         notes.append(f"columns that are not used: {', '.join(unused)}")
     return OwnRows(task, {name: _dataset(task, table) for name, table in splits.items()}, (*notes, *spec.notes))
@@ -247,8 +249,7 @@ def _ids(settings: DataSettings, rows: Rows) -> pyarrow.ChunkedArray | None:
     ids = rows.table.column(settings.id_column)
     if types.is_dictionary(ids.type):
         ids = ids.cast(ids.type.value_type)
-    is_text = types.is_string(ids.type) or types.is_large_string(ids.type) or types.is_string_view(ids.type)
-    if not ids.null_count and (is_text or types.is_integer(ids.type)):
+    if not ids.null_count and (is_text(ids.type) or types.is_integer(ids.type)):
         return ids.cast(pyarrow.string())
     if settings.id_column == ID:
         return None
@@ -263,22 +264,23 @@ def _checked_text(rows: Rows, name: str) -> pyarrow.ChunkedArray:
     column = rows.table.column(name)
     if types.is_dictionary(column.type):
         column = column.dictionary_decode()
-    if not (types.is_string(column.type) or types.is_large_string(column.type) or types.is_string_view(column.type)):
+    if not is_text(column.type):
         raise UserError(f"{rows.where} column {name!r} holds {column.type}, not text; give another of --text_columns")
     column = column.cast(pyarrow.large_string())
     for row, value in enumerate(column.to_pylist()):
-        problem = (
-            "no text"
-            if value is None
-            else "text of spaces alone"
-            if not value.strip()
-            else "a NUL character"
-            if "\0" in value
-            else ""
-        )
+        problem = _problem_of(value)
         if problem:
             raise UserError(f"{rows.where} row {row} has {problem} in column {name!r}; fix the row or leave it out")
     return column
+
+
+def _problem_of(text: str | None) -> str:
+    """Why a text cannot be tokenised; "" if it can."""
+    if text is None:
+        return "no text"
+    if not text.strip():
+        return "text of spaces alone"
+    return "a NUL character" if "\0" in text else ""
 
 
 def _joined(labeled: pyarrow.Table, unlabeled: pyarrow.Table) -> pyarrow.Table:

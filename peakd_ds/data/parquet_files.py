@@ -3,7 +3,9 @@
 import json
 import re
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import pyarrow.parquet
@@ -111,24 +113,14 @@ def _check_utf8(table: pyarrow.Table, file: Path) -> None:
 
 
 def label_names(schema: pyarrow.Schema, where: str) -> tuple[str, ...] | None:
-    """Names of the classes in the order of their ids, as datasets notes them in a schema; None if it does not.
+    """Names of the classes of `label` in the order of their ids, as datasets notes them; None if it does not.
 
     Raises:
         UserError: a note from which the order of the labels cannot be read.
     """
-    note = (schema.metadata or {}).get(b"huggingface")
-    if note is None:
-        return None
-    problem = f"{where} has metadata ('huggingface' in its schema) from which the order of the labels cannot be read"
-    with as_user_error(problem, "write the file again with to_parquet of datasets"):
-        features = (json.loads(note).get("info") or {}).get("features")
-        label = None if features is None else features["label"]
-        if label is None or label["_type"] != "ClassLabel":
-            return None
-        names = label["names"]
-        if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-            raise ValueError(f"names are {shown(names)}")
-    return tuple(names)
+    with _note_is_readable(where):
+        features = _features(schema)
+        return None if features is None else _names_of_classes(features["label"])
 
 
 def class_names(schema: pyarrow.Schema, where: str) -> dict[str, tuple[str, ...]]:
@@ -137,17 +129,32 @@ def class_names(schema: pyarrow.Schema, where: str) -> dict[str, tuple[str, ...]
     Raises:
         UserError: a note from which the order of the classes cannot be read.
     """
-    note = (schema.metadata or {}).get(b"huggingface")
-    if note is None:
-        return {}
-    found: dict[str, tuple[str, ...]] = {}
+    with _note_is_readable(where):
+        features = _features(schema) or {}
+        inner = {
+            name: feature.get("feature", feature) for name, feature in features.items() if isinstance(feature, dict)
+        }
+        names = {name: _names_of_classes(feature) for name, feature in inner.items() if feature.get("_type")}
+    return {name: found for name, found in names.items() if found is not None}
+
+
+def _note_is_readable(where: str) -> AbstractContextManager[None]:
+    """Turn any error of a note of datasets into a UserError."""
     problem = f"{where} has metadata ('huggingface' in its schema) from which the order of the labels cannot be read"
-    with as_user_error(problem, "write the file again with to_parquet of datasets"):
-        for column, feature in ((json.loads(note).get("info") or {}).get("features") or {}).items():
-            inner = feature.get("feature", feature) if isinstance(feature, dict) else {}
-            if inner.get("_type") == "ClassLabel":
-                names = inner["names"]
-                if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
-                    raise ValueError(f"names are {shown(names)}")
-                found[column] = tuple(names)
-    return found
+    return as_user_error(problem, "write the file again with to_parquet of datasets")
+
+
+def _features(schema: pyarrow.Schema) -> dict[str, Any] | None:
+    """What datasets notes of the columns in a schema; None if it does not."""
+    note = (schema.metadata or {}).get(b"huggingface")
+    return None if note is None else (json.loads(note).get("info") or {}).get("features")
+
+
+def _names_of_classes(feature: dict[str, Any] | None) -> tuple[str, ...] | None:
+    """The names in the note of a column; None if it does not hold class ids."""
+    if feature is None or feature["_type"] != "ClassLabel":
+        return None
+    names = feature["names"]
+    if not isinstance(names, list) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"names are {shown(names)}")
+    return tuple(names)

@@ -262,7 +262,7 @@ def _labels(document: dict[str, Any], is_classifier: bool, source: str) -> dict[
     wanted = ("regression",) if num_classes == 1 else ("single_label_classification", "multi_label_classification")
     if problem not in (None, *wanted):
         raise UserError(
-            f"{source} has problem_type {problem} with {num_classes} classes; our heads with so many are "
+            f"{source} has problem_type {problem} and {num_classes} classes; heads of that size here are "
             f"{' or '.join(wanted)}: take another model, or fix its config.json"
         )
     return labels | {"problem_type": problem}

@@ -145,20 +145,24 @@ def check_contract(
             f"--teacher {teacher.path} and --{student_init.option} {student_init.path} have different "
             "vocabularies; take a student encoder with the teacher's tokenizer"
         )
-    if not config.teacher:
-        pass  # its outputs are in files
-    elif teacher.is_classifier:
-        check_labels(task, teacher)
-    elif "classifier.weight" in teacher.weight_names:  # its head would be taken for one of the task
-        raise UserError(
-            f"{teacher.name} has a head (classifier.weight), but its architectures in config.json name no "
-            "BertForSequenceClassification; set that if it is a classifier for the task, or save its BertModel alone"
-        )
+    if config.teacher:  # else its outputs are in files
+        _check_head(task, teacher)
     layers = config.init_layers or tuple(range(1, config.num_hidden_layers + 1))
     if max(layers) > student_init.config.num_hidden_layers:
         raise UserError(
             f"layer {max(layers)} of --{student_init.option} {student_init.path} is needed, but it has "
             f"{student_init.config.num_hidden_layers}; lower --num_hidden_layers or set --init_layers"
+        )
+
+
+def _check_head(task: Task, teacher: Pretrained) -> None:
+    """Raise UserError if a classifier's labels do not fit the task, or an encoder's weights have a head."""
+    if teacher.is_classifier:
+        check_labels(task, teacher)
+    elif "classifier.weight" in teacher.weight_names:  # its head would be taken for one of the task
+        raise UserError(
+            f"{teacher.name} has a head (classifier.weight), but its architectures in config.json name no "
+            "BertForSequenceClassification; set that if it is a classifier for the task, or save its BertModel alone"
         )
 
 

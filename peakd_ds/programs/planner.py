@@ -253,7 +253,7 @@ def encoder_of_shape(num_layers: int, hidden: int, vocab_size: int) -> Pretraine
 
 
 def planned_task(name: str, num_labels: int | None) -> Task:
-    """The task of that name, or one of own rows with so many labels. Raises UserError for an unknown name."""
+    """The task of that name, or one of own rows with `num_labels` labels. Raises UserError for an unknown name."""
     if num_labels is not None:
         names = tuple(map(str, range(num_labels))) if num_labels > 1 else ()
         return own_task("rows", "classes" if names else "scores", ("text",), names)

@@ -34,7 +34,6 @@ def main(args: argparse.Namespace) -> None:
     import peakd_ds.sps  # noqa: F401 - registers the student's form with transformers
 
     dist.on_main(lambda: glue_eval.check_new("out", args.out, (".parquet", ".jsonl")))
-    args.submission = None
     task, model, tokenizer, splits, _ = dist.agree(lambda: glue_eval.load_inputs(args, with_train=True))
     logits: list[torch.Tensor] = []
     places: list[np.ndarray] = []

@@ -26,11 +26,7 @@ def evaluate() -> None:
 
 def evaluate_options(words: Sequence[str]) -> argparse.Namespace:
     """Options of peakd-eval. Raises UserError for a word or a value that does not fit."""
-    parser = Parser("peakd-eval", "Scores of a saved classifier on a task of GLUE, or on rows of your own.")
-    parser.add_argument("--model", required=True, help="folder of a student (either form) or teacher")
-    _add_rows(parser)
-    add_setting(parser, SPECS["max_seq_length"])
-    add_setting(parser, SPECS["micro_batch_size"])
+    parser = _parser_of_model("peakd-eval", "Scores of a saved classifier on a task of GLUE, or on rows of your own.")
     parser.add_argument("--submission", metavar="FOLDER", help="also write GLUE test files here, where test splits are")
     parser.add_argument(
         "--predictions",
@@ -38,7 +34,6 @@ def evaluate_options(words: Sequence[str]) -> argparse.Namespace:
         metavar="FILE",
         help="also write id, label and probabilities of each row: csv, tsv, jsonl or parquet",
     )
-    add_local_rank(parser)
     return _checked(parser, words, needs_train=False)
 
 
@@ -52,13 +47,11 @@ def predict() -> None:
 
 def predict_options(words: Sequence[str]) -> argparse.Namespace:
     """Options of peakd-predict. Raises UserError for a word or a value that does not fit."""
-    parser = Parser("peakd-predict", "Outputs of a saved classifier, as --teacher_outputs of train.py reads them.")
-    parser.add_argument("--model", required=True, help="folder of a saved classifier")
-    _add_rows(parser)
-    add_setting(parser, SPECS["max_seq_length"])
-    add_setting(parser, SPECS["micro_batch_size"])
+    parser = _parser_of_model(
+        "peakd-predict", "Outputs of a saved classifier, as --teacher_outputs of train.py reads them."
+    )
+    parser.set_defaults(submission=None)  # of peakd-eval, which reads its inputs the same way
     parser.add_argument("--out", required=True, type=_path, metavar="FILE", help="a new .parquet or .jsonl file")
-    add_local_rank(parser)
     return _checked(parser, words, needs_train=False)
 
 
@@ -227,6 +220,17 @@ def demo_options(words: Sequence[str]) -> argparse.Namespace:
 
 
 # -- Shared ------------------------------------------------------------------------------------------------------------
+
+
+def _parser_of_model(prog: str, description: str) -> Parser:
+    """A parser of a program that runs a saved model over rows, as one of several ranks."""
+    parser = Parser(prog, description)
+    parser.add_argument("--model", required=True, help="folder of a student (either form) or another saved classifier")
+    _add_rows(parser)
+    add_setting(parser, SPECS["max_seq_length"])
+    add_setting(parser, SPECS["micro_batch_size"])
+    add_local_rank(parser)
+    return parser
 
 
 def _add_rows(parser: Parser) -> None:

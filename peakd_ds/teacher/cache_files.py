@@ -61,7 +61,7 @@ class Part:
 
     logits_nC: Tensor
     cls_nH: list[Tensor]
-    """[CLS] vectors of each layer that was asked for, in that order."""
+    """[CLS] vectors of each requested layer, in that order."""
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class CacheFiles:
     folder: Path
     num_rows: int
     manifest: Manifest
-    """As it is on disk or will be written; empty if only gaps are asked for and none is there."""
+    """As it is on disk or will be written; empty if there is none and only gaps are wanted."""
 
     @property
     def bounds(self) -> np.ndarray:

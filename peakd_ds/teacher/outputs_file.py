@@ -27,6 +27,7 @@ from pyarrow import types
 from torch import Tensor
 
 from peakd_ds.data import own_files
+from peakd_ds.data.arrow_types import is_list
 from peakd_ds.data.own_files import Rows
 from peakd_ds.data.tasks import Task
 from peakd_ds.errors import UserError, shown
@@ -138,8 +139,7 @@ def _numbers(rows: Rows, name: str, task: Task) -> np.ndarray:
         raise UserError(f"{where} row {row} has no value; give each row one, or leave the row out")
     if types.is_struct(kind):
         return _by_name(column, where, task)
-    is_list = types.is_list(kind) or types.is_large_list(kind) or types.is_fixed_size_list(kind)
-    if not is_list or not (types.is_floating(kind.value_type) or types.is_integer(kind.value_type)):
+    if not is_list(kind) or not (types.is_floating(kind.value_type) or types.is_integer(kind.value_type)):
         raise UserError(f"{where} holds {kind}; give each row a list of {task.num_labels} numbers, or numbers by class")
     sizes = pyarrow.compute.list_value_length(column).to_numpy(zero_copy_only=False)
     if (sizes != task.num_labels).any():

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from peakd_ds.config import RunConfig
 from peakd_ds.data import own_files
+from peakd_ds.data.division import holds_out
 from peakd_ds.data.own_rows import ID, ROW
 from peakd_ds.data.tasks import Task
 from peakd_ds.data.tokens import TeacherOutputs
@@ -42,7 +43,6 @@ class StoredOutputs:
 class StoredTeacher:
     """The outputs of a run, by split."""
 
-    config: RunConfig
     logits_NC: dict[str, Tensor]
     """float32 [N, C] for train, the split that picks epochs, and those that are reported if the files have them."""
     selection_name: str
@@ -83,8 +83,9 @@ def read(config: RunConfig, task: Task, splits: Mapping[str, datasets.Dataset]) 
     """
     files = _files(config)
     names = ("train", *task.read_splits)
-    needed = task.dev_split if config.select_on == "dev" or task.selection_split else ""
-    """The split that picks epochs, if it is not held out of train."""
+    needed = (
+        "" if holds_out(config, task) else task.dev_split
+    )  # the split that picks epochs, if it is not train's tenth
     with_ids = [name for name in names if ID in splits[name].column_names]
     has_ids = "train" in with_ids
     if has_ids and needed and needed not in with_ids:
