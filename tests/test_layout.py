@@ -27,7 +27,7 @@ ORDER = (
     ("data",),
     ("sps", "ptp"),
     ("packed",),
-    ("cluster",),
+    ("cluster", "families"),
     ("ranks",),
     ("command_line",),
     ("config",),
