@@ -23,6 +23,8 @@ class Family:
     """Name of the list of layers in the base model; "" if it has none."""
     exchange: tuple[tuple[str, str], ...] = ()
     """Names, in a layer, of the query and key projections that change places in its second run."""
+    value: str = ""
+    """Name, in a layer, of the value projection."""
     fused_qkv: str = ""
     """Name, in a layer, of one projection that makes query, key and value at once."""
     is_packed: bool = True
@@ -40,13 +42,18 @@ class Family:
     def can_learn(self) -> bool:
         return not self.why_no_student
 
+    @property
+    def key_value(self) -> tuple[str, str]:
+        """Names of the key and value projections in the attention module itself."""
+        return self.exchange[0][1].rpartition(".")[2], self.value.rpartition(".")[2]
+
 
 _SELF_ATTENTION = (("attention.self.query", "attention.self.key"),)
 _NO_ENCODER = "it is a causal model, whose first token sees no other"
 
 
 def _like_bert(model_type: str, **more: Any) -> Family:
-    return Family(model_type, "encoder.layer", _SELF_ATTENTION, **more)
+    return Family(model_type, "encoder.layer", _SELF_ATTENTION, "attention.self.value", **more)
 
 
 def _decoder(model_type: str) -> Family:
@@ -61,7 +68,7 @@ FAMILIES = {
         _like_bert("xlm-roberta", starts_after_padding=True),
         _like_bert("camembert", starts_after_padding=True),
         _like_bert("electra"),
-        Family("distilbert", "transformer.layer", (("attention.q_lin", "attention.k_lin"),)),
+        Family("distilbert", "transformer.layer", (("attention.q_lin", "attention.k_lin"),), "attention.v_lin"),
         Family("modernbert", "layers", fused_qkv="attn.Wqkv"),
         Family(
             "deberta-v2",

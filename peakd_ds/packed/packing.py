@@ -83,17 +83,18 @@ def pack(input_ids: Sequence[np.ndarray], token_type_ids: Sequence[np.ndarray]) 
     }
 
 
-def padded(inputs: dict[str, Any]) -> dict[str, Tensor]:
+def padded(inputs: dict[str, Any], pad_token_id: int = 0) -> dict[str, Tensor]:
     """The same rows as any transformers model takes them: input_ids, token_type_ids, attention_mask, int64 [B, S].
 
-    Padding has the token id 0, which the mask hides.
+    Padding is on the right and hidden by the mask. Some models find positions, or the last token, by its token id.
     """
     packing = inputs["packing"]
     longest = int(packing.lengths.max())
+    is_token = packing.mask[:, 0, 0, :longest]
     return {
-        "input_ids": packing.pad(inputs["input_ids"][0])[:, :longest],
+        "input_ids": packing.pad(inputs["input_ids"][0])[:, :longest].masked_fill(~is_token, pad_token_id),
         "token_type_ids": packing.pad(inputs["token_type_ids"][0])[:, :longest],
-        "attention_mask": packing.mask[:, 0, 0, :longest].long(),
+        "attention_mask": is_token.long(),
     }
 
 
