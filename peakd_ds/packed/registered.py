@@ -18,8 +18,7 @@ from transformers.models.modernbert.modeling_modernbert import apply_rotary_pos_
 
 from peakd_ds import families
 from peakd_ds.packed.attention import Dropout, attend
-from peakd_ds.packed.packing import Packing
-from peakd_ds.packed.take import Take
+from peakd_ds.packed.packing import Packing, Take
 
 NAME = "peakd_packed"
 """The value of `attn_implementation` with which a model takes packed rows."""
@@ -57,7 +56,9 @@ def _attention(
         key, value = key_value(module)
     num_heads = query.shape[1]
     attended = attend(
-        *(states[0].transpose(0, 1).flatten(1) for states in (query, key, value)),
+        _join(query),
+        _join(key),
+        _join(value),
         packing,
         num_heads,
         query.shape[-1] ** -0.5 if scaling is None else float(scaling),
@@ -122,8 +123,8 @@ def _first_tokens(
 
 def _key_value(states: Tensor, names: tuple[str, str], module: nn.Module) -> tuple[Tensor, Tensor]:
     key, value = (module.get_submodule(name)(states) for name in names)
-    heads = getattr(module, "num_attention_heads", None) or module.n_heads
-    return _split(key, heads), _split(value, heads)
+    num_heads: Any = module.num_attention_heads if hasattr(module, "num_attention_heads") else module.n_heads
+    return _split(key, num_heads), _split(value, num_heads)
 
 
 def _rotated_key_value(states: Tensor, cos: Tensor, sin: Tensor, module: nn.Module) -> tuple[Tensor, Tensor]:
@@ -135,6 +136,11 @@ def _rotated_key_value(states: Tensor, cos: Tensor, sin: Tensor, module: nn.Modu
 def _split(states: Tensor, num_heads: int) -> Tensor:
     """[1, T, H] -> [1, heads, T, D]."""
     return states.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+
+
+def _join(states: Tensor) -> Tensor:
+    """[1, heads, T, D] -> [T, H]."""
+    return states[0].transpose(0, 1).flatten(1)
 
 
 def _after_layer(

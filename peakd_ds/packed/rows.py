@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from peakd_ds import families
 from peakd_ds.packed import registered
-from peakd_ds.packed.packing import Packing, padded
-from peakd_ds.packed.take import Take, pool
+from peakd_ds.packed.packing import Packing, Take, padded, pool
 
 
 def attention_of(config: Any) -> str | None:
@@ -36,6 +35,16 @@ def take_packed_rows(model: Any) -> None:
     model.register_forward_hook(partial(_pack_states, calls))
 
 
+def padded_inputs(config: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """Packed rows padded on the right, as transformers' model of this config takes them."""
+    found: dict[str, Any] = dict(padded(inputs, config.pad_token_id or 0))
+    if not families.has_token_types(config):
+        found.pop("token_type_ids")
+    if families.family_of(config).is_decoder:
+        found["use_cache"] = False
+    return found
+
+
 def _pad(
     calls: list[tuple[Packing, Take | None]], model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
@@ -45,12 +54,7 @@ def _pad(
         return None
     take: Take | None = kwargs.get("take")
     calls.append((packing, take))
-    config: Any = model.config
-    inputs: dict[str, Any] = dict(padded(kwargs, config.pad_token_id))
-    if not families.has_token_types(config):
-        inputs.pop("token_type_ids")
-    if families.family_of(config).is_decoder:
-        inputs["use_cache"] = False
+    inputs = padded_inputs(model.config, kwargs)
     return args, inputs | {"output_hidden_states": take is not None and bool(take.layers)}
 
 

@@ -9,7 +9,7 @@ Importing this package registers the architectures ``sps_bert``, ``sps_roberta``
 order.py has the orders of layers, shared.py the sharing for every family, bert.py that of BERT alone.
 """
 
-from peakd_ds.packed.take import Take
+from peakd_ds.packed.packing import Take
 from peakd_ds.sps.bert import (
     COMPUTED_VALUES,
     SPSBertConfig,

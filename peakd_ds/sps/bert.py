@@ -24,8 +24,7 @@ from transformers.models.bert.modeling_bert import (
 from transformers.utils.output_capturing import OutputRecorder
 
 from peakd_ds.packed.attention import Dropout, attend
-from peakd_ds.packed.packing import Packing
-from peakd_ds.packed.take import Take
+from peakd_ds.packed.packing import Packing, Take
 from peakd_ds.sps.order import execution_order, resolve_shuffle_qk
 
 COMPUTED_VALUES = {
@@ -216,7 +215,8 @@ class SPSBertForSequenceClassification(BertForSequenceClassification):
 
     Parameter names are those of ``BertForSequenceClassification`` with n layers, and so is ``forward``; with
     ``output_hidden_states`` it returns ``num_effective_layers + 1`` states, the embeddings first. It also takes packed
-    rows, as :func:`peakd_ds.packed.packing.pack` makes them, and then a :class:`Take` in place of ``output_hidden_states``.
+    rows, as :func:`peakd_ds.packed.packing.pack` makes them, and then a :class:`Take` in place of
+    ``output_hidden_states``.
 
     Under DeepSpeed ZeRO, gradient checkpointing must be non-reentrant (transformers' default): the reentrant kind
     runs a backward per layer, so ZeRO meets the gradient of a shared parameter twice and stops.

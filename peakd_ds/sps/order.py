@@ -3,6 +3,8 @@
 Orders without the exchange are those of Takase & Kiyono (arXiv 2104.06022).
 """
 
+from typing import Any
+
 SHARINGS = ("none", "sps", "cycle", "cycle_rev", "sequence")
 """Values of ``sharing``; :func:`execution_order` says what each means."""
 
@@ -61,3 +63,8 @@ def execution_order(num_layers: int, sharing: str, shuffle_qk: bool | None = Non
 def resolve_shuffle_qk(sharing: str, shuffle_qk: bool | None) -> bool:
     """Whether second runs exchange query and key: as set, or else with `sps` alone."""
     return sharing == "sps" if shuffle_qk is None else shuffle_qk
+
+
+def order_of(config: Any) -> tuple[tuple[int, bool], ...]:
+    """The (stored layer, query and key exchanged) of each effective layer of a student's config."""
+    return execution_order(config.num_hidden_layers, config.sharing, config.shuffle_qk)

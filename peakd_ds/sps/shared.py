@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from peakd_ds.families import BERT, FAMILIES, SHARED, STUDENTS, Family, family_of, plain_type
-from peakd_ds.sps.order import execution_order, resolve_shuffle_qk
+from peakd_ds.sps.order import execution_order, order_of, resolve_shuffle_qk
 
 
 @dataclass(frozen=True)
@@ -57,11 +57,6 @@ class ExchangedQKV(nn.Module):
         """[..., H] -> [..., 3 H]: key, query, value."""
         query, key, value = self.projection(states).chunk(3, dim=-1)
         return torch.cat((key, query, value), dim=-1)
-
-
-def order_of(config: Any) -> tuple[tuple[int, bool], ...]:
-    """The (stored layer, is exchanged) of each effective layer of a student's config."""
-    return execution_order(config.num_hidden_layers, config.sharing, config.shuffle_qk)
 
 
 def plain_config(config: Any) -> PreTrainedConfig:
@@ -111,8 +106,8 @@ def _hold_modules_of(first: nn.Module, again: nn.Module, family: Family, is_exch
 
 
 def tied_names(model: nn.Module) -> dict[str, str]:
-    """For each further name of a parameter, its first name. By identity: on the meta device no tensor has an address."""
-    first: dict[int, str] = {}
+    """For each further name of a parameter, its first name."""
+    first: dict[int, str] = {}  # by identity, since on the meta device no tensor has an address
     tied = {}
     for name, parameter in model.named_parameters(remove_duplicate=False):
         if id(parameter) in first:
