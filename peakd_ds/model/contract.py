@@ -10,12 +10,23 @@ from transformers.utils import cached_file
 from peakd_ds.config import RunConfig
 from peakd_ds.data.labels import TeacherClasses
 from peakd_ds.data.tasks import Task
+from peakd_ds.data.tokens import tokenizer_digest
 from peakd_ds.errors import UserError, as_user_error, shown
 from peakd_ds.model.config_file import Pretrained, read_config
 from peakd_ds.model.weights_file import check_weights
 
 NEW_WITH_A_TASK = ("classifier.", "bert.pooler.", "pooler.")
 """Weights that a pretrained encoder may lack."""
+VOCABULARY_FILES = (
+    "tokenizer.json",
+    "vocab.txt",
+    "vocab.json",
+    "spiece.model",
+    "sentencepiece.bpe.model",
+    "spm.model",
+    "tokenizer.model",
+)
+"""A tokenizer is stored with one of these at least."""
 
 
 def find_encoder(
@@ -53,6 +64,31 @@ def load_tokenizer(encoder: Pretrained) -> PreTrainedTokenizerBase:
             raise ValueError("no vocabulary in tokenizer.json or vocab.txt")
     check_tokenizer(tokenizer, encoder)
     return tokenizer
+
+
+def load_tokenizers(
+    teacher: Pretrained, student_init: Pretrained
+) -> tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]:
+    """The student's tokenizer and the teacher's: one object if they give every text the same ids.
+
+    A student encoder without a tokenizer of its own takes the teacher's.
+
+    Raises:
+        UserError: as `load_tokenizer`, or the teacher's tokenizer gives ids that the student encoder does not embed.
+    """
+    teacher_tokenizer = load_tokenizer(teacher)
+    if student_init.path != teacher.path and _has_tokenizer(student_init):
+        tokenizer = load_tokenizer(student_init)
+        if tokenizer_digest(tokenizer) != tokenizer_digest(teacher_tokenizer):
+            return tokenizer, teacher_tokenizer
+    check_vocabulary(teacher_tokenizer, student_init)
+    return teacher_tokenizer, teacher_tokenizer
+
+
+def _has_tokenizer(encoder: Pretrained) -> bool:
+    """Whether a vocabulary is stored with the encoder."""
+    options = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    return any(cached_file(encoder.path, name, **options) is not None for name in VOCABULARY_FILES)
 
 
 def check_tokenizer(tokenizer: PreTrainedTokenizerBase, encoder: Pretrained) -> None:
@@ -111,8 +147,8 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, encoder: Pretrained) ->
     num_ids = max(tokenizer.get_vocab().values()) + 1
     if num_ids > encoder.config.vocab_size:
         raise UserError(
-            f"the teacher's tokenizer has {num_ids} entries, but {encoder.name} embeds {encoder.config.vocab_size}; "
-            "teacher and student must share one vocabulary: take the tokenizer that the model was trained with"
+            f"the tokenizer has {num_ids} entries, but {encoder.name} embeds {encoder.config.vocab_size}; "
+            "save there the tokenizer that the model was trained with"
         )
 
 
@@ -120,30 +156,40 @@ def check_vocabulary(tokenizer: PreTrainedTokenizerBase, encoder: Pretrained) ->
 
 
 def check_contract(
-    config: RunConfig, task: Task, teacher: Pretrained, student_init: Pretrained, tokenizer: PreTrainedTokenizerBase
+    config: RunConfig,
+    task: Task,
+    teacher: Pretrained,
+    student_init: Pretrained,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> None:
-    """Check what teacher and student must share, before any engine starts.
+    """Check that teacher, student, task and settings fit each other, before any engine starts.
+
+    Args:
+        tokenizer: The student's.
+        teacher_tokenizer: None: the student's.
 
     Raises:
         UserError: vocabularies, label orders, token types, depths or lengths do not fit; names both sides.
     """
+    teacher_tokenizer = tokenizer if teacher_tokenizer is None else teacher_tokenizer
     for side in {teacher.path: teacher, student_init.path: student_init}.values():
-        check_vocabulary(tokenizer, side)
+        check_vocabulary(teacher_tokenizer if side is teacher else tokenizer, side)
         check_length(config.max_seq_length, side)
         if len(task.text_columns) == 2 and side.config.type_vocab_size < 2:
             raise UserError(
                 f"task {task.name} has sentence pairs, but {side.name} has {side.config.type_vocab_size} token "
                 "type; it could not tell the sentences apart: take a BERT with 2"
             )
-    if "token_type_ids" not in tokenizer.model_input_names:
+    if "token_type_ids" not in teacher_tokenizer.model_input_names:
         raise UserError(
             f"the tokenizer of --teacher {teacher.path} gives no token_type_ids, which BERT reads; "
             "use the tokenizer the teacher was trained with"
         )
-    if student_init.path != teacher.path and load_tokenizer(student_init).get_vocab() != tokenizer.get_vocab():
+    if teacher_tokenizer is not tokenizer and config.hidden_loss == "tokens" and config.beta > 0:
         raise UserError(
-            f"--teacher {teacher.path} and --{student_init.option} {student_init.path} have different "
-            "vocabularies; take a student encoder with the teacher's tokenizer"
+            f"--hidden_loss tokens compares a row's tokens one by one, but {teacher.name} and {student_init.name} have "
+            "different tokenizers; set --hidden_loss cls, or take a --student_init with the teacher's tokenizer"
         )
     if config.teacher:  # else its outputs are in files
         _check_head(task, teacher)
