@@ -47,9 +47,9 @@ class TeacherSettings:
     )
     teacher_pooling: str = setting(
         "auto",
-        "state of the teacher that stands for a row in --hidden_loss cls: that of the first token (cls), of the last "
-        "(last), or the mean of all; auto: what a sentence-transformers folder says, else last for a causal model, "
-        "mean for a model that classifies by it, cls for others",
+        "whose hidden state stands for a row of the teacher, compared with the student's: the first token's (cls), the "
+        "last one's (last), or the mean of all; auto: what a sentence-transformers folder says, else last for a causal "
+        "model, mean for one that classifies by it, cls for others",
         choices=("auto", "cls", "last", "mean"),
     )
 

@@ -6,6 +6,7 @@ As for BERT, keys that no forward pass reads are dropped, so they cannot change 
 import inspect
 from typing import Any
 
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
@@ -128,7 +129,10 @@ def build_other(document: dict[str, Any], model_type: str, source: str) -> tuple
     labels = labels_of(document, is_classifier, source)
     kept = {name: document[name] for name in (*names, *rules) if name in document}
     with as_user_error(f"{source} has a config.json that transformers does not take", "fix its config.json"):
-        config = config_class(**kept, **labels)
+        try:
+            config = config_class(**kept, **labels)
+        except StrictDataclassError as error:  # its first line names the check, its cause says what is wrong
+            raise error.__cause__ or error from error
     config.architectures = document.get("architectures")
     check_sizes(config, source)
     _check_fit(config, source)
