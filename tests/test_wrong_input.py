@@ -292,13 +292,21 @@ def test_tokenizer_larger_than_the_teacher_s_vocabulary(program: Program, tmp_pa
     assert_says(message, f"tokenizer has {len(VOCABULARY)} entries", f"embeds {len(VOCABULARY) - 10}", str(small))
 
 
-def test_teacher_and_student_of_different_vocabularies(program: Program, tmp_path: Path) -> None:
+def test_tokens_of_different_tokenizers_are_not_compared(program: Program, tmp_path: Path) -> None:
     other = save_encoder(tmp_path / "other")
     (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text().replace('"film"', '"movie"'))
-    message = program.refuses(student_init=other)
-    assert_says(
-        message, f"--teacher {program.settings['teacher']}", f"--student_init {other}", "different vocabularies"
-    )
+    message = program.refuses(student_init=other, hidden_loss="tokens", beta="0.1")
+    assert_says(message, "--hidden_loss tokens", f"--teacher {program.settings['teacher']}", "different tokenizers")
+    assert_says(message, f"--student_init {other}", "set --hidden_loss cls")
+
+
+def test_student_encoder_too_small_for_the_teacher_s_tokenizer(program: Program, tmp_path: Path) -> None:
+    """It has no tokenizer of its own, so it takes the teacher's."""
+    small = save_encoder(tmp_path / "small", vocab_size=len(VOCABULARY) - 10)
+    for file in (*small.glob("tokenizer*"), small / "vocab.txt"):
+        file.unlink()
+    message = program.refuses(student_init=small)
+    assert_says(message, f"the tokenizer has {len(VOCABULARY)} entries", f"--student_init {small} embeds", "save there")
 
 
 def test_teacher_without_a_tokenizer(program: Program, teacher: Path) -> None:
