@@ -18,8 +18,6 @@ from peakd_ds.model.config_file import Pretrained, read_config
 from peakd_ds.model.pooling import natural_pooling, teacher_pooling
 from peakd_ds.model.weights_file import OUTPUTS, check_weights
 
-__all__ = ["teacher_pooling"]
-
 NEW_WITH_A_TASK = ("classifier.", "bert.pooler.", "pooler.")
 """Weights that a pretrained encoder may lack."""
 VOCABULARY_FILES = (
@@ -220,7 +218,7 @@ def check_contract(
         teacher_tokenizer: None: the student's.
 
     Raises:
-        UserError: vocabularies, label orders, token types, depths or lengths do not fit; names both sides.
+        UserError: vocabularies, label orders, token types, poolings, depths or lengths do not fit; names both sides.
     """
     check_student(student_init)
     teacher_tokenizer = tokenizer if teacher_tokenizer is None else teacher_tokenizer
@@ -245,6 +243,8 @@ def check_contract(
             "different tokenizers; set --hidden_loss cls or --beta 0, or take a --student_init with the teacher's "
             "tokenizer"
         )
+    if config.teacher and config.hidden_loss == "cls" and config.beta > 0:
+        teacher_pooling(config.teacher_pooling, teacher, teacher_tokenizer)
     if config.teacher:  # else its outputs are in files
         _check_head(task, teacher)
     layers = config.init_layers or tuple(range(1, config.num_hidden_layers + 1))
