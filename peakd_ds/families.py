@@ -19,10 +19,14 @@ class Family:
     """What the program knows of one model type of transformers."""
 
     model_type: str
+    name: str
+    """The name that people use."""
     layers: str
     """Name of the list of layers in the base model; "" if it has none."""
     exchange: tuple[tuple[str, str], ...] = ()
     """Names, in a layer, of the query and key projections that change places in its second run."""
+    value: str = ""
+    """Name, in a layer, of the value projection."""
     fused_qkv: str = ""
     """Name, in a layer, of one projection that makes query, key and value at once."""
     is_packed: bool = True
@@ -40,31 +44,43 @@ class Family:
     def can_learn(self) -> bool:
         return not self.why_no_student
 
+    @property
+    def key_value(self) -> tuple[str, str]:
+        """Names of the key and value projections in the attention module itself."""
+        return self.exchange[0][1].rpartition(".")[2], self.value.rpartition(".")[2]
+
 
 _SELF_ATTENTION = (("attention.self.query", "attention.self.key"),)
 _NO_ENCODER = "it is a causal model, whose first token sees no other"
 
 
-def _like_bert(model_type: str, **more: Any) -> Family:
-    return Family(model_type, "encoder.layer", _SELF_ATTENTION, **more)
+def _like_bert(model_type: str, name: str, **more: Any) -> Family:
+    return Family(model_type, name, "encoder.layer", _SELF_ATTENTION, "attention.self.value", **more)
 
 
-def _decoder(model_type: str) -> Family:
-    return Family(model_type, "layers", is_packed=False, is_decoder=True, why_no_student=_NO_ENCODER)
+def _decoder(model_type: str, name: str) -> Family:
+    return Family(model_type, name, "layers", is_packed=False, is_decoder=True, why_no_student=_NO_ENCODER)
 
 
 FAMILIES = {
     family.model_type: family
     for family in (
-        _like_bert(BERT),
-        _like_bert("roberta", starts_after_padding=True),
-        _like_bert("xlm-roberta", starts_after_padding=True),
-        _like_bert("camembert", starts_after_padding=True),
-        _like_bert("electra"),
-        Family("distilbert", "transformer.layer", (("attention.q_lin", "attention.k_lin"),)),
-        Family("modernbert", "layers", fused_qkv="attn.Wqkv"),
+        _like_bert(BERT, "BERT"),
+        _like_bert("roberta", "RoBERTa", starts_after_padding=True),
+        _like_bert("xlm-roberta", "XLM-RoBERTa", starts_after_padding=True),
+        _like_bert("camembert", "CamemBERT", starts_after_padding=True),
+        _like_bert("electra", "ELECTRA"),
+        Family(
+            "distilbert",
+            "DistilBERT",
+            "transformer.layer",
+            (("attention.q_lin", "attention.k_lin"),),
+            "attention.v_lin",
+        ),
+        Family("modernbert", "ModernBERT", "layers", fused_qkv="attn.Wqkv"),
         Family(
             "deberta-v2",
+            "DeBERTa-v2 and v3",
             "encoder.layer",
             (
                 ("attention.self.query_proj", "attention.self.key_proj"),
@@ -75,18 +91,19 @@ FAMILIES = {
         ),
         Family(
             "mpnet",
+            "MPNet",
             "encoder.layer",
             (("attention.attn.q", "attention.attn.k"),),
             is_packed=False,
             starts_after_padding=True,
             has_relative_scores=True,
         ),
-        Family("albert", "", is_packed=False, why_no_student="its layers share their parameters already"),
-        _decoder("qwen2"),
-        _decoder("qwen3"),
-        _decoder("llama"),
-        _decoder("mistral"),
-        _decoder("gemma"),
+        Family("albert", "ALBERT", "", is_packed=False, why_no_student="its layers share their parameters already"),
+        _decoder("qwen2", "Qwen2"),
+        _decoder("qwen3", "Qwen3"),
+        _decoder("llama", "Llama"),
+        _decoder("mistral", "Mistral"),
+        _decoder("gemma", "Gemma"),
     )
 }
 """By transformers' model type."""

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from peakd_ds.data import metrics
 from peakd_ds.data.tasks import AGREEMENT
 from peakd_ds.engine import checkpoint
 from peakd_ds.engine.ds_config import DTYPES
 from peakd_ds.files import damage_named, damaged, needs_space, write_atomically
-from peakd_ds.model.build import check_saved_teacher
+from peakd_ds.model.build import check_saved_teacher, load_saved
 from peakd_ds.ranks import dist
 from peakd_ds.ranks.device import device
 from peakd_ds.results import evaluation, figures
@@ -22,7 +23,6 @@ from peakd_ds.results.export import export_model, export_onnx, model_card, unrol
 from peakd_ds.results.log import RunLog, read_metrics
 from peakd_ds.results.markdown import table
 from peakd_ds.run import Run
-from peakd_ds.sps import SPSBertForSequenceClassification
 from peakd_ds.teacher.stored import StoredTeacher
 
 
@@ -120,16 +120,10 @@ def _judge_student(run: Run, teacher_logits: dict[str, torch.Tensor]) -> dict[st
     }
 
 
-def _load_student(run: Run) -> SPSBertForSequenceClassification:
+def _load_student(run: Run) -> PreTrainedModel:
     folder = run.folder / "student"
     with damage_named(folder, _remedy(run)):
-        loaded: Any = SPSBertForSequenceClassification.from_pretrained(
-            folder, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
-        student, report = loaded
-        if report["missing_keys"]:
-            raise ValueError(f"{len(report['missing_keys'])} weights are missing")
-        return student
+        return load_saved(folder)
 
 
 def _primary_metric(run: Run) -> dict[str, str]:
@@ -193,14 +187,14 @@ def _export(run: Run, results: dict[str, Any], log: RunLog) -> None:
         base_model=run.student_init.path,
         own_task=run.task if run.task.is_own else None,
     )
-    write_atomically(run.folder / "student" / "README.md", model_card(**card, model_type="sps_bert"))
+    write_atomically(run.folder / "student" / "README.md", model_card(**card, model_type=student.config.model_type))
     if not run.config.export_unrolled:
         return
     plain = unroll(student)
     folder = run.folder / "student_unrolled"
     card["num_parameters"] = sum(parameter.numel() for parameter in plain.parameters())
     card["num_stored_layers"] = card["num_effective_layers"]
-    export_model(plain, run.tokenizer, folder, model_card(**card))
+    export_model(plain, run.tokenizer, folder, model_card(**card, model_type=plain.config.model_type))
     if run.config.export_onnx:
         difference = export_onnx(plain, run.tokenizer, folder / "model.onnx")
         log.say(f"model.onnx gives the same logits in onnxruntime to {difference:.1e}")

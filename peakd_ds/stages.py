@@ -14,6 +14,7 @@ from deepspeed import DeepSpeedEngine
 from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from peakd_ds import ptp
 from peakd_ds.cluster import run_lock
@@ -33,7 +34,6 @@ from peakd_ds.results import evaluation, figures
 from peakd_ds.results.export import export_model, unroll
 from peakd_ds.results.log import RunLog
 from peakd_ds.run import Run
-from peakd_ds.sps import SPSBertForSequenceClassification
 from peakd_ds.teacher.cache import CachedOutputs
 from peakd_ds.teacher.online import OnlineTeacher, with_teacher_outputs
 from peakd_ds.teacher.stored import StoredOutputs, StoredTeacher
@@ -142,7 +142,7 @@ def _teacher_stage(run: Run, log: RunLog) -> Stage:
     teacher = run.teacher
     assert isinstance(teacher, OnlineTeacher)
 
-    def finish(module: SPSBertForSequenceClassification) -> None:
+    def finish(module: PreTrainedModel) -> None:
         dist.on_main(lambda: export_model(unroll(module), run.tokenizer, teacher.folder, "", with_checksums=True))
 
     return Stage(
@@ -175,7 +175,7 @@ def _ptp_stage(run: Run, log: RunLog) -> Stage:
             "accuracy": (logits_NC.argmax(-1) == selection_labels_N).float().mean().item(),
         }
 
-    def finish(module: SPSBertForSequenceClassification) -> None:
+    def finish(module: PreTrainedModel) -> None:
         predictions_N = predict(module).argmax(-1)
         counts = ptp.summarize(train_labels_N[train_labels_N >= 0])
         log.figure("ptp/label_histogram", figures.label_histogram(ptp.PTP_LABEL_NAMES, list(counts.values())))

@@ -304,7 +304,7 @@ def test_card_of_own_data_says_what_outputs_and_metrics_are():
     classes = own_task("tickets", "classes", ("text",), names)
     text = card(task="tickets", own_task=classes, metrics={"accuracy": 0.5, "macro_f1": 0.4})
     for line in (
-        "A BERT text classifier for the task `tickets`, made with the method `pea-kd` of peakd_ds.",
+        "A text classifier (BERT) for the task `tickets`, made with the method `pea-kd` of peakd_ds.",
         "The data is the maker's own. The model reads a text and gives one of 2 classes.",
         "| 0 | billing |",
         r"| 1 | bug \| crash |",

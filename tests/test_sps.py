@@ -17,10 +17,10 @@ from peakd_ds.sps import (
     SHARINGS,
     SPSBertConfig,
     SPSBertForSequenceClassification,
-    SPSBertSelfAttention,
     execution_order,
     init_from_encoder,
 )
+from peakd_ds.sps.bert import SPSBertSelfAttention
 
 # Stored layers from 1 in running order; ' marks the run that exchanges query and key when the exchange is on.
 ORDERS = {

@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers import BertConfig, BertModel
 
 from peakd_ds import train
 from peakd_ds.command_line import parse
@@ -58,13 +59,15 @@ def test_same_embeddings_and_gradients(padding_idx: int | None) -> None:
 
 
 def test_restored_table(single_rank: None) -> None:
-    model = nn.ModuleDict({"embeddings": nn.ModuleDict({"word_embeddings": nn.Embedding(5, 2)})})
-    first, tokens = model["embeddings"]["word_embeddings"].weight.detach().clone(), torch.tensor([1, 4])
+    sizes = {"hidden_size": 2, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 2}
+    model = nn.ModuleDict({"model": BertModel(BertConfig(vocab_size=5, **sizes))})
+    first, tokens = model["model"].get_input_embeddings().weight.detach().clone(), torch.tensor([1, 4])
     whole = vocabulary.trim(model, tokens)
-    assert model["embeddings"]["word_embeddings"].weight.shape == (2, 2)
-    nn.init.constant_(model["embeddings"]["word_embeddings"].weight, 9.0)
+    assert list(whole) == ["model.embeddings.word_embeddings"]
+    assert model["model"].get_input_embeddings().weight.shape == (2, 2)
+    nn.init.constant_(model["model"].get_input_embeddings().weight, 9.0)
     vocabulary.restore(model, whole, tokens, decay=0.5)
-    restored = model["embeddings"]["word_embeddings"].weight
+    restored = model["model"].get_input_embeddings().weight
     assert torch.equal(restored[tokens], torch.full((2, 2), 9.0))
     assert torch.equal(restored[[0, 2, 3]], first[[0, 2, 3]] / 2)
 

@@ -11,58 +11,130 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForSequenceClassification,
+    BertModel,
+    PreTrainedConfig,
+    PreTrainedModel,
+)
 
 from peakd_ds.config import RunConfig
 from peakd_ds.data.tasks import Task
 from peakd_ds.errors import UserError, first_line
+from peakd_ds.families import BERT, SHARED
 from peakd_ds.files import damage_of, damaged, has_checksums
 from peakd_ds.model import contract
+from peakd_ds.packed.rows import attention_of, take_packed_rows
 from peakd_ds.ptp import NUM_PTP_LABELS
 from peakd_ds.ranks import dist
-from peakd_ds.sps import SPSBertConfig, SPSBertForSequenceClassification, Take, init_from_encoder
+from peakd_ds.sps import (
+    SPSBertConfig,
+    SPSBertForSequenceClassification,
+    Take,
+    classes_of,
+    init_from_encoder,
+    init_shared,
+)
 
 # -- Building ----------------------------------------------------------------------------------------------------------
 
 
-def build_teacher(config: RunConfig, task: Task, encoder: contract.Pretrained) -> SPSBertForSequenceClassification:
+def build_teacher(config: RunConfig, task: Task, encoder: contract.Pretrained) -> PreTrainedModel:
     """The teacher with a head for the task, in fp32; the head is new if the checkpoint has none.
 
-    It shares no layers, but has the student's class, which takes packed rows.
+    A BERT has the class of a student that shares no layers, which takes packed rows; others have transformers' own.
     """
     optional = () if encoder.is_classifier else contract.NEW_WITH_A_TASK
-    settings = teacher_config(config, task, encoder.config)
-    return load_pretrained(SPSBertForSequenceClassification, encoder.path, encoder.option, optional, config=settings)
+    return load_classifier(encoder, teacher_config(config, task, encoder.config), optional)
 
 
-def teacher_config(config: RunConfig, task: Task, encoder: BertConfig) -> SPSBertConfig:
+def teacher_config(config: RunConfig, task: Task, encoder: PreTrainedConfig) -> PreTrainedConfig:
     """The teacher's configuration: all layers of `encoder`, none shared, and a head for the task."""
-    settings = _inherited(encoder) | task_head(task) | _dropout_settings(config.dropout)
-    return SPSBertConfig(num_hidden_layers=encoder.num_hidden_layers, sharing="none", **settings)
+    return unshared_config(encoder, task_head(task) | _dropout_settings(encoder, config.dropout))
 
 
-def build_student(
-    config: RunConfig, student_init: contract.Pretrained, head: dict[str, Any]
-) -> SPSBertForSequenceClassification:
+def unshared_config(plain: PreTrainedConfig, settings: dict[str, Any]) -> PreTrainedConfig:
+    """A plain model's config with other `settings`, for the class that runs it here."""
+    settings = _inherited(plain) | settings
+    if plain.model_type == BERT:
+        return SPSBertConfig(num_hidden_layers=plain.num_hidden_layers, sharing="none", **settings)
+    return type(plain).from_dict(settings)
+
+
+def load_classifier(
+    source: contract.Pretrained, config: PreTrainedConfig, optional: tuple[str, ...]
+) -> PreTrainedModel:
+    """The model in a folder or on the hub with this config, in fp32, taking packed rows.
+
+    Args:
+        optional: Beginnings of names of weights that may be missing, and are then new.
+    """
+    model = load_pretrained(_class_of(config), source.path, source.option, optional, config=_with_attention(config))
+    return _taking_packed_rows(model)
+
+
+def build_classifier(config: PreTrainedConfig) -> PreTrainedModel:
+    """A new model of a config that `teacher_config` or `student_config` gives, taking packed rows."""
+    kind, config = _class_of(config), _with_attention(config)
+    is_auto = kind is AutoModelForSequenceClassification
+    return _taking_packed_rows(kind.from_config(config) if is_auto else kind(config))
+
+
+def _class_of(config: PreTrainedConfig) -> Any:
+    if isinstance(config, SPSBertConfig):
+        return SPSBertForSequenceClassification
+    is_shared = config.model_type.startswith(SHARED)
+    return classes_of(config.model_type).classifier if is_shared else AutoModelForSequenceClassification
+
+
+def _with_attention(config: PreTrainedConfig) -> PreTrainedConfig:
+    """The config with the attention that packed rows need; BERT's class here has its own."""
+    attention = attention_of(config)
+    if attention is not None and not isinstance(config, SPSBertConfig):
+        config._attn_implementation = attention
+    return config
+
+
+def _taking_packed_rows(model: PreTrainedModel) -> PreTrainedModel:
+    if not isinstance(model, SPSBertForSequenceClassification):  # which does so itself
+        take_packed_rows(model)
+    return model
+
+
+def build_student(config: RunConfig, student_init: contract.Pretrained, head: dict[str, Any]) -> PreTrainedModel:
     """A new student with `head` settings (`task_head` or `ptp_head`) and the encoder's weights, in fp32."""
-    student = SPSBertForSequenceClassification(student_config(config, student_init.config, head))
+    student = build_classifier(student_config(config, student_init.config, head))
     path, option, source_config = student_init.path, student_init.option, student_init.config
-    encoder = load_pretrained(BertModel, path, option, contract.NEW_WITH_A_TASK, config=source_config)
-    init_from_encoder(student, encoder, config.init_layers or tuple(range(1, config.num_hidden_layers + 1)))
+    kind = BertModel if source_config.model_type == BERT else AutoModel
+    encoder = load_pretrained(kind, path, option, contract.NEW_WITH_A_TASK, config=source_config)
+    if isinstance(student, SPSBertForSequenceClassification):
+        init_from_encoder(student, encoder, init_layers(config))
+    else:
+        init_shared(student, encoder, init_layers(config))
     return student
 
 
-def student_config(config: RunConfig, encoder: BertConfig, head: dict[str, Any]) -> SPSBertConfig:
+def init_layers(config: RunConfig) -> tuple[int, ...]:
+    """1-based layers of the encoder that become the stored layers."""
+    return config.init_layers or tuple(range(1, config.num_hidden_layers + 1))
+
+
+def student_config(config: RunConfig, encoder: PreTrainedConfig, head: dict[str, Any]) -> PreTrainedConfig:
     """The student's configuration: the sizes of `encoder`, n stored layers and the `head` settings."""
-    settings = _inherited(encoder) | head | _dropout_settings(config.dropout)
-    return SPSBertConfig(
-        num_hidden_layers=config.num_hidden_layers, sharing=config.sharing, shuffle_qk=config.swaps_qk, **settings
-    )
+    settings = _inherited(encoder) | head | _dropout_settings(encoder, config.dropout)
+    settings |= {"sharing": config.sharing, "shuffle_qk": config.swaps_qk}
+    if encoder.model_type == BERT:
+        return SPSBertConfig(num_hidden_layers=config.num_hidden_layers, **settings)
+    kind = classes_of(encoder.model_type).config
+    settings[kind.attribute_map.get("num_hidden_layers", "num_hidden_layers")] = config.num_hidden_layers
+    if settings.get("layer_types"):
+        settings["layer_types"] = [settings["layer_types"][number - 1] for number in init_layers(config)]
+    return kind(**settings)
 
 
-def load_teacher(
-    config: RunConfig, task: Task, source: contract.Pretrained, folder: Path
-) -> SPSBertForSequenceClassification:
+def load_teacher(config: RunConfig, task: Task, source: contract.Pretrained, folder: Path) -> PreTrainedModel:
     """The trained teacher: the user's classifier, or the one that this run has saved in `folder`.
 
     Raises:
@@ -74,15 +146,15 @@ def load_teacher(
     return build_teacher(config, task, source)
 
 
-def load_student_body(student: SPSBertForSequenceClassification, folder: Path) -> None:
-    """Copy embeddings, layers and pooler from the saved PTP student, without its head (Pea-KD).
+def load_student_body(student: PreTrainedModel, folder: Path) -> None:
+    """Copy the saved PTP student's base model: embeddings, layers and, in BERT, the pooler; not its head (Pea-KD).
 
     Raises:
         UserError: the saved student is damaged or cannot be read.
     """
     _check_saved_model(folder, "ptp", folder.parent)
-    pretrained = load_pretrained(SPSBertForSequenceClassification, str(folder), "run_dir")
-    student.bert.load_state_dict(pretrained.bert.state_dict())
+    pretrained = load_pretrained(type(student), str(folder), "run_dir")
+    student.base_model.load_state_dict(pretrained.base_model.state_dict())
 
 
 def check_saved_teacher(folder: Path) -> None:
@@ -130,20 +202,30 @@ def ptp_head() -> dict[str, Any]:
     return {"num_labels": NUM_PTP_LABELS, "problem_type": "single_label_classification"}
 
 
-def _inherited(config: BertConfig) -> dict[str, Any]:
-    """The entries of a plain BERT's configuration that our class inherits: sizes, vocabulary, activation."""
-    own = "model_type architectures num_hidden_layers id2label label2id dtype transformers_version _name_or_path"
-    return {name: value for name, value in config.to_dict().items() if name not in (*own.split(), "problem_type")}
+def _inherited(config: PreTrainedConfig) -> dict[str, Any]:
+    """The entries of a plain model's configuration that ours inherits: sizes, vocabulary, activation."""
+    own = "model_type architectures id2label label2id dtype transformers_version _name_or_path problem_type".split()
+    if config.model_type == BERT:
+        own.append("num_hidden_layers")
+    return {name: value for name, value in config.to_dict().items() if name not in own}
 
 
-def _dropout_settings(dropout: float | None) -> dict[str, Any]:
+def _dropout_settings(encoder: PreTrainedConfig, dropout: float | None) -> dict[str, Any]:
+    """Config entries that set every dropout probability of a family."""
     if dropout is None:
         return {}
-    return {
-        "hidden_dropout_prob": dropout,
-        "attention_probs_dropout_prob": dropout,
-        "classifier_dropout": dropout,
-    }
+    return {name: dropout for name in encoder.to_dict() if "dropout" in name}
+
+
+def load_saved(folder: Path) -> PreTrainedModel:
+    """The student that this run has saved, taking packed rows. Raises ValueError if weights are missing."""
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    model, report = _class_of(config).from_pretrained(
+        folder, config=_with_attention(config), use_safetensors=True, trust_remote_code=False, output_loading_info=True
+    )
+    if report["missing_keys"]:
+        raise ValueError(f"{len(report['missing_keys'])} weights are missing")
+    return _taking_packed_rows(model)
 
 
 def load_pretrained(model_class: Any, path: str, option: str, optional: tuple[str, ...] = (), **settings: Any) -> Any:
@@ -218,7 +300,7 @@ class MatchedStudent(nn.Module):
 
     def __init__(
         self,
-        student: SPSBertForSequenceClassification,
+        student: PreTrainedModel,
         pairs: Sequence[tuple[int, int]],
         teacher_hidden: int,
         hidden_loss: str,
@@ -240,9 +322,9 @@ class MatchedStudent(nn.Module):
 class Teacher(nn.Module):
     """The frozen teacher; its forward pass computes only what is read."""
 
-    def __init__(self, model: SPSBertForSequenceClassification):
+    def __init__(self, model: PreTrainedModel, pooling: str = "cls"):
         super().__init__()
-        self.model = model
+        self.model, self.pooling = model, pooling
 
     def forward(
         self, layers: Sequence[int] = (), hidden_loss: str = "cls", with_logits: bool = True, **inputs: Any
@@ -251,17 +333,18 @@ class Teacher(nn.Module):
 
         Without `with_logits` the logits mean nothing.
         """
-        return forward_with_states(self.model, inputs, layers, hidden_loss, with_logits)
+        return forward_with_states(self.model, inputs, layers, hidden_loss, with_logits, self.pooling)
 
 
 def forward_with_states(
-    model: SPSBertForSequenceClassification,
+    model: PreTrainedModel,
     inputs: dict[str, Any],
     layers: Sequence[int],
     hidden_loss: str,
     with_logits: bool = True,
+    pooling: str = "cls",
 ) -> tuple[torch.Tensor, list[torch.Tensor]]:
     """Logits [B, C] and states of the given effective layers (1-based) of packed inputs, as `Teacher.forward`."""
-    take = Take(tuple(layers), all_tokens=hidden_loss == "tokens", logits=with_logits)
+    take = Take(tuple(layers), hidden_loss == "tokens", pooling, with_logits)
     output = model(**inputs, take=take)
     return output.logits, [take.states[layer] for layer in layers]

@@ -13,8 +13,7 @@ import hashlib
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
-TABLE = "embeddings.word_embeddings"
+from transformers import PreTrainedModel
 
 
 def digest(tokens: Tensor) -> str:
@@ -44,8 +43,9 @@ class UsedEmbedding(nn.Embedding):
 
 def trim(module: nn.Module, tokens: Tensor) -> dict[str, nn.Embedding]:
     """Keep only the given tokens in a model's embedding tables; returns the full tables by name, for `restore`."""
+    tables = {id(part.get_input_embeddings()) for part in module.modules() if isinstance(part, PreTrainedModel)}
     whole = {
-        name: part for name, part in module.named_modules() if name.endswith(TABLE) and isinstance(part, nn.Embedding)
+        name: part for name, part in module.named_modules() if id(part) in tables and isinstance(part, nn.Embedding)
     }
     for name, table in whole.items():
         module.set_submodule(name, UsedEmbedding(table, tokens))

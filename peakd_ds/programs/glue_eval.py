@@ -23,7 +23,7 @@ from peakd_ds.data.tokens import Split, tokenize
 from peakd_ds.errors import UserError
 from peakd_ds.model import contract
 from peakd_ds.model.build import load_pretrained
-from peakd_ds.packed.packing import padded
+from peakd_ds.packed.rows import padded_inputs
 from peakd_ds.programs import scripts
 from peakd_ds.ranks import dist
 from peakd_ds.ranks.device import device
@@ -55,7 +55,7 @@ def main(args: argparse.Namespace) -> None:
         return tokenize(task, splits[name], tokenizer, args.max_seq_length, None)
 
     def forward(inputs: dict[str, Any]) -> torch.Tensor:
-        return model(**padded(inputs)).logits  # padded, as users of the saved model run it
+        return model(**padded_inputs(model.config, inputs)).logits  # padded, as users of the saved model run it
 
     dev = {name: tokenized(name) for name in task.eval_splits}
     metrics, logits_of, speed = evaluation.evaluate(forward, task, dev, args.micro_batch_size)

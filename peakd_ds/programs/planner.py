@@ -18,21 +18,29 @@ from typing import Any
 import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from torch import nn
-from transformers import BertConfig
+from transformers import BertConfig, PreTrainedConfig, PreTrainedModel
 
 from peakd_ds.config import RunConfig
 from peakd_ds.data.tasks import Task, get_task, own_task
 from peakd_ds.engine import engines
 from peakd_ds.engine.ds_config import DTYPES, batch_plan, load_ds_config
 from peakd_ds.errors import UserError
+from peakd_ds.families import intermediate_size
 from peakd_ds.model import contract
-from peakd_ds.model.build import MatchedStudent, layer_pairs, student_config, task_head, teacher_config
+from peakd_ds.model.build import (
+    MatchedStudent,
+    build_classifier,
+    layer_pairs,
+    student_config,
+    task_head,
+    teacher_config,
+)
 from peakd_ds.model.contract import Pretrained
 from peakd_ds.packed.packing import WIDTH_MULTIPLE
 from peakd_ds.programs import scripts
 from peakd_ds.programs.traffic import Sizes, step_traffic
 from peakd_ds.results import markdown
-from peakd_ds.sps import SPSBertForSequenceClassification
+from peakd_ds.sps import execution_order
 from peakd_ds.teacher.cache_files import row_bytes
 
 TEACHERS = ("teacher_zero0", "teacher_zero3", "teacher_zero3_offload")
@@ -200,8 +208,8 @@ class Batch:
     on_gpu: bool = True
 
 
-def layer_bytes(encoder: BertConfig, batch: Batch, first_only: bool = False) -> int:
-    """Upper bound on the bytes that a BertLayer keeps for its backward pass, or holds at once in its forward pass.
+def layer_bytes(encoder: PreTrainedConfig, batch: Batch, first_only: bool = False) -> int:
+    """Upper bound on the bytes that a layer keeps for its backward pass, or holds at once in its forward pass.
 
     For each query token (all tokens, or the first of each row with `first_only`): the layer's input, the input of the
     attention's dense layer, the inputs of both LayerNorms and the first one's output (5 hidden); input and output of
@@ -212,7 +220,7 @@ def layer_bytes(encoder: BertConfig, batch: Batch, first_only: bool = False) -> 
     """
     e, hidden, heads = batch.element_size, encoder.hidden_size, encoder.num_attention_heads
     queries, query_width = (batch.rows, batch.rows) if first_only else (batch.tokens, batch.rows * batch.width)
-    kept = queries * (e * (5 * hidden + 2 * encoder.intermediate_size) + 2 * (1 if batch.on_gpu else e) * hidden + 16)
+    kept = queries * (e * (5 * hidden + 2 * intermediate_size(encoder)) + 2 * (1 if batch.on_gpu else e) * hidden + 16)
     if batch.on_gpu:
         return kept + batch.rows * batch.width * (4 * e * hidden + FP32 * heads)
     return kept + batch.rows * batch.width * 3 * e * hidden + 2 * e * query_width * heads * batch.width
@@ -233,7 +241,7 @@ def student_activations(matched: MatchedStudent, teacher_hidden: int, batch: Bat
     return layers + batch.tokens * (3 * per_token + 5 * 8) + matched_states + 4 * batch.rows * per_token
 
 
-def teacher_activations(encoder: BertConfig, matched: MatchedStudent, batch: Batch) -> int:
+def teacher_activations(encoder: PreTrainedConfig, matched: MatchedStudent, batch: Batch) -> int:
     """Upper bound on the bytes of a forward pass without a graph.
 
     One layer, the states before and after it, and the outputs of two micro-batches (teacher/online.py).
@@ -264,8 +272,8 @@ def planned_task(name: str, num_labels: int | None) -> Task:
 
 
 def build_on_meta(
-    config: RunConfig, teacher: BertConfig, student_init: BertConfig, num_labels: int | None = None
-) -> tuple[SPSBertForSequenceClassification, MatchedStudent]:
+    config: RunConfig, teacher: PreTrainedConfig, student_init: PreTrainedConfig, num_labels: int | None = None
+) -> tuple[PreTrainedModel, MatchedStudent]:
     """(teacher, matched student) on the meta device, as model/build.py makes them for a run.
 
     Args:
@@ -276,11 +284,11 @@ def build_on_meta(
     """
     task = planned_task(config.task, num_labels)
     sizes = student_config(config, student_init, task_head(task))
-    pairs = layer_pairs(config.layer_map, sizes.num_effective_layers, teacher.num_hidden_layers)
+    depth = len(execution_order(config.num_hidden_layers, config.sharing, config.swaps_qk))
+    pairs = layer_pairs(config.layer_map, depth, teacher.num_hidden_layers)
     with torch.device("meta"):
-        student = SPSBertForSequenceClassification(sizes)
-        matched = MatchedStudent(student, pairs, teacher.hidden_size, config.hidden_loss)
-        return SPSBertForSequenceClassification(teacher_config(config, task, teacher)), matched
+        matched = MatchedStudent(build_classifier(sizes), pairs, teacher.hidden_size, config.hidden_loss)
+        return build_classifier(teacher_config(config, task, teacher)), matched
 
 
 def make_plan(
@@ -310,7 +318,11 @@ def make_plan(
         memory = choice_memory(matched, student, teacher.config, frozen_engine, batch)
         sent = step_traffic(traffic_sizes(student, frozen_engine, accum)).sent(options.world_size)
         choices.append({"student": student_name, "teacher": name, "sent_per_step": round(sent), **memory})
-    row_sizes = frozen.classifier.out_features, len({layer for _, layer in matched.pairs}), teacher.config.hidden_size
+    row_sizes = (
+        int(frozen.config.num_labels or 0),
+        len({layer for _, layer in matched.pairs}),
+        teacher.config.hidden_size,
+    )
     cached = dtypes if config.hidden_loss == "cls" else ()
     return {
         "teacher_parameters": frozen_engine.num_params,
@@ -328,7 +340,7 @@ def make_plan(
 
 
 def choice_memory(
-    matched: MatchedStudent, student: Engine, teacher_config: BertConfig, teacher: Engine, batch: Batch
+    matched: MatchedStudent, student: Engine, teacher_config: PreTrainedConfig, teacher: Engine, batch: Batch
 ) -> dict[str, Any]:
     """Bytes that a rank holds under a choice: of the student, of the teacher, their sum on the GPU, and on the host."""
     student_bytes, teacher_bytes = asdict(student_memory(student)), asdict(teacher_memory(teacher))

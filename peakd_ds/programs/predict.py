@@ -10,7 +10,7 @@ import torch
 
 from peakd_ds.data.own_rows import ID, ROW
 from peakd_ds.data.tokens import tokenize
-from peakd_ds.packed.packing import padded
+from peakd_ds.packed.rows import padded_inputs
 from peakd_ds.programs import glue_eval, scripts
 from peakd_ds.ranks import dist
 from peakd_ds.ranks.outcome import noted
@@ -43,7 +43,7 @@ def main(args: argparse.Namespace) -> None:
         rows = splits[name]
         split = tokenize(task, rows, tokenizer, args.max_seq_length, None)
         found, _ = evaluation.predict(
-            lambda inputs: model(**padded(inputs)).logits,
+            lambda inputs: model(**padded_inputs(model.config, inputs)).logits,
             split,
             np.arange(len(split)),
             args.micro_batch_size,

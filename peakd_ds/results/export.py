@@ -1,7 +1,7 @@
 """Export finished models as Hugging Face folders with a model card, and as ONNX.
 
-A student is saved as `sps_bert` (n stored layers; needs `import peakd_ds.sps` to load), or unrolled to a plain BERT of
-the effective depth, which transformers loads on its own.
+A student is saved as `sps_bert`, `sps_roberta` and so on (n stored layers; needs `import peakd_ds.sps` to load), or
+unrolled to the plain class of its family at the effective depth, which transformers loads on its own.
 """
 
 import copy
@@ -9,18 +9,27 @@ import importlib
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 from torch import nn
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    BertConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from peakd_ds.data.metrics import MAX_CLASSES_IN_TABLE, in_words
 from peakd_ds.data.tasks import Task
+from peakd_ds.families import FAMILIES, SHARED, plain_type
 from peakd_ds.files import checked_folder, needs_space, whole_file, whole_folder
 from peakd_ds.results import markdown
-from peakd_ds.sps import SPSBertConfig, SPSBertForSequenceClassification, execution_order
+from peakd_ds.sps import SPSBertConfig, shared
+from peakd_ds.sps.order import order_of
 
 ONNX_TOLERANCE = 1e-4
 """Largest absolute difference of a logit between PyTorch and onnxruntime that `export_onnx` accepts."""
@@ -36,25 +45,37 @@ _LAYERS = "bert.encoder.layer."
 _QUERY, _KEY = "attention.self.query", "attention.self.key"
 
 
-def unroll(student: SPSBertForSequenceClassification) -> BertForSequenceClassification:
-    """A plain BERT that computes the same logits without shared layers.
+def unroll(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of transformers' own class that computes the same logits without shared layers.
 
     It has one layer for each run of a stored layer, with query and key parameters swapped where that run swaps them.
-    Labels, problem type, device, dtype and training mode are those of the student.
+    Labels, problem type, device, dtype and training mode are those of `model`, which is returned itself if it shares
+    nothing and has transformers' class already.
     """
-    config: SPSBertConfig = student.config
-    order = execution_order(config.num_hidden_layers, config.sharing, config.shuffle_qk)
+    config: Any = model.config
+    if not config.model_type.startswith(SHARED):
+        return model
+    plain_config: PreTrainedConfig
+    state: Mapping[str, torch.Tensor]
+    if isinstance(config, SPSBertConfig):
+        plain_config, state = _plain_bert_config(config), _unrolled_state(model.state_dict(), order_of(config))
+    else:
+        plain_config, state = shared.plain_config(config), shared.unrolled_state(model)
+    # Exporting during training must not change the run's random numbers. The values drawn here are overwritten.
+    with torch.random.fork_rng(devices=[]):
+        plain = AutoModelForSequenceClassification.from_config(plain_config)
+    plain.config.architectures = [type(plain).__name__]
+    nn.Module.to(plain, model.device, model.dtype)  # transformers' own `to` has no type signature
+    plain.load_state_dict(state)
+    return plain.train(model.training)
+
+
+def _plain_bert_config(config: SPSBertConfig) -> BertConfig:
     settings = config.to_dict()
     for name in ("model_type", "sharing", "shuffle_qk"):
         del settings[name]
-    settings |= {"num_hidden_layers": len(order), "architectures": ["BertForSequenceClassification"]}
-    plain_config = BertConfig.from_dict(settings, attn_implementation=config._attn_implementation)
-    # Exporting during training must not change the run's random numbers. The values drawn here are overwritten.
-    with torch.random.fork_rng(devices=[]):
-        plain = BertForSequenceClassification(plain_config)
-    nn.Module.to(plain, student.device, student.dtype)  # transformers' own `to` has no type signature
-    plain.load_state_dict(_unrolled_state(student.state_dict(), order))
-    return plain.train(student.training)
+    settings["num_hidden_layers"] = config.num_effective_layers
+    return BertConfig.from_dict(settings, attn_implementation=config._attn_implementation)
 
 
 def _unrolled_state(state: Mapping[str, torch.Tensor], order: tuple[tuple[int, bool], ...]) -> dict[str, torch.Tensor]:
@@ -136,13 +157,13 @@ def model_card(
         num_effective_layers: Encoder layers that run.
         settings: Training settings by name; those that are set and tell no path of the user's are listed.
         base_model: What the model was initialised from; the front matter names it if it is a hub id.
-        model_type: Of the saved config; `sps_bert` needs peakd_ds.sps to load.
+        model_type: Of the saved config; `sps_bert` and the like need peakd_ds.sps to load.
         own_task: The task if it is the user's own data: the card says what labels and metrics are.
     """
     front_matter: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-classification"}
     if base_model is not None and _is_hub_id(base_model):
         front_matter["base_model"] = base_model
-    front_matter["tags"] = ["bert", "knowledge-distillation", "pea-kd"]
+    front_matter["tags"] = [plain_type(model_type), "knowledge-distillation", "pea-kd"]
     if num_stored_layers == num_effective_layers:
         layers = f"{num_stored_layers}"
     else:
@@ -151,7 +172,8 @@ def model_card(
     sections = [
         f"---\n{yaml.safe_dump(front_matter, sort_keys=False)}---",
         f"# {task}: {method}",
-        f"A BERT text classifier for the task `{task}`, made with the method `{method}` of peakd_ds.",
+        f"A text classifier ({FAMILIES[plain_type(model_type)].name}) for the task `{task}`, made with the method "
+        f"`{method}` of peakd_ds.",
         *(_labels(own_task) if own_task else []),
         "## Evaluation",
         _metric_table(metrics, teacher_metrics),
@@ -213,8 +235,8 @@ def _metric_table(metrics: Mapping[str, float], teacher_metrics: Mapping[str, fl
 
 
 def _usage(model_type: str, gives_several: bool) -> str:
-    is_shared = model_type == SPSBertConfig.model_type
-    imports = "import peakd_ds.sps  # registers sps_bert with transformers\n" if is_shared else ""
+    is_shared = model_type.startswith(SHARED)
+    imports = f"import peakd_ds.sps  # registers {model_type} with transformers\n" if is_shared else ""
     options = ", top_k=None" if gives_several else ""  # the probability of every class, not of the largest
     return (
         f"```python\n{imports}from transformers import pipeline\n\n"
@@ -286,7 +308,7 @@ def require_onnx() -> None:
 
 
 def _random_inputs(
-    tokenizer: PreTrainedTokenizerBase, config: BertConfig, num_rows: int, num_tokens: int
+    tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, num_rows: int, num_tokens: int
 ) -> dict[str, torch.Tensor]:
     """Inputs by the tokenizer's names, int64 [num_rows, num_tokens]; half of the last row is padding."""
     generator = torch.Generator().manual_seed(0)
@@ -296,8 +318,9 @@ def _random_inputs(
     inputs = {
         "input_ids": torch.randint(config.vocab_size, shape, generator=generator),
         "attention_mask": attention_mask,
-        "token_type_ids": torch.randint(config.type_vocab_size, shape, generator=generator),
     }
+    if getattr(config, "type_vocab_size", 0):
+        inputs["token_type_ids"] = torch.randint(config.type_vocab_size, shape, generator=generator)
     return {name: tensor for name, tensor in inputs.items() if name in tokenizer.model_input_names}
 
 

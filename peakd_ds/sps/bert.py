@@ -1,17 +1,10 @@
-"""Shuffled Parameter Sharing (SPS): a BERT classifier that runs its stored layers more than once.
+"""SPS for BERT: a classifier that runs its stored layers in the order of order.py, written out.
 
-Pea-KD (Cho & Kang, arXiv 2009.14822) lets pairs of encoder layers share all parameters and, in the second run
-of a layer, exchanges its query and key projections. As K Q^T = (Q K^T)^T, the second run attends with the
-transposed scores of the same parameters: more depth and a second attention pattern at no extra parameter.
-
-Importing this module registers the architecture ``sps_bert`` with transformers, so ``AutoConfig`` and
-``AutoModelForSequenceClassification`` load a folder that ``save_pretrained`` wrote.
-
-Orders without the exchange are those of Takase & Kiyono (arXiv 2104.06022).
+It is the fast path that shared.py is compared with: packed rows go through its own attention, without transformers'
+dispatch, and only the first tokens through its last layer.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -31,10 +24,8 @@ from transformers.models.bert.modeling_bert import (
 from transformers.utils.output_capturing import OutputRecorder
 
 from peakd_ds.packed.attention import Dropout, attend
-from peakd_ds.packed.packing import Packing
-
-SHARINGS = ("none", "sps", "cycle", "cycle_rev", "sequence")
-"""Values of ``sharing``; :func:`execution_order` says what each means."""
+from peakd_ds.packed.packing import Packing, Take
+from peakd_ds.sps.order import execution_order, resolve_shuffle_qk
 
 COMPUTED_VALUES = {
     "position_embedding_type": "absolute",
@@ -54,61 +45,6 @@ _ENCODER_FIELDS = (
     "intermediate_size",
     "hidden_act",
 )
-
-
-def execution_order(num_layers: int, sharing: str, shuffle_qk: bool | None = None) -> tuple[tuple[int, bool], ...]:
-    """Return the layers in the order in which they run.
-
-    With n stored layers, numbered from 1 here and from 0 in the result:
-
-    ========== ============================= ==============================
-    sharing    n other than 6                n = 6
-    ========== ============================= ==============================
-    none       1..n                          1..6
-    sps, cycle 1..n, 1..n                    1..6, 4..6
-    cycle_rev  1..n, n..1                    1..6, 6..4
-    sequence   1, 1, 2, 2, .., n, n          1, 2, 3, 4, 4, 5, 5, 6, 6
-    ========== ============================= ==============================
-
-    Six stored layers repeat only their upper three, as in the SPS encoder of the method's published code.
-
-    Args:
-        num_layers: Number of stored layers n, at least 1.
-        sharing: One of :data:`SHARINGS`.
-        shuffle_qk: Whether the second run of a layer exchanges query and key. None: on for ``sps``, off
-            for the others, which is the only difference between ``sps`` and ``cycle``.
-
-    Returns:
-        One (index of the stored layer from 0, query and key exchanged) per effective layer.
-
-    Raises:
-        ValueError: For an unknown sharing, fewer than 1 layer, or ``shuffle_qk=True`` with ``none``.
-    """
-    if num_layers < 1:
-        raise ValueError(f"num_layers is {num_layers}, but a model needs a stored layer; set 1 or more")
-    if sharing not in SHARINGS:
-        raise ValueError(f"sharing is {sharing!r}, which is no order of layers; set one of {', '.join(SHARINGS)}")
-    if sharing == "none" and shuffle_qk:
-        raise ValueError(
-            "shuffle_qk is True with sharing 'none', but the exchange is made in a layer's second run and no "
-            "layer runs twice; set shuffle_qk to False or choose another sharing"
-        )
-    first = list(range(num_layers))
-    second = first[3:] if num_layers == 6 else first
-    if sharing == "none":
-        order = first
-    elif sharing == "cycle_rev":
-        order = first + second[::-1]
-    elif sharing == "sequence":
-        order = sorted(first + second)
-    else:
-        order = first + second
-    exchange = _resolve_shuffle_qk(sharing, shuffle_qk)
-    return tuple((index, exchange and index in order[:position]) for position, index in enumerate(order))
-
-
-def _resolve_shuffle_qk(sharing: str, shuffle_qk: bool | None) -> bool:
-    return sharing == "sps" if shuffle_qk is None else shuffle_qk
 
 
 @strict
@@ -138,7 +74,7 @@ class SPSBertConfig(BertConfig):
             if found != value:
                 raise ValueError(f"{name} is {found!r}, but SPS is an encoder that computes only {value!r}; set that")
         execution_order(self.num_hidden_layers, self.sharing, self.shuffle_qk)  # raises for what cannot run
-        self.shuffle_qk = _resolve_shuffle_qk(self.sharing, self.shuffle_qk)
+        self.shuffle_qk = resolve_shuffle_qk(self.sharing, self.shuffle_qk)
 
     @property
     def num_effective_layers(self) -> int:
@@ -211,60 +147,6 @@ class SPSBertAttention(BertAttention):
         return self.output(attended, hidden_states if query_states is None else query_states), weights
 
 
-@dataclass
-class Take:
-    """The hidden states that a packed forward pass keeps: of some layers, of first tokens or of all tokens."""
-
-    layers: tuple[int, ...] = ()
-    """Effective layers, from 1."""
-    all_tokens: bool = False
-    logits: bool = True
-    """Whether the output is read; if not, the pass ends after the last of `layers`, and its logits mean nothing."""
-    states: dict[int, torch.Tensor] = field(default_factory=dict)
-    """The states by layer: [B, hidden], or [1, T, hidden] with `all_tokens`."""
-
-    def from_layer(self, number: int, hidden_states: torch.Tensor, packing: Packing | None) -> torch.Tensor:
-        """Keep states of a layer's output: [1, T, hidden], or without `packing` [1, B, hidden] of first tokens.
-
-        Returns:
-            The states for the next layer.
-        """
-        if self.all_tokens:
-            self.states[number] = hidden_states
-        elif packing is None:
-            self.states[number] = hidden_states[0]
-        else:
-            hidden_states, self.states[number] = _TakeFirst.apply(hidden_states, packing.starts)
-        return hidden_states
-
-
-class _TakeFirst(torch.autograd.Function):
-    """The states [1, T, hidden] unchanged, and a copy [B, hidden] of their first tokens, at starts [B].
-
-    The gradient of indexing would be a tensor of the full shape, zero except for these tokens, which autograd fills and
-    adds to the states' gradient. Here the tokens' gradient is added in place. That is safe because autograd has summed
-    the states' gradient for this node: every layer reads its input more than once (attention, residual).
-    """
-
-    @staticmethod
-    def forward(ctx: Any, states: torch.Tensor, starts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        ctx.set_materialize_grads(False)
-        ctx.shape = states.shape
-        ctx.save_for_backward(starts)
-        return states.view_as(states), states[0].index_select(0, starts)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(
-        ctx: Any, grad_states: torch.Tensor | None, grad_first: torch.Tensor | None
-    ) -> tuple[torch.Tensor | None, None]:
-        if grad_first is not None:
-            if grad_states is None:  # no layer above reads the states
-                grad_states = grad_first.new_zeros(ctx.shape)
-            grad_states[0].index_add_(0, ctx.saved_tensors[0], grad_first)
-        return grad_states, None
-
-
 class SPSBertEncoder(BertEncoder):
     """The stored layers, run in the order of the configuration."""
 
@@ -295,7 +177,7 @@ class SPSBertEncoder(BertEncoder):
             more: dict[str, Any] = {"swap_qk": swapped}
             if packing is not None:
                 more["packing"] = packing
-                if number == depth and not (take is not None and take.all_tokens and number in take.layers):
+                if number == depth and not (take is not None and take.needs_all_tokens(number)):
                     more["query_states"] = hidden_states.index_select(1, packing.starts)
             hidden_states = self.layer[index](hidden_states, attention_mask, **more, **kwargs)
             if take is not None and number in take.layers:
@@ -333,7 +215,8 @@ class SPSBertForSequenceClassification(BertForSequenceClassification):
 
     Parameter names are those of ``BertForSequenceClassification`` with n layers, and so is ``forward``; with
     ``output_hidden_states`` it returns ``num_effective_layers + 1`` states, the embeddings first. It also takes packed
-    rows, as :func:`peakd_ds.packing.pack` makes them, and then a :class:`Take` in place of ``output_hidden_states``.
+    rows, as :func:`peakd_ds.packed.packing.pack` makes them, and then a :class:`Take` in place of
+    ``output_hidden_states``.
 
     Under DeepSpeed ZeRO, gradient checkpointing must be non-reentrant (transformers' default): the reentrant kind
     runs a backward per layer, so ZeRO meets the gradient of a shared parameter twice and stops.
