@@ -7,6 +7,7 @@ from peakd_ds.data import summary
 from peakd_ds.data.division import NUM_SHARDS
 from peakd_ds.engine.ds_config import zero_stage
 from peakd_ds.kernels import choose_backend
+from peakd_ds.model import sizes
 from peakd_ds.ranks import dist, host
 from peakd_ds.ranks.device import device
 from peakd_ds.run import Run
@@ -35,6 +36,7 @@ def plan(run: Run) -> str:
             f"student: {config.num_hidden_layers} stored layers run as {run.student_depth} of "
             f"{run.student_init.config.hidden_size}, ZeRO stage {zero_stage(run.student_ds_config)}, "
             f"layer pairs {pairs}",
+            _parameters(run),
             f"vocabulary: {len(run.used_tokens):,} of {len(run.tokenizer):,} tokens occur and are trained",
             f"loss: {_loss_backend(config)}",
             summary.of_labels(run.task, "train", run.train.labels.numpy()),
@@ -52,6 +54,15 @@ def _lengths(run: Run) -> list[str]:
         return [summary.of_lengths(run.train, run.config.max_seq_length, run.tokenizer)]
     readers = ("student", run.train, run.tokenizer), ("teacher", run.train.for_teacher(), run.teacher_tokenizer)
     return [summary.of_lengths(split, run.config.max_seq_length, tokenizer, who) for who, split, tokenizer in readers]
+
+
+def _parameters(run: Run) -> str:
+    """The parameters of teacher and student; a teacher whose outputs are read from files has none."""
+    has_teacher = isinstance(run.teacher, OnlineTeacher)
+    source = run.teacher.source if isinstance(run.teacher, OnlineTeacher) else run.student_init
+    models = sizes.teacher_and_student_on_meta(run.config, run.task, source.config, run.student_init.config)
+    teacher, student = map(sizes.count_parameters, models)
+    return f"sizes: {f'teacher {teacher}, ' if has_teacher else ''}student {student}"
 
 
 def _loss_backend(config: RunConfig) -> str:

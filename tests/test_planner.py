@@ -304,6 +304,20 @@ def test_a_folder_without_weights_can_be_planned(tmp_path: Path, capsys: pytest.
     assert counted == sum(p.numel() for p in BertForSequenceClassification(encoder).parameters())
 
 
+def test_embeddings_and_layers_are_counted_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    planner.main(scripts.plan_options(["--teacher_layers", "4", "--teacher_hidden", "128", "--json"]))
+    plan = json.loads(capsys.readouterr().out)
+    layer = 4 * (128 * 128 + 128) + 2 * 128 * 512 + 512 + 128 + 4 * 128
+    for name, num_layers in (("teacher", 4), ("student", 3)):
+        parts = plan[f"{name}_parameters_of"]
+        assert (parts["embeddings"], parts["layers"]) == (30522 * 128, num_layers * layer)
+        assert sum(parts.values()) == plan[f"{name}_parameters"]
+    planner.main(scripts.plan_options(["--teacher_layers", "4", "--teacher_hidden", "128"]))
+    assert f"teacher: {plan['teacher_parameters']:,} parameters (3.9 M embeddings, 0.8 M layers, " in (
+        capsys.readouterr().out
+    )
+
+
 def test_own_rows_are_planned_by_their_number_of_labels(capsys: pytest.CaptureFixture[str]) -> None:
     def plan(*words: str) -> dict[str, Any]:
         planner.main(scripts.plan_options([*SHAPES[:4], *words, "--json"]))

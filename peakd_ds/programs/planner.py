@@ -27,15 +27,9 @@ from peakd_ds.engine.ds_config import DTYPES, batch_plan, load_ds_config
 from peakd_ds.errors import UserError
 from peakd_ds.families import intermediate_size
 from peakd_ds.model import contract
-from peakd_ds.model.build import (
-    MatchedStudent,
-    build_classifier,
-    layer_pairs,
-    student_config,
-    task_head,
-    teacher_config,
-)
+from peakd_ds.model.build import MatchedStudent, layer_pairs
 from peakd_ds.model.contract import Pretrained
+from peakd_ds.model.sizes import Parameters, count_parameters, teacher_and_student_on_meta
 from peakd_ds.packed.packing import WIDTH_MULTIPLE
 from peakd_ds.programs import scripts
 from peakd_ds.programs.traffic import Sizes, step_traffic
@@ -283,12 +277,11 @@ def build_on_meta(
         UserError: an unknown task, or a layer map that does not fit the depths.
     """
     task = planned_task(config.task, num_labels)
-    sizes = student_config(config, student_init, task_head(task))
     depth = len(execution_order(config.num_hidden_layers, config.sharing, config.swaps_qk))
     pairs = layer_pairs(config.layer_map, depth, teacher.num_hidden_layers)
+    frozen, student = teacher_and_student_on_meta(config, task, teacher, student_init)
     with torch.device("meta"):
-        matched = MatchedStudent(build_classifier(sizes), pairs, teacher.hidden_size, config.hidden_loss)
-        return build_classifier(teacher_config(config, task, teacher)), matched
+        return frozen, MatchedStudent(student, pairs, teacher.hidden_size, config.hidden_loss)
 
 
 def make_plan(
@@ -326,7 +319,9 @@ def make_plan(
     cached = dtypes if config.hidden_loss == "cls" else ()
     return {
         "teacher_parameters": frozen_engine.num_params,
+        "teacher_parameters_of": count_parameters(frozen)._asdict(),
         "student_parameters": student.num_params,
+        "student_parameters_of": count_parameters(matched.student, matched)._asdict(),
         "stored_layers": config.num_hidden_layers,
         "effective_layers": matched.student.config.num_effective_layers,
         "layer_pairs": len(matched.pairs),
@@ -383,9 +378,9 @@ def to_markdown(plan: dict[str, Any]) -> str:
     """The plan as Markdown; an arrow marks the recommended choice."""
     num_rows, best = plan["train_rows"], plan["recommended"]["index"]
     lines = [
-        "teacher: {teacher_parameters:,} parameters".format(**plan),
-        "student: {student_parameters:,} parameters, {stored_layers} stored layers run as {effective_layers}, "
-        "{layer_pairs} matched layer pairs".format(**plan),
+        f"teacher: {Parameters(**plan['teacher_parameters_of'])}",
+        f"student: {Parameters(**plan['student_parameters_of'])}, "
+        "{stored_layers} stored layers run as {effective_layers}, {layer_pairs} matched layer pairs".format(**plan),
         "batch: global {global_batch_size} = micro {micro_batch_size} x accum {num_accum_steps} x world {world_size}, "
         "{tokens:,} tokens a micro-batch".format(**plan),
     ]

