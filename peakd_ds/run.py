@@ -214,7 +214,10 @@ def _assemble(checked: _Checked, train: Split, dev: dict[str, Split]) -> Run:
     dev = {name: split for name, split in dev.items() if name in task.eval_splits}
     teacher, teacher_cache = _teacher_of(checked, train, selection)
     splits = train, selection.split
-    teacher_splits = [split.for_teacher() for split in splits]
+    tokens = teacher_tokens = _used_tokens(checked.student_init, checked.tokenizer, splits)
+    if _reads_other_tokens(checked):
+        teacher_splits = [split.for_teacher() for split in splits]
+        teacher_tokens = _used_tokens(checked.teacher_source, checked.teacher_tokenizer, teacher_splits)
     return Run(
         config=config,
         task=task,
@@ -229,10 +232,16 @@ def _assemble(checked: _Checked, train: Split, dev: dict[str, Split]) -> Run:
         trained=trained,
         selection=selection,
         dev=dev,
-        used_tokens=_used_tokens(checked.student_init, checked.tokenizer, splits),
-        teacher_used_tokens=_used_tokens(checked.teacher_source, checked.teacher_tokenizer, teacher_splits),
+        used_tokens=tokens,
+        teacher_used_tokens=teacher_tokens,
         notes=checked.notes,
     )
+
+
+def _reads_other_tokens(checked: _Checked) -> bool:
+    """Whether the teacher reads other token ids than the student, padding included."""
+    pads = [not families.is_packed(source.config) for source in (checked.teacher_source, checked.student_init)]
+    return checked.teacher_tokenizer is not checked.tokenizer or pads[0] != pads[1]
 
 
 def _used_tokens(model: Pretrained, tokenizer: PreTrainedTokenizerBase, splits: Sequence[Split]) -> torch.Tensor:
