@@ -322,3 +322,26 @@ def test_unrolled_students_load_with_transformers_alone(tmp_path: Path) -> None:
     for folder, rows in expected.items():
         for mine, other in zip(rows, found[folder], strict=True):
             assert other == pytest.approx(mine, abs=1e-5), folder
+
+
+def test_exchange_transposes_scores(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Given the same states, the second run has the first one's scores transposed, unless positions add terms."""
+    found: list[torch.Tensor] = []
+    softmax = nn.functional.softmax
+    monkeypatch.setattr(
+        nn.functional, "softmax", lambda scores, *args, **more: found.append(scores) or softmax(scores, *args, **more)
+    )
+    for model_type in OTHERS:
+        family, student = FAMILIES[model_type], make_student(model_type, 2)
+        student.set_attn_implementation("eager")
+        states = torch.randn(1, 9, student.config.hidden_size)
+        for number in (1, 3):  # runs of the second layer: ModernBERT's first has a norm of its own in the second run
+            layer = student.base_model.get_submodule(family.layers)[number]
+            layer.register_forward_pre_hook(lambda _, args, states=states: (states, *args[1:]))
+        found.clear()
+        student(input_ids=torch.arange(5, 14)[None], attention_mask=torch.ones(1, 9, dtype=torch.int64))
+        first, _, again = found[1:4]
+        if family.has_relative_scores:
+            assert largest(first.mT, again) > 1e-3, f"{model_type} is said to add terms that are not transposed"
+        else:
+            assert largest(first.mT, again) < TOLERANCE * first.abs().max(), model_type

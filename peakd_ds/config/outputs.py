@@ -57,7 +57,7 @@ class OutputSettings:
     )
     export_unrolled: bool = setting(
         True,
-        "also write the student as a plain BERT of the effective depth",
+        "also write the student in transformers' own class, at the effective depth",
         is_neutral=True,
     )
     export_onnx: bool = setting(

@@ -17,8 +17,8 @@ class StudentSettings:
 
     student_init: str = setting(
         "",
-        "folder or hub id of the pretrained BERT encoder whose embeddings, pooler and "
-        "layers start the student; another hidden size than the teacher's is allowed",
+        "folder or hub id of the pretrained encoder whose embeddings and layers start the student, of any family that "
+        "learns (docs/families.md); family, tokenizer and sizes may differ from the teacher's",
         shown_default="the --teacher weights as given",
     )
     num_hidden_layers: int = setting(
