@@ -6,8 +6,10 @@ from peakd_ds.config import RunConfig
 from peakd_ds.data import summary
 from peakd_ds.data.division import NUM_SHARDS
 from peakd_ds.engine.ds_config import zero_stage
+from peakd_ds.families import is_packed
 from peakd_ds.kernels import choose_backend
 from peakd_ds.model import sizes
+from peakd_ds.model.contract import Pretrained
 from peakd_ds.ranks import dist, host
 from peakd_ds.ranks.device import device
 from peakd_ds.run import Run
@@ -33,9 +35,9 @@ def plan(run: Run) -> str:
             "at a time",
             *placement,
             f"teacher: {_teacher(run)}",
-            f"student: {config.num_hidden_layers} stored layers run as {run.student_depth} of "
-            f"{run.student_init.config.hidden_size}, ZeRO stage {zero_stage(run.student_ds_config)}, "
-            f"layer pairs {pairs}",
+            f"student: {_family(run.student_init)}, {config.num_hidden_layers} stored layers run as "
+            f"{run.student_depth} of {run.student_init.config.hidden_size}, "
+            f"ZeRO stage {zero_stage(run.student_ds_config)}, layer pairs {pairs}",
             _parameters(run),
             f"vocabulary: {len(run.used_tokens):,} of {len(run.tokenizer):,} tokens occur and are trained",
             f"loss: {_loss_backend(config)}",
@@ -79,5 +81,12 @@ def _teacher(run: Run) -> str:
         order = f", classes in the order {', '.join(run.task.label_names)}" if run.task.label_names else ""
         return f"outputs in {' and '.join(run.config.teacher_outputs or ())}{order}"
     source = run.teacher.source
-    sizes = f"{source.config.num_hidden_layers} layers of {source.config.hidden_size}"
-    return f"{source.path}, {sizes}, ZeRO stage {run.teacher.zero_stage}"
+    layers = f"{source.config.num_hidden_layers} layers of {source.config.hidden_size}"
+    vectors = {"cls": "first token", "last": "last token", "mean": "mean of its tokens"}
+    pooling = f", vector of a row: {vectors[source.pooling]}" if run.pairs and run.config.hidden_loss == "cls" else ""
+    return f"{source.path}, {_family(source)}, {layers}, ZeRO stage {run.teacher.zero_stage}{pooling}"
+
+
+def _family(model: Pretrained) -> str:
+    """A model's family, and whether its rows are padded."""
+    return f"{model.family.name}{'' if is_packed(model.config) else ' (rows padded)'}"
