@@ -41,11 +41,19 @@ def plan(run: Run) -> str:
             f"loss: {_loss_backend(config)}",
             summary.of_labels(run.task, "train", run.train.labels.numpy()),
             *(summary.of_labels(run.task, name, split.labels.numpy()) for name, split in run.dev.items()),
-            summary.of_lengths(run.train, config.max_seq_length, run.tokenizer),
+            *_lengths(run),
             *run.notes,
             *warnings,
         ]
     )
+
+
+def _lengths(run: Run) -> list[str]:
+    """A line on the tokens of the rows for each tokenizer."""
+    if run.teacher_tokenizer is run.tokenizer:
+        return [summary.of_lengths(run.train, run.config.max_seq_length, run.tokenizer)]
+    readers = ("student", run.train, run.tokenizer), ("teacher", run.train.for_teacher(), run.teacher_tokenizer)
+    return [summary.of_lengths(split, run.config.max_seq_length, tokenizer, who) for who, split, tokenizer in readers]
 
 
 def _parameters(run: Run) -> str:

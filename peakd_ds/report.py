@@ -57,10 +57,8 @@ def _judge_teacher(run: Run) -> tuple[dict[str, Any] | None, dict[str, torch.Ten
     if not teacher.is_trained():
         dist.on_main(lambda: _check_never_trained(run, teacher.folder))
         return None, {}
-    engine = teacher.engine()
-    scores, logits, speed = evaluation.evaluate(
-        lambda inputs: engine(**inputs)[0], run.task, run.dev, run.eval_batch_size
-    )
+    engine, rows = teacher.engine(), {name: split.for_teacher() for name, split in run.dev.items()}
+    scores, logits, speed = evaluation.evaluate(lambda inputs: engine(**inputs)[0], run.task, rows, run.eval_batch_size)
     num_params = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in engine.module.parameters())
     return {
         "metrics": scores,

@@ -23,7 +23,7 @@ from peakd_ds.data.division import TrainRows, check_holdout, divide_rows, holds_
 from peakd_ds.data.label_arrays import is_labeled, label_array, label_weights
 from peakd_ds.data.shards import Manifest
 from peakd_ds.data.tasks import Task
-from peakd_ds.data.tokens import Split, tokenize, used_tokens
+from peakd_ds.data.tokens import Split, tokenize_for_both, used_tokens
 from peakd_ds.engine import checkpoint
 from peakd_ds.engine.ds_config import batch_plan, has_fast_bf16, resolve
 from peakd_ds.errors import UserError
@@ -50,6 +50,10 @@ class Selection(NamedTuple):
     rows: np.ndarray
     """int64 [N], positions in `split`."""
 
+    def for_teacher(self) -> "Selection":
+        """The same rows with the teacher's tokens."""
+        return self._replace(split=self.split.for_teacher())
+
 
 @dataclass
 class Run:
@@ -62,6 +66,9 @@ class Run:
     teacher_cache: TeacherCache | StoredTeacher
     student_init: Pretrained
     tokenizer: PreTrainedTokenizerBase
+    """The student's."""
+    teacher_tokenizer: PreTrainedTokenizerBase
+    """The same object if the student's gives the same ids."""
     student_ds_config: dict[str, Any]
     pairs: tuple[tuple[int, int], ...]
     """Matched (student, teacher) layers, 1-based; none without a hidden-state loss."""
@@ -71,7 +78,9 @@ class Run:
     selection: Selection
     dev: dict[str, Split]
     used_tokens: torch.Tensor
-    """Ids of the tokens that occur in `train` and the selection rows, int64 [K]."""
+    """Ids of the student's tokens that occur in `train` and the selection rows, int64 [K]."""
+    teacher_used_tokens: torch.Tensor
+    """Those of the teacher's tokens."""
     notes: tuple[str, ...] = ()
     """Lines of the plan on the rows."""
 
@@ -83,6 +92,18 @@ class Run:
     def rows_of(self, stage: str) -> TrainRows:
         """Rows that a stage trains on: all in distillation, those with a label before."""
         return self.trained if stage == "distill" else self.trained.only(is_labeled(self.train.labels.numpy()))
+
+    def train_of(self, stage: str) -> Split:
+        """`train` with the tokens of the model that a stage trains."""
+        return self.train.for_teacher() if stage == "teacher" else self.train
+
+    def selection_of(self, stage: str) -> Selection:
+        """`selection` with the tokens of the model that a stage trains."""
+        return self.selection.for_teacher() if stage == "teacher" else self.selection
+
+    def used_tokens_of(self, stage: str) -> torch.Tensor:
+        """Ids of the tokens that occur in what a stage reads, int64 [K]."""
+        return self.teacher_used_tokens if stage == "teacher" else self.used_tokens
 
     @property
     def alpha(self) -> float:
@@ -138,6 +159,7 @@ class _Checked:
     teacher_source: Pretrained
     student_init: Pretrained
     tokenizer: PreTrainedTokenizerBase
+    teacher_tokenizer: PreTrainedTokenizerBase
     student_ds_config: dict[str, Any]
     teacher_ds_config: dict[str, Any]
     pairs: tuple[tuple[int, int], ...]
@@ -172,8 +194,10 @@ def open_run(config: RunConfig) -> Run:
 
     cache = None if config.dry_run else Path(config.run_dir) / "cache"
     wanted = task.read_splits if train is not None else names
+    tokenizers = checked.tokenizer, checked.teacher_tokenizer
     tokenized = {
-        name: tokenize(task, checked.splits[name], checked.tokenizer, config.max_seq_length, cache) for name in wanted
+        name: tokenize_for_both(task, checked.splits[name], *tokenizers, config.max_seq_length, cache)
+        for name in wanted
     }
     checked.notes += tuple(dist.on_main(lambda: summary.of_repeats(task, checked.splits)))
     run = _assemble(checked, tokenized.pop("train") if train is None else train, tokenized)
@@ -188,6 +212,9 @@ def _assemble(checked: _Checked, train: Split, dev: dict[str, Split]) -> Run:
     train.label_weights = label_weights(train.labels.numpy(), trained.rows, task.num_labels, config.class_weights)
     dev = {name: split for name, split in dev.items() if name in task.eval_splits}
     teacher, teacher_cache = _teacher_of(checked, train, selection)
+    tokens = _used_tokens(checked.tokenizer, train, selection.split)
+    has_two = checked.teacher_tokenizer is not checked.tokenizer
+    teacher_splits = train.for_teacher(), selection.split.for_teacher()
     return Run(
         config=config,
         task=task,
@@ -195,15 +222,22 @@ def _assemble(checked: _Checked, train: Split, dev: dict[str, Split]) -> Run:
         teacher_cache=teacher_cache,
         student_init=checked.student_init,
         tokenizer=checked.tokenizer,
+        teacher_tokenizer=checked.teacher_tokenizer,
         student_ds_config=checked.student_ds_config,
         pairs=checked.pairs,
         train=train,
         trained=trained,
         selection=selection,
         dev=dev,
-        used_tokens=used_tokens((train, selection.split), max(checked.tokenizer.get_vocab().values()) + 1),
+        used_tokens=tokens,
+        teacher_used_tokens=_used_tokens(checked.teacher_tokenizer, *teacher_splits) if has_two else tokens,
         notes=checked.notes,
     )
+
+
+def _used_tokens(tokenizer: PreTrainedTokenizerBase, *splits: Split) -> torch.Tensor:
+    """Ids of the tokenizer's tokens that occur in the splits, int64 [K] (collective)."""
+    return used_tokens(splits, max(tokenizer.get_vocab().values()) + 1)
 
 
 def _teacher_of(
@@ -224,7 +258,7 @@ def _teacher_of(
         config=config,
         task=task,
         teacher=teacher,
-        tokenizer=checked.tokenizer,
+        tokenizer=checked.teacher_tokenizer,
         layers=tuple(teacher_layer for _, teacher_layer in checked.pairs),
         is_needed=reads_teacher,
         fingerprints=checked.fingerprints,
@@ -246,7 +280,7 @@ def _check(config: RunConfig, is_bf16_fast: bool) -> _Checked:
     option = "teacher" if config.teacher else "student_init"
     teacher = contract.find_encoder(config.teacher or config.student_init, option)
     student_init = contract.find_encoder(config.student_init, "student_init") if config.student_init else teacher
-    tokenizer = contract.load_tokenizer(teacher)
+    tokenizer, teacher_tokenizer = contract.load_tokenizers(teacher, student_init)
     is_sharded, shards = config.data_placement == "sharded", None
     # Of sharded rows of a task, rank 0 alone reads the files, to see that the shards were made from them.
     task, splits, notes = reading.load(
@@ -256,7 +290,7 @@ def _check(config: RunConfig, is_bf16_fast: bool) -> _Checked:
         train=not is_sharded or dist.is_main() or bool(config.teacher_outputs),
     )
     stored_logits = stored.read(config, task, splits) if config.teacher_outputs else None
-    contract.check_contract(config, task, teacher, student_init, tokenizer)
+    contract.check_contract(config, task, teacher, student_init, tokenizer, teacher_tokenizer)
     _check_labels(config, task)
     pairs = layer_pairs(config.layer_map, _student_depth(config), teacher.config.num_hidden_layers)
     _check_stages(config, task, teacher)
@@ -264,7 +298,7 @@ def _check(config: RunConfig, is_bf16_fast: bool) -> _Checked:
         require_onnx()
     fingerprints = reading.fingerprints(splits)
     if is_sharded:
-        shards = shard_files.find(config, task, tokenizer, fingerprints.get("train"))
+        shards = shard_files.find(config, task, tokenizer, fingerprints.get("train"), teacher_tokenizer)
         fingerprints["train"] = shards.data_fingerprint
     elif holds_out(config, task):
         check_holdout(task, label_array(splits["train"].data.column("label")))
@@ -277,6 +311,7 @@ def _check(config: RunConfig, is_bf16_fast: bool) -> _Checked:
         teacher,
         student_init,
         tokenizer,
+        teacher_tokenizer,
         student_ds_config,
         teacher_ds_config,
         pairs if config.beta > 0 else (),

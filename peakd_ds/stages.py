@@ -22,7 +22,7 @@ from peakd_ds.config.outputs import STAGES
 from peakd_ds.data import summary
 from peakd_ds.data.batches import GlobalBatch
 from peakd_ds.data.metrics import compute_metrics, higher_is_better
-from peakd_ds.data.tokens import MicroBatch, Split
+from peakd_ds.data.tokens import MicroBatch, Split, TeacherOutputs
 from peakd_ds.engine import checkpoint, engines
 from peakd_ds.files import damage_named, damage_of_file, damaged, is_written, needs_space, write_checked, written_sha256
 from peakd_ds.kernels import DistillationLoss, distillation_loss
@@ -98,18 +98,19 @@ def _why_skipped(name: str, run: Run) -> str | None:
 def trainable_module(stage: Stage, run: Run) -> tuple[nn.Module, str]:
     """The stage's module with embeddings for the tokens in use only, and the digest of these tokens (collective)."""
     module = build_module(stage, run)
-    vocabulary.trim(module, run.used_tokens)
-    return module, vocabulary.digest(run.used_tokens)
+    tokens = run.used_tokens_of(stage.name)
+    vocabulary.trim(module, tokens)
+    return module, vocabulary.digest(tokens)
 
 
 def load_best(stage: Stage, run: Run, epoch: int) -> nn.Module:
     """The stage's module with the weights of that epoch and its whole embedding table, in eval mode (collective)."""
     folder = checkpoint.best_folder(run.checkpoint_folder(stage.name), epoch)
-    module = build_module(stage, run)
-    whole_table = vocabulary.trim(module, run.used_tokens)
+    module, tokens = build_module(stage, run), run.used_tokens_of(stage.name)
+    whole_table = vocabulary.trim(module, tokens)
     checkpoint.load_weights(module, folder)
     decay = dist.on_main(lambda: checkpoint.state_of(folder).decay)
-    vocabulary.restore(module, whole_table, run.used_tokens, decay)
+    vocabulary.restore(module, whole_table, tokens, decay)
     dist.on_main(run_lock.check)
     return module.to(device()).eval()
 
@@ -137,13 +138,15 @@ def _teacher_stage(run: Run, log: RunLog) -> Stage:
         return _hard_loss(run, engine, logits_BC, micro.labels[: micro.num_real], batch, **options), None
 
     def evaluate(module: nn.Module) -> dict[str, float]:
-        return _task_metrics(run, _predict_selection(run, lambda inputs: module(**inputs).logits, run.task.num_labels))
+        logits_NC = _predict_selection(run, "teacher", lambda inputs: module(**inputs).logits, run.task.num_labels)
+        return _task_metrics(run, logits_NC)
 
     teacher = run.teacher
     assert isinstance(teacher, OnlineTeacher)
 
     def finish(module: PreTrainedModel) -> None:
-        dist.on_main(lambda: export_model(unroll(module), run.tokenizer, teacher.folder, "", with_checksums=True))
+        tokenizer = run.teacher_tokenizer
+        dist.on_main(lambda: export_model(unroll(module), tokenizer, teacher.folder, "", with_checksums=True))
 
     return Stage(
         name="teacher",
@@ -166,7 +169,7 @@ def _ptp_stage(run: Run, log: RunLog) -> Stage:
         return _hard_loss(run, engine, logits_BC, labels_B, batch), None
 
     def predict(module: nn.Module) -> Tensor:
-        return _predict_selection(run, lambda inputs: module(**inputs).logits, ptp.NUM_PTP_LABELS)
+        return _predict_selection(run, "ptp", lambda inputs: module(**inputs).logits, ptp.NUM_PTP_LABELS)
 
     def evaluate(module: nn.Module) -> dict[str, float]:
         logits_NC = predict(module)
@@ -213,7 +216,7 @@ def _distill_stage(run: Run, log: RunLog) -> Stage:
         return MatchedStudent(student, run.pairs, run.teacher.hidden_size, config.hidden_loss)
 
     def evaluate(module: nn.Module) -> dict[str, float]:
-        logits_NC = _predict_selection(run, lambda inputs: module(**inputs)[0], run.task.num_labels)
+        logits_NC = _predict_selection(run, "distill", lambda inputs: module(**inputs)[0], run.task.num_labels)
         metrics = _task_metrics(run, logits_NC)
         if teacher_logits_NC is not None:
             metrics["agreement"] = evaluation.agreement(run.task, logits_NC, teacher_logits_NC)
@@ -280,9 +283,11 @@ def _with_teacher_outputs(run: Run, cached: Outputs | None, batches: Iterator[Gl
         )
     teacher = run.teacher
     assert isinstance(teacher, OnlineTeacher)
-    return with_teacher_outputs(
-        batches, lambda micro: teacher.forward(micro, layers, with_logits), teacher.clock, teacher.runs_ahead()
-    )
+
+    def forward(micro: MicroBatch) -> TeacherOutputs:
+        return teacher.forward(run.train.micro_batch_for_teacher(micro), layers, with_logits)
+
+    return with_teacher_outputs(batches, forward, teacher.clock, teacher.runs_ahead())
 
 
 def _label_options(run: Run, micro: MicroBatch, batch: GlobalBatch) -> dict[str, Any]:
@@ -314,8 +319,8 @@ def _hard_loss(
     )
 
 
-def _predict_selection(run: Run, forward: evaluation.Forward, num_columns: int) -> Tensor:
-    _, split, rows = run.selection
+def _predict_selection(run: Run, stage: str, forward: evaluation.Forward, num_columns: int) -> Tensor:
+    _, split, rows = run.selection_of(stage)
     return evaluation.predict(forward, split, rows, run.eval_batch_size, num_columns)[0]
 
 

@@ -62,7 +62,7 @@ def main(config: RunConfig) -> None:
 def train(stage: Stage, run: Run, log: RunLog) -> None:
     """Train one stage, from its newest checkpoint or its start to the export of its best epoch."""
     config, folder = run.config, run.checkpoint_folder(stage.name)
-    rows = run.rows_of(stage.name)
+    split, rows = run.train_of(stage.name), run.rows_of(stage.name)
     schedule = Schedule.of(config, stage.name, rows)
     module, tokens = stages.trainable_module(stage, run)
     engine, state = checkpoint.resume(
@@ -73,7 +73,7 @@ def train(stage: Stage, run: Run, log: RunLog) -> None:
 
     while not schedule.is_over(state):
         slots = rows.slots(config.global_batch_size, config.seed, state.epoch)
-        batches = global_batches(run.train, rows.rows, slots, run.num_accum_steps, first=state.batch)
+        batches = global_batches(split, rows.rows, slots, run.num_accum_steps, first=state.batch)
         for batch in stage.with_teacher_outputs(batches):
             dist.seed_everything(config.seed, stage.name, state.step, dist.rank())  # dropout masks
             lr, is_logged = engine.get_lr()[0], schedule.is_logged(state.step + 1)

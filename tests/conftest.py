@@ -8,7 +8,7 @@ import os
 import random
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -173,12 +173,14 @@ def ticket_rows(
     return rows
 
 
-def save_encoder(folder: Path, head: dict[str, Any] | None = None, **settings: Any) -> Path:
+def save_encoder(
+    folder: Path, head: dict[str, Any] | None = None, vocabulary: Sequence[str] = VOCABULARY, **settings: Any
+) -> Path:
     """Write a random BERT, with a classifier if there are `head` settings, and its tokenizer; return the folder."""
     from transformers import BertConfig, BertForSequenceClassification, BertModel, BertTokenizer
 
     sizes = {
-        "vocab_size": len(VOCABULARY),
+        "vocab_size": len(vocabulary),
         "hidden_size": 32,
         "num_hidden_layers": 4,
         "num_attention_heads": 2,
@@ -192,7 +194,7 @@ def save_encoder(folder: Path, head: dict[str, Any] | None = None, **settings: A
         config = BertConfig(**(sizes | settings | (head or {})))
         model = BertModel(config) if head is None else BertForSequenceClassification(config)
         model.save_pretrained(folder)
-    (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in VOCABULARY))
+    (folder / "vocab.txt").write_text("".join(f"{word}\n" for word in vocabulary))
     BertTokenizer.from_pretrained(folder).save_pretrained(folder)
     return folder
 

@@ -19,7 +19,6 @@ import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT, VOCABULARY, made_up_rows, save_encoder, write_split
 from safetensors.torch import load_file, save_file
-from transformers import DistilBertConfig, DistilBertModel, RobertaConfig, RobertaForSequenceClassification
 
 from peakd_ds import __main__, stages, train
 from peakd_ds.command_line import parse
@@ -267,23 +266,12 @@ def test_classifier_without_its_head(program: Program, teacher: Path) -> None:
 
 
 @pytest.mark.parametrize("option", ["teacher", "student_init"])
-@pytest.mark.parametrize("kind", ["distilbert", "roberta"])
-def test_another_architecture(program: Program, tmp_path: Path, kind: str, option: str) -> None:
-    if kind == "distilbert":
-        config = DistilBertConfig(vocab_size=len(VOCABULARY), dim=32, n_layers=2, n_heads=2, hidden_dim=64)
-        DistilBertModel(config).save_pretrained(tmp_path / kind)
-    else:
-        sizes: dict[str, Any] = {
-            "hidden_size": 32,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 64,
-        }
-        RobertaForSequenceClassification(RobertaConfig(vocab_size=len(VOCABULARY), **sizes)).save_pretrained(
-            tmp_path / kind
-        )
-    message = program.refuses(**{option: tmp_path / kind})
-    assert_says(message, f"--{option} {tmp_path / kind} is a {kind} model; it must be a bert", "take a BERT")
+def test_a_family_that_is_not_known(program: Program, tmp_path: Path, option: str) -> None:
+    other = save_encoder(tmp_path / "gpt2")
+    document = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**document, "model_type": "gpt2"}))
+    message = program.refuses(**{option: other})
+    assert_says(message, f"--{option} {other} is a gpt2 model; take one of the model types bert, roberta")
 
 
 def test_tokenizer_larger_than_the_teacher_s_vocabulary(program: Program, tmp_path: Path) -> None:
@@ -292,13 +280,21 @@ def test_tokenizer_larger_than_the_teacher_s_vocabulary(program: Program, tmp_pa
     assert_says(message, f"tokenizer has {len(VOCABULARY)} entries", f"embeds {len(VOCABULARY) - 10}", str(small))
 
 
-def test_teacher_and_student_of_different_vocabularies(program: Program, tmp_path: Path) -> None:
+def test_tokens_of_different_tokenizers_are_not_compared(program: Program, tmp_path: Path) -> None:
     other = save_encoder(tmp_path / "other")
     (other / "tokenizer.json").write_text((other / "tokenizer.json").read_text().replace('"film"', '"movie"'))
-    message = program.refuses(student_init=other)
-    assert_says(
-        message, f"--teacher {program.settings['teacher']}", f"--student_init {other}", "different vocabularies"
-    )
+    message = program.refuses(student_init=other, hidden_loss="tokens", beta="0.1")
+    assert_says(message, "--hidden_loss tokens", f"--teacher {program.settings['teacher']}", "different tokenizers")
+    assert_says(message, f"--student_init {other}", "set --hidden_loss cls")
+
+
+def test_student_encoder_too_small_for_the_teacher_s_tokenizer(program: Program, tmp_path: Path) -> None:
+    """It has no tokenizer of its own, so it takes the teacher's."""
+    small = save_encoder(tmp_path / "small", vocab_size=len(VOCABULARY) - 10)
+    for file in (*small.glob("tokenizer*"), small / "vocab.txt"):
+        file.unlink()
+    message = program.refuses(student_init=small)
+    assert_says(message, f"the tokenizer has {len(VOCABULARY)} entries", f"--student_init {small} embeds", "save there")
 
 
 def test_teacher_without_a_tokenizer(program: Program, teacher: Path) -> None:

@@ -1,8 +1,8 @@
 """Tiny random models of every family, each with a tokenizer of its family's kind, as save_pretrained writes them.
 
-All know the words of conftest's VOCABULARY. Kinds of tokenizer: WordPiece (bert, electra, distilbert, mpnet), byte-level
-BPE (roberta, modernbert, qwen2, qwen3), Unigram (xlm-roberta, camembert, deberta-v2, albert), and BPE of characters with
-bytes for unknown ones (llama, mistral, gemma).
+All know the words of conftest's VOCABULARY. Kinds of tokenizer: WordPiece (bert, electra, distilbert, mpnet),
+byte-level BPE (roberta, modernbert, qwen2, qwen3), Unigram (xlm-roberta, camembert, deberta-v2, albert), and BPE of
+characters with bytes for unknown ones (llama, mistral, gemma).
 """
 
 import json

@@ -12,8 +12,8 @@ class TeacherSettings:
 
     teacher: str = setting(
         "",
-        "folder or hub id of a BERT encoder (it is fine-tuned first) or of a BERT classifier "
-        "for the task (it is used as it is)",
+        "folder or hub id of an encoder (it is fine-tuned first) or of a classifier for the task (it is used as it "
+        "is): BERT, RoBERTa, DeBERTa, ModernBERT, MPNet, Qwen, Llama and other families",
         shown_default="required, or --teacher_outputs",
     )
     teacher_outputs: tuple[str, ...] | None = setting(
@@ -44,6 +44,13 @@ class TeacherSettings:
         "folder of the teacher's outputs, which runs with the same task, teacher, dtype and length may share",
         shown_default="RUN_DIR/teacher_cache",
         is_neutral=True,
+    )
+    teacher_pooling: str = setting(
+        "auto",
+        "whose hidden state stands for a row of the teacher, compared with the student's: the first token's (cls), the "
+        "last one's (last), or the mean of all; auto: what a sentence-transformers folder says, else last for a causal "
+        "model, mean for one that classifies by it, cls for others",
+        choices=("auto", "cls", "last", "mean"),
     )
 
 

@@ -10,6 +10,8 @@ and its bytes do not depend on the number of workers. With n nodes, node i holds
       shard-00.safetensors .. shard-63.safetensors   rows, labels, lengths [n], input_ids, token_type_ids [tokens]
       holdout.safetensors    the same, of rows that only pick epochs; no rows with --select_on dev
       index.safetensors      lengths and labels of all training rows, which every rank needs
+        where the teacher has a tokenizer of its own, these files have teacher_lengths, teacher_input_ids and
+        teacher_token_type_ids too
       manifest.json          what the files were made from, and the checksum of each; written last
       manifest.sha256        its own checksum (files.py)
     until manifest.json is there, so that a later start can continue:
@@ -29,6 +31,7 @@ from typing import Any
 
 import numpy as np
 from safetensors.torch import load_file
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from peakd_ds.config import RunConfig
@@ -43,6 +46,10 @@ from peakd_ds.ranks import dist, launch
 FORMAT = 1
 HOLDOUT = "holdout.safetensors"
 INDEX = "index.safetensors"
+TEACHER = "teacher_"
+"""Prefix of the columns of the teacher's tokens, where its tokenizer is not the student's."""
+TEACHER_TOKENIZER = "teacher_tokenizer"
+"""The manifest's entry for that tokenizer."""
 MIB = 2**20
 
 
@@ -76,10 +83,19 @@ class Manifest:
 
 
 def describe(
-    task: Task, data_fingerprint: str, tokenizer: PreTrainedTokenizerBase, max_seq_length: int, select_on: str
+    task: Task,
+    data_fingerprint: str,
+    tokenizer: PreTrainedTokenizerBase,
+    max_seq_length: int,
+    select_on: str,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> dict[str, Any]:
-    """Everything that the bytes of the shards depend on."""
-    return {
+    """Everything that the bytes of the shards depend on.
+
+    Args:
+        teacher_tokenizer: None: the same one as the student's.
+    """
+    described = {
         "format": FORMAT,
         "num_shards": NUM_SHARDS,
         "task": task.name,
@@ -88,6 +104,9 @@ def describe(
         "max_seq_length": max_seq_length,
         "select_on": select_on,
     }
+    if teacher_tokenizer is not None and teacher_tokenizer is not tokenizer:
+        described[TEACHER_TOKENIZER] = tokenizer_digest(teacher_tokenizer)
+    return described
 
 
 def select_on_of(settings: DataSettings, task: Task) -> str:
@@ -163,11 +182,18 @@ def check_made_from(folder: Path, found: dict[str, Any], wanted: dict[str, Any])
 # -- Reading -----------------------------------------------------------------------------------------------------------
 
 
-def find(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, data_fingerprint: str | None) -> Manifest:
+def find(
+    config: RunConfig,
+    task: Task,
+    tokenizer: PreTrainedTokenizerBase,
+    data_fingerprint: str | None,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
+) -> Manifest:
     """The shards of `--shard_dir`, checked against the settings and the nodes of this run; nothing is copied yet.
 
     Args:
         data_fingerprint: Fingerprint of the train split; None on ranks that have not read it, which skip this check.
+        teacher_tokenizer: None: the same one as the student's.
 
     Raises:
         UserError: the shards are incomplete, were made from other data or settings, or do not fit the number of nodes.
@@ -179,6 +205,7 @@ def find(config: RunConfig, task: Task, tokenizer: PreTrainedTokenizerBase, data
         tokenizer,
         config.max_seq_length,
         select_on_of(config, task),
+        teacher_tokenizer,
     )
     if manifest.made_from.get("tokenizer") == earlier_tokenizer_digest(tokenizer):
         wanted["tokenizer"] = manifest.made_from["tokenizer"]
@@ -215,16 +242,24 @@ def load(config: RunConfig, task: Task, manifest: Manifest) -> Split:
         for other in range(num_nodes):
             for name in shards_of_node(other, num_nodes):
                 node_of[rows[name]] = other
-        held_here = TokenRows((_rows_of(folder / name) for name in names), lengths)
-        return Split(held_here, lengths, index["labels"], node_of)
+        files = [load_file(folder / name) for name in names]
+        split = Split(_rows_of(files, lengths), lengths, index["labels"], node_of)
+        if TEACHER_TOKENIZER in manifest.made_from:
+            teacher_lengths = index[f"{TEACHER}lengths"].numpy().astype(np.int64)
+            split.teacher_rows = _rows_of(files, teacher_lengths, TEACHER)
+        return split
 
     return dist.agree(open_files)
 
 
-def _rows_of(file: Path) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-    """Numbers and tokens of the rows in a file, mapped into memory."""
-    tensors = load_file(file)
-    return tensors["rows"].numpy(), {name: tensors[name].numpy() for name in TokenRows.COLUMNS}
+def _rows_of(files: Sequence[dict[str, Tensor]], lengths: np.ndarray, prefix: str = "") -> TokenRows:
+    """The tokens in mapped files: the student's, or with the prefix TEACHER the teacher's.
+
+    Args:
+        lengths: Token counts of all rows, int64 [N].
+    """
+    columns = [{name: tensors[prefix + name].numpy() for name in TokenRows.COLUMNS} for tensors in files]
+    return TokenRows(((tensors["rows"].numpy(), of) for tensors, of in zip(files, columns, strict=True)), lengths)
 
 
 # -- Staging -----------------------------------------------------------------------------------------------------------

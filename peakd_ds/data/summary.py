@@ -43,17 +43,22 @@ def of_labels(task: Task, name: str, labels: np.ndarray) -> str:
     return f"labels of {name}: {', '.join(parts)}{majority}{missing}"
 
 
-def of_lengths(split: Split, max_seq_length: int, tokenizer: PreTrainedTokenizerBase) -> str:
-    """One line on the tokens of the rows that this node holds."""
+def of_lengths(split: Split, max_seq_length: int, tokenizer: PreTrainedTokenizerBase, reader: str = "") -> str:
+    """One line on the tokens of the rows that this node holds.
+
+    Args:
+        reader: Whose tokens they are, student or teacher; "" for both.
+    """
     median, most = np.quantile(split.lengths, [0.5, 0.95], method="higher")
     at_limit = float((split.lengths >= max_seq_length).mean())
     num_tokens = num_unknown = 0
     for ids in split.rows.all_ids():
         num_tokens += len(ids)
         num_unknown += int((ids == tokenizer.unk_token_id).sum()) if tokenizer.unk_token_id is not None else 0
+    whose = f" for the {reader}" if reader else ""
     return (
-        f"tokens of a row: median {median}, 95 % up to {most}, longest {split.lengths.max()}; {at_limit:.1%} of rows "
-        f"reach --max_seq_length {max_seq_length}, where they are cut; {num_unknown / max(num_tokens, 1):.2%} of "
+        f"tokens of a row{whose}: median {median}, 95 % up to {most}, longest {split.lengths.max()}; {at_limit:.1%} of "
+        f"rows reach --max_seq_length {max_seq_length}, where they are cut; {num_unknown / max(num_tokens, 1):.2%} of "
         "tokens unknown"
     )
 

@@ -5,7 +5,7 @@ import hashlib
 import json
 import socket
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,9 @@ from peakd_ds.ranks.device import device, to_device
 
 ON_ALL_NODES = -1
 """In `Split.node_of`: every node holds the row's tokens."""
+
+Encode = Callable[[dict[str, list]], dict[str, list]]
+"""A batch of text columns -> input_ids, token_type_ids and length."""
 
 TeacherOutputs = tuple[Tensor | None, list[Tensor]]
 """The teacher's logits [B, C], None where the loss does not read them, and hidden states of the matched layers, [B, H]
@@ -67,7 +70,7 @@ class TokenRows:
             parts: Pairs of row numbers and, for each of the COLUMNS, the concatenated tokens of these rows.
             lengths: Token counts of all rows, int64 [N].
         """
-        self._lengths = lengths
+        self.lengths = lengths
         self._parts: list[dict[str, np.ndarray]] = []
         self._part_of = np.full(len(lengths), -1)
         self._start = np.zeros(len(lengths), np.int64)
@@ -81,7 +84,7 @@ class TokenRows:
         assert (self._part_of[rows] >= 0).all(), "these rows are on another node"
         found: dict[str, list[np.ndarray]] = {name: [] for name in self.COLUMNS}
         for row in rows:
-            tokens = slice(self._start[row], self._start[row] + self._lengths[row])
+            tokens = slice(self._start[row], self._start[row] + self.lengths[row])
             for name, arrays in found.items():
                 arrays.append(self._parts[self._part_of[row]][name][tokens])
         return found
@@ -93,7 +96,10 @@ class TokenRows:
 
 @dataclass
 class Split:
-    """A tokenised split. Every node has the lengths and labels of all N rows; a sharded split's tokens are spread."""
+    """A tokenised split. Every node has the lengths and labels of all N rows; a sharded split's tokens are spread.
+
+    The tokens are the student's. `for_teacher` gives the same rows as the teacher's tokenizer has them.
+    """
 
     rows: TokenRows
     lengths: np.ndarray
@@ -104,24 +110,57 @@ class Split:
     """The node that holds each row's tokens, int64 [N], or ON_ALL_NODES."""
     label_weights: torch.Tensor | None = None
     """Weight of each row's hard loss, float32 [N], 0 without a label; None: all rows have a label and count alike."""
+    teacher_rows: TokenRows | None = None
+    """Tokens by the teacher's tokenizer, on the same nodes; None: teacher and student share one tokenizer."""
 
     def __len__(self) -> int:
         return len(self.lengths)
+
+    def for_teacher(self) -> "Split":
+        """The split with the teacher's tokens: the same row numbers, labels and weights."""
+        if self.teacher_rows is None:
+            return self
+        return replace(self, rows=self.teacher_rows, lengths=self.teacher_rows.lengths, teacher_rows=None)
+
+    def micro_batch_for_teacher(self, micro: MicroBatch) -> MicroBatch:
+        """A micro-batch of this split, filler included, with the teacher's tokens."""
+        if self.teacher_rows is None:
+            return micro
+        return replace(micro, inputs=self.for_teacher()._inputs(micro.rows.numpy()))
 
     def micro_batch(self, rows: np.ndarray) -> MicroBatch:
         """The given rows, packed and on this rank's device. For no rows: this node's first row as filler."""
         num_real = len(rows)
         if not num_real:
             rows = np.flatnonzero(np.isin(self.node_of, (ON_ALL_NODES, dist.node_rank())))[:1]
-        columns = self.rows[rows]
         labels, weights = self.labels[rows], self.label_weights
         return MicroBatch(
-            inputs=pack(columns["input_ids"], columns["token_type_ids"]),
+            inputs=self._inputs(rows),
             labels=to_device(labels if weights is None else without_missing(labels)),
             rows=torch.from_numpy(rows),
             num_real=num_real,
             label_weights=None if weights is None else to_device(weights[rows]),
         )
+
+    def _inputs(self, rows: np.ndarray) -> dict[str, Any]:
+        """The given rows, packed and on this rank's device."""
+        columns = self.rows[rows]
+        return pack(columns["input_ids"], columns["token_type_ids"])
+
+
+def tokenize_for_both(
+    task: Task,
+    rows: datasets.Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    teacher_tokenizer: PreTrainedTokenizerBase,
+    max_seq_length: int,
+    cache: Path | None = None,
+) -> Split:
+    """Tokenise a split for the student and, if its tokenizer is another one, for the teacher; see `tokenize`."""
+    split = tokenize(task, rows, tokenizer, max_seq_length, cache)
+    if teacher_tokenizer is not tokenizer:
+        split.teacher_rows = tokenize(task, rows, teacher_tokenizer, max_seq_length, cache).rows
+    return split
 
 
 def tokenize(
@@ -170,9 +209,7 @@ def tokenize(
         return _whole_split(task, datasets.load_from_disk(str(folder)))
 
 
-def encoder_of(
-    task: Task, tokenizer: PreTrainedTokenizerBase, max_seq_length: int
-) -> Callable[[dict[str, list]], dict[str, list]]:
+def encoder_of(task: Task, tokenizer: PreTrainedTokenizerBase, max_seq_length: int) -> Encode:
     """A function that maps a batch of text columns to input_ids, token_type_ids and length."""
 
     def encode(batch: dict[str, list]) -> dict[str, list]:

@@ -90,7 +90,7 @@ def load_inputs(
     """
     if not Path(args.model, "config.json").is_file():
         raise UserError(f"--model {args.model} is not a folder with config.json; give a saved classifier")
-    source = contract.find_encoder(args.model, "model", model_types=("bert", "sps_bert"))
+    source = contract.find_encoder(args.model, "model", takes_shared=True)
     if not source.is_classifier:
         raise UserError(f"{source.name} is an encoder without a head for a task; give a saved classifier")
     contract.check_length(args.max_seq_length, source)

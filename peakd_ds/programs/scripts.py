@@ -71,9 +71,9 @@ def shard_options(words: Sequence[str]) -> argparse.Namespace:
         "shards to its scratch. Started again, it keeps finished files and makes the rest.",
     )
     _add_rows(parser)
-    parser.add_argument("--teacher", required=True, help="folder or hub id as for train.py; its tokenizer is used")
+    parser.add_argument("--teacher", required=True, help="folder or hub id as for train.py, with its tokenizer")
     parser.add_argument("--shard_dir", required=True, help="folder on a shared file system that receives the shards")
-    for name in ("max_seq_length", "select_on", "scratch_dir"):
+    for name in ("student_init", "max_seq_length", "select_on", "scratch_dir"):
         add_setting(parser, SPECS[name])
     return _checked(parser, words)
 

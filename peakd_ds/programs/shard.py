@@ -2,6 +2,7 @@
 
     srun --mpi=pmix peakd-shard --task mnli --teacher bert-base-uncased --shard_dir shards/mnli   # or mpirun, or alone
 
+With a --student_init that has another tokenizer than the teacher, the files hold the tokens of both.
 Started again, it keeps intact files and makes the others.
 """
 
@@ -10,7 +11,7 @@ import contextlib
 import json
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, cast
 
@@ -28,6 +29,7 @@ from peakd_ds.data.shards import (
     HOLDOUT,
     INDEX,
     MIB,
+    TEACHER,
     FileRecord,
     Manifest,
     check_made_from,
@@ -40,7 +42,7 @@ from peakd_ds.data.shards import (
     stage,
 )
 from peakd_ds.data.tasks import Task
-from peakd_ds.data.tokens import earlier_tokenizer_digest, encoder_of, label_dtype
+from peakd_ds.data.tokens import Encode, earlier_tokenizer_digest, encoder_of, label_dtype
 from peakd_ds.errors import UserError, first_line
 from peakd_ds.files import (
     checksum_file,
@@ -86,8 +88,13 @@ def make(
     max_seq_length: int,
     select_on: str,
     folder: Path,
+    teacher_tokenizer: PreTrainedTokenizerBase | None = None,
 ) -> tuple[Manifest, list[str]]:
     """Tokenise the train split `rows` into `folder` (collective over the workers), keeping intact files there.
+
+    Args:
+        tokenizer: The student's.
+        teacher_tokenizer: None: the same one.
 
     Returns:
         The manifest, and a line for each file that was made, with the reason.
@@ -100,13 +107,15 @@ def make(
             f"{workers.size} workers are more than the {NUM_SHARDS} shards, so some would have nothing to do; "
             f"start at most {NUM_SHARDS}"
         )
-    made_from = describe(task, rows._fingerprint, tokenizer, max_seq_length, select_on)
+    made_from = describe(task, rows._fingerprint, tokenizer, max_seq_length, select_on, teacher_tokenizer)
     labels = label_array(rows.data.column("label")).astype(label_dtype(task))
     files = rows_of_files(task, labels, select_on)
     earlier = earlier_tokenizer_digest(tokenizer)
     _agree(workers, lambda: _claim(folder, made_from, earlier) if workers.rank == 0 else None)
     digests = _agree(workers, lambda: _digests_in(folder, list(files)))
-    encode = encoder_of(task, tokenizer, max_seq_length)
+    encoders = {"": encoder_of(task, tokenizer, max_seq_length)}
+    if teacher_tokenizer is not None and teacher_tokenizer is not tokenizer:
+        encoders[TEACHER] = encoder_of(task, teacher_tokenizer, max_seq_length)
 
     def make_files() -> dict[str, tuple[str, FileRecord]]:
         """Why each of this worker's files was made, "" if it was kept, and its record."""
@@ -115,7 +124,7 @@ def make(
             file, digest = folder / name, digests[name]
             reason = _why_made(file, digest)
             if reason:
-                digest = _write(file, encode_file(rows, files[name], encode, label_dtype(task)))
+                digest = _write(file, encode_file(rows, files[name], encoders, label_dtype(task)))
             made[name] = reason, _record(file, digest)
         return made
 
@@ -139,30 +148,28 @@ def make(
 def encode_file(
     rows: datasets.Dataset,
     numbers: np.ndarray,
-    encode: Callable[[dict[str, list]], dict[str, list]],
+    encoders: Mapping[str, Encode],
     label_dtype: npt.DTypeLike,
 ) -> dict[str, np.ndarray]:
     """The arrays of one shard.
 
     Args:
         numbers: Rows of the shard, int64 [n].
+        encoders: A tokenizer's `encoder_of` by the prefix of its columns, "" or TEACHER.
 
     Returns:
-        rows int64 [n], labels [n], lengths int32 [n]; input_ids int32 [T] and token_type_ids uint8 [T], row after row.
+        rows int64 [n], labels [n]; for each encoder lengths int32 [n], and input_ids int32 [T] and token_type_ids
+        uint8 [T], row after row.
     """
     columns = rows[numbers]
-    encoded = encode(columns) if len(numbers) else {"input_ids": [], "token_type_ids": [], "length": []}
-
-    def join(name: str, dtype: npt.DTypeLike) -> np.ndarray:
-        return np.concatenate([np.zeros(0, dtype), *(np.asarray(ids, dtype) for ids in encoded[name])])
-
-    return {
-        "rows": numbers.astype(np.int64),
-        "labels": np.asarray(columns["label"], label_dtype),
-        "lengths": np.asarray(encoded["length"], np.int32),
-        "input_ids": join("input_ids", np.int32),
-        "token_type_ids": join("token_type_ids", np.uint8),
-    }
+    arrays = {"rows": numbers.astype(np.int64), "labels": np.asarray(columns["label"], label_dtype)}
+    for prefix, encode in encoders.items():
+        encoded = encode(columns) if len(numbers) else {"input_ids": [], "token_type_ids": [], "length": []}
+        arrays[f"{prefix}lengths"] = np.asarray(encoded["length"], np.int32)
+        for name, dtype in (("input_ids", np.int32), ("token_type_ids", np.uint8)):
+            parts = (np.asarray(ids, dtype) for ids in encoded[name])
+            arrays[prefix + name] = np.concatenate([np.zeros(0, dtype), *parts])
+    return arrays
 
 
 def _claim(folder: Path, made_from: dict[str, Any], earlier_digest: str) -> None:
@@ -230,11 +237,12 @@ def _record(file: Path, digest: str) -> FileRecord:
 
 def _write_index(folder: Path, files: dict[str, np.ndarray], labels: np.ndarray) -> str:
     """Write lengths and labels of all rows; return the SHA-256 of the file."""
-    lengths = np.zeros(len(labels), np.int32)
+    index = {"labels": labels}
     for name in files:
         columns = safetensors.numpy.load_file(folder / name)
-        lengths[columns["rows"]] = columns["lengths"]
-    return _write(folder / INDEX, {"lengths": lengths, "labels": labels})
+        for lengths in columns.keys() & {"lengths", f"{TEACHER}lengths"}:
+            index.setdefault(lengths, np.zeros(len(labels), np.int32))[columns["rows"]] = columns[lengths]
+    return _write(folder / INDEX, index)
 
 
 # -- The program -------------------------------------------------------------------------------------------------------
@@ -290,22 +298,26 @@ def main(args: argparse.Namespace) -> None:
     nodes = list(dict.fromkeys(hosts))
     node, scratch = nodes.index(hosts[workers.rank]), scratch_of(args.scratch_dir)
 
-    def inputs() -> tuple[Task, datasets.Dataset, PreTrainedTokenizerBase]:
+    def inputs() -> tuple[Task, datasets.Dataset, tuple[PreTrainedTokenizerBase, PreTrainedTokenizerBase]]:
         if scratch is not None:
             shards_of_node(node, len(nodes))  # raises if the nodes do not divide the shards
         settings = scripts.data_settings(args)
         encoder = contract.find_encoder(args.teacher, "teacher", with_weights=False)
-        tokenizer = contract.load_tokenizer(encoder)
+        student_init = encoder
+        if args.student_init:
+            student_init = contract.find_encoder(args.student_init, "student_init", with_weights=False)
+        tokenizers = contract.load_tokenizers(encoder, student_init)
         task, splits, notes = reading.load(settings, contract.classes_of(encoder))
         if workers.rank == 0 and notes:
             print("\n".join(notes))
         if holds_out(settings, task):
             check_holdout(task, label_array(splits["train"].data.column("label")))
-        return task, splits["train"], tokenizer
+        return task, splits["train"], tokenizers
 
-    task, rows, tokenizer = _agree(workers, inputs)
+    task, rows, (tokenizer, teacher_tokenizer) = _agree(workers, inputs)
     select_on = select_on_of(scripts.data_settings(args), task)
-    manifest, notes = make(workers, task, rows, tokenizer, args.max_seq_length, select_on, Path(args.shard_dir))
+    folder = Path(args.shard_dir)
+    manifest, notes = make(workers, task, rows, tokenizer, args.max_seq_length, select_on, folder, teacher_tokenizer)
     if workers.rank == 0:
         for note in notes:
             print(note)

@@ -5,6 +5,7 @@ unrolled to the plain class of its family at the effective depth, which transfor
 """
 
 import copy
+import functools
 import importlib
 import warnings
 from collections.abc import Mapping
@@ -266,7 +267,8 @@ def export_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file
     """
     require_onnx()
     reference = copy.deepcopy(model).cpu().float().eval()
-    reference.config.return_dict = False  # the outputs of the graph are the tuple (logits,)
+    # The outputs of the graph are the tuple (logits,). In the config, it would hold for inner models too.
+    reference.forward = functools.partial(reference.forward, return_dict=False)
     traced = _random_inputs(tokenizer, reference.config, num_rows=2, num_tokens=8)
     with needs_space(file), whole_file(Path(file)) as new:
         with warnings.catch_warnings():

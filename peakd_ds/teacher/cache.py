@@ -85,6 +85,7 @@ class TeacherCache:
     task: Task
     teacher: OnlineTeacher
     tokenizer: PreTrainedTokenizerBase
+    """The teacher's."""
     layers: tuple[int, ...]
     """1-based teacher layers whose [CLS] vectors the loss matches."""
     is_needed: bool
@@ -237,7 +238,7 @@ class TeacherCache:
             files.prepare()
 
         dist.on_main(prepare)
-        engine, start = self.teacher.engine(), time.perf_counter()
+        engine, start, split = self.teacher.engine(), time.perf_counter(), split.for_teacher()
         bounds = files.bounds
         in_parts = files.layers_in_parts if any(gap.lacks_logits for gap in gaps) else ()
         layers = sorted({*in_parts, *(layer for gap in gaps for layer in gap.layers)})

@@ -80,7 +80,7 @@ class OnlineTeacher:
 
     def logits(self, split: Split, rows: np.ndarray) -> Tensor:
         """float32 [N, C] over the given rows of a split, on the CPU (collective)."""
-        engine = self.engine()
+        engine, split = self.engine(), split.for_teacher()
         return evaluation.predict(
             lambda inputs: engine(**inputs)[0], split, rows, self._eval_batch_size, self._task.num_labels
         )[0]
@@ -89,6 +89,7 @@ class OnlineTeacher:
         """Outputs for the rows of a micro-batch that are not filler.
 
         Args:
+            micro: With the teacher's tokens, as `Split.micro_batch_for_teacher` gives it.
             layers: 1-based layers whose hidden states are returned.
             with_logits: Whether logits are returned.
         """
@@ -110,7 +111,8 @@ def with_teacher_outputs(
     """The same batches, whose micro-batches carry `teacher_outputs`.
 
     Args:
-        teacher_forward: The frozen teacher's forward pass; runs without a graph.
+        teacher_forward: The frozen teacher's forward pass; runs without a graph, on the teacher's stream, as does the
+            copy of its own tokens if it makes one.
         clock: Measures the teacher's time, and how much of it the student waits for.
         is_ahead: Start each forward pass before the previous micro-batch is used, across global batches too.
     """

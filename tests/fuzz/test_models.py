@@ -17,7 +17,8 @@ from model_folders import SENTENCES, TASK, assert_builds, flips, read, read_or_r
 from transformers import BertConfig, PreTrainedTokenizerBase
 
 from peakd_ds.model import contract
-from peakd_ds.model.config_file import FACTS, ONLY_VALUES, SETTINGS, Pretrained
+from peakd_ds.model.config_file import SETTINGS, Pretrained
+from peakd_ds.model.config_rules import FACTS, ONLY_VALUES
 from peakd_ds.programs import scripts
 
 VALUES: tuple[Any, ...] = (
