@@ -16,13 +16,15 @@ import json
 import tempfile
 from collections.abc import Collection, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from tokenizers import pre_tokenizers
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from peakd_ds.data.tokens import Split
 from peakd_ds.errors import UserError, as_user_error
 from peakd_ds.families import family_of
 
@@ -32,6 +34,14 @@ MAX_CHARACTERS = 2000
 LOW_IDS = 10
 """All ids up to the largest special id below this stay as they are: positions may follow from the padding id."""
 _REMEDY = "leave --trim_vocabulary out"
+
+
+class Trimmed(NamedTuple):
+    """A tokenizer without the tokens that are not used."""
+
+    tokenizer: PreTrainedTokenizerBase
+    kept_ids: Tensor
+    """Old ids of its tokens, int64 [K], ascending: position i holds the old id of token i."""
 
 
 # -- The tokenizer -----------------------------------------------------------------------------------------------------
@@ -47,7 +57,7 @@ def check_trimmable(tokenizer: PreTrainedTokenizerBase) -> None:
         raise UserError(f"--trim_vocabulary knows tokenizers of {', '.join(KINDS)}, not of {kind}; {_REMEDY}")
 
 
-def trimmed_tokenizer(tokenizer: PreTrainedTokenizerBase, used_ids: Tensor) -> tuple[PreTrainedTokenizerBase, Tensor]:
+def trimmed_tokenizer(tokenizer: PreTrainedTokenizerBase, used_ids: Tensor) -> Trimmed:
     """A tokenizer without the tokens that are not used, and the ids that it keeps.
 
     Special and added tokens stay, the unknown token, the bytes of a byte-level one, and single characters if they are
@@ -55,9 +65,6 @@ def trimmed_tokenizer(tokenizer: PreTrainedTokenizerBase, used_ids: Tensor) -> t
 
     Args:
         used_ids: Ids of the tokens that occur, int64 [K].
-
-    Returns:
-        The tokenizer, and the old ids of its tokens, int64 [K'], ascending: position i holds the old id of token i.
 
     Raises:
         UserError: it is of a kind that cannot be trimmed.
@@ -81,7 +88,20 @@ def trimmed_tokenizer(tokenizer: PreTrainedTokenizerBase, used_ids: Tensor) -> t
         wanted = {token: new_id[old] for token, old in tokenizer.get_vocab().items() if old in new_id}
         if trimmed.get_vocab() != wanted:
             raise ValueError("read again, it has other tokens")
-    return trimmed, torch.tensor(kept)
+    return Trimmed(trimmed, torch.tensor(kept))
+
+
+def kept_ids(tokenizer: PreTrainedTokenizerBase, trimmed: PreTrainedTokenizerBase) -> Tensor:
+    """The old ids of a trimmed tokenizer's tokens, int64 [K], by its ids; `tokenizer` is the whole one."""
+    old_id, tokens = tokenizer.get_vocab(), trimmed.get_vocab()
+    return torch.tensor([old_id[token] for token in sorted(tokens, key=tokens.__getitem__)])
+
+
+def num_changed(whole: Split, trimmed: Split, kept_ids: Tensor) -> int:
+    """The number of rows whose tokens are others than before, since they have words outside the trimmed vocabulary."""
+    rows, kept = np.arange(len(whole)), kept_ids.numpy()
+    pairs = zip(whole.rows[rows]["input_ids"], trimmed.rows[rows]["input_ids"], strict=True)
+    return sum(not np.array_equal(before, kept[after]) for before, after in pairs)
 
 
 def _kept_ids(tokenizer: PreTrainedTokenizerBase, state: dict[str, Any], used_ids: Iterable[int]) -> list[int]:
@@ -216,7 +236,7 @@ def trimmed_model(model: PreTrainedModel, kept_ids: Tensor) -> PreTrainedModel:
     assert not family_of(config).starts_after_padding or new_id.get(pad) == pad, "positions would move"
     padding = None if table.padding_idx is None else new_id.get(table.padding_idx)
     weight = table.weight.detach()[kept_ids.to(table.weight.device)]
-    smaller = nn.Embedding(*weight.shape, padding_idx=padding, _weight=weight)
+    smaller = nn.Embedding(weight.shape[0], weight.shape[1], padding_idx=padding, _weight=weight)
     smaller.weight.requires_grad_(table.weight.requires_grad)
     trimmed = copy.deepcopy(model, {id(table): smaller.train(table.training)})  # the table itself is not copied
     trimmed.config.vocab_size = len(kept_ids)
@@ -225,8 +245,3 @@ def trimmed_model(model: PreTrainedModel, kept_ids: Tensor) -> PreTrainedModel:
         if isinstance(getattr(config, name, None), int):
             setattr(trimmed.config, name, new_id.get(getattr(config, name)))
     return trimmed
-
-
-def saved_parameters(vocab_size: int, num_kept: int, width: int) -> int:
-    """Parameters that the table loses."""
-    return (vocab_size - num_kept) * width
