@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import NOUNS, VERBS
+from datasets import Dataset
 from tiny_families import WORDS, config_of, head_of, tokenizer_of
 from tokenizers import Tokenizer, models
 from transformers import (
@@ -16,6 +17,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from peakd_ds.data.tasks import get_task
+from peakd_ds.data.tokens import tokenize
 from peakd_ds.errors import UserError
 from peakd_ds.families import STUDENTS
 from peakd_ds.model.build import build_classifier
@@ -92,7 +95,7 @@ def test_a_trimmed_tokenizer_is_trimmed_again_to_itself(model_type: str) -> None
 
 @pytest.mark.parametrize("model_type", FAMILIES)
 @pytest.mark.parametrize("is_shared", [False, True])
-def test_logits_are_the_same(model_type: str, is_shared: bool) -> None:
+def test_logits_are_the_same(model_type: str, is_shared: bool, tmp_path: Path) -> None:
     tokenizer, texts = tokenizer_of(model_type), texts_of(SEEN)
     config = config_of(model_type, tokenizer, head_of("no", "yes"), num_layers=2)
     torch.manual_seed(0)
@@ -114,6 +117,10 @@ def test_logits_are_the_same(model_type: str, is_shared: bool) -> None:
         expected = whole(**tokenizer(texts, texts, padding=True, return_tensors="pt")).logits
         inputs = trimmed_tokenizer(texts, texts, padding=True, return_tensors="pt")
         assert torch.equal(small(**inputs).logits, expected)
+        small.save_pretrained(tmp_path)
+        assert torch.equal(
+            AutoModelForSequenceClassification.from_pretrained(tmp_path).eval()(**inputs).logits, expected
+        )
         plain = unroll(small).eval()
         torch.testing.assert_close(plain(**inputs).logits, expected, rtol=0, atol=1e-5)
     assert plain.config.vocab_size == len(kept)
@@ -178,6 +185,15 @@ def test_added_tokens_and_the_last_calls_limits(tmp_path: Path) -> None:
         assert kept[ids].tolist() == tokenizer("the cat qqq [E1]")["input_ids"] and len(ids) == 6
     state = json.loads((tmp_path / "tokenizer.json").read_text())
     assert state["truncation"] is None and state["padding"] is None
+
+
+def test_rows_with_words_outside_are_counted() -> None:
+    tokenizer, task = tokenizer_of("roberta"), get_task("sst2")
+    trimmed, kept = trim.trimmed_tokenizer(tokenizer, used_ids(tokenizer, ["the cat", "the dog"]))
+    assert trim.kept_ids(tokenizer, trimmed).tolist() == kept.tolist()
+    rows = Dataset.from_dict({"sentence": ["the dog", "the charming cat", "the cat"], "label": [0, 1, 0]})
+    splits = [tokenize(task, rows, one, 16) for one in (tokenizer, trimmed)]
+    assert trim.num_changed(*splits, kept) == 1
 
 
 def test_everything_used_changes_nothing() -> None:

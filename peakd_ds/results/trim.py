@@ -1,7 +1,8 @@
 """A student with the tokens of its data only: the tokenizer and the embedding table without the others.
 
 Ids stay in ascending order, so tokens move down to fill the gaps. Texts whose tokens are all kept are tokenised as
-before, but for the new ids:
+before, but for the new ids (a few rows that are cut at the maximal length are cut elsewhere, because words behind the
+cut become other numbers of pieces):
 
     WordPiece  takes the longest piece that matches, and that piece is kept.
     BPE        keeps each merge whose product is kept, and the parts of that product.
