@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
+from peakd_ds import families
 from peakd_ds.cluster import run_folder
 from peakd_ds.config import SPECS, RunConfig
 from peakd_ds.config.optimisation import EVAL_BATCH_FACTOR
@@ -217,9 +218,9 @@ def _assemble(checked: _Checked, train: Split, dev: dict[str, Split]) -> Run:
     train.label_weights = label_weights(train.labels.numpy(), trained.rows, task.num_labels, config.class_weights)
     dev = {name: split for name, split in dev.items() if name in task.eval_splits}
     teacher, teacher_cache = _teacher_of(checked, train, selection)
-    tokens = _used_tokens(checked.tokenizer, train, selection.split)
-    has_two = checked.teacher_tokenizer is not checked.tokenizer
-    teacher_splits = train.for_teacher(), selection.split.for_teacher()
+    splits = train, selection.split
+    tokens = _used_tokens(checked.student_init, checked.tokenizer, splits)
+    teacher_splits = [split.for_teacher() for split in splits]
     return Run(
         config=config,
         task=task,
@@ -235,16 +236,18 @@ def _assemble(checked: _Checked, train: Split, dev: dict[str, Split]) -> Run:
         selection=selection,
         dev=dev,
         used_tokens=tokens,
-        teacher_used_tokens=_used_tokens(checked.teacher_tokenizer, *teacher_splits) if has_two else tokens,
+        teacher_used_tokens=_used_tokens(checked.teacher_source, checked.teacher_tokenizer, teacher_splits),
         dev_texts={name: checked.splits[name] for name in dev},
         trimmed=dist.agree(lambda: trimmed_tokenizer(checked.tokenizer, tokens)) if config.trim_vocabulary else None,
         notes=checked.notes,
     )
 
 
-def _used_tokens(tokenizer: PreTrainedTokenizerBase, *splits: Split) -> torch.Tensor:
-    """Ids of the tokenizer's tokens that occur in the splits, int64 [K] (collective)."""
-    return used_tokens(splits, max(tokenizer.get_vocab().values()) + 1)
+def _used_tokens(model: Pretrained, tokenizer: PreTrainedTokenizerBase, splits: Sequence[Split]) -> torch.Tensor:
+    """Ids of the tokens that a model reads in the splits, int64 [K] (collective); padding is one where rows have it."""
+    found = used_tokens(splits, max(tokenizer.get_vocab().values()) + 1)
+    padding = [] if families.is_packed(model.config) else [model.config.pad_token_id]
+    return torch.cat([found, found.new_tensor(padding, dtype=found.dtype)]).unique()
 
 
 def _teacher_of(
@@ -300,6 +303,9 @@ def _check(config: RunConfig, is_bf16_fast: bool) -> _Checked:
     contract.check_contract(config, task, teacher, student_init, tokenizer, teacher_tokenizer)
     _check_labels(config, task)
     pairs = layer_pairs(config.layer_map, _student_depth(config), teacher.config.num_hidden_layers)
+    if config.beta > 0 and config.hidden_loss == "cls" and config.teacher:
+        pooling = contract.teacher_pooling(config.teacher_pooling, teacher, teacher_tokenizer)
+        teacher = replace(teacher, pooling=pooling)
     _check_stages(config, task, teacher)
     if config.export_onnx:
         require_onnx()

@@ -5,6 +5,7 @@
 #       --shard_dir /shared/shards/mnli
 #
 # Rows of your own take the place of the task: --train_file 'rows-*.csv' [--label_column LABEL ...].
+# With --student_init, as for distill.sh, of an encoder with another tokenizer, the shards hold the tokens of both.
 #
 # One task is one MPI worker, at most one per shard; the number of workers does not change the shards. If nodes have a
 # scratch disk, each node's shards are copied to it. Then:

@@ -219,11 +219,11 @@ def encoder_of(task: Task, tokenizer: PreTrainedTokenizerBase, max_seq_length: i
             max_length=max_seq_length,
             return_token_type_ids=True,
         )
-        return {
-            "input_ids": encoded["input_ids"],
-            "token_type_ids": encoded["token_type_ids"],
-            "length": [len(ids) for ids in encoded["input_ids"]],
-        }
+        ids, types = encoded["input_ids"], encoded["token_type_ids"]
+        if not all(ids):  # a tokenizer without special tokens gives none for an empty text
+            types = [row or [0] for row in types]
+            ids = [row or [tokenizer.pad_token_id] for row in ids]
+        return {"input_ids": ids, "token_type_ids": types, "length": [len(row) for row in ids]}
 
     return encode
 

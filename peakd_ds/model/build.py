@@ -46,7 +46,7 @@ def build_teacher(config: RunConfig, task: Task, encoder: contract.Pretrained) -
 
     A BERT has the class of a student that shares no layers, which takes packed rows; others have transformers' own.
     """
-    optional = () if encoder.is_classifier else contract.NEW_WITH_A_TASK
+    optional = () if encoder.is_classifier else contract.new_with_a_task(encoder.config)
     return load_classifier(encoder, teacher_config(config, task, encoder.config), optional)
 
 
@@ -108,7 +108,7 @@ def build_student(config: RunConfig, student_init: contract.Pretrained, head: di
     student = build_classifier(student_config(config, student_init.config, head))
     path, option, source_config = student_init.path, student_init.option, student_init.config
     kind = BertModel if source_config.model_type == BERT else AutoModel
-    encoder = load_pretrained(kind, path, option, contract.NEW_WITH_A_TASK, config=source_config)
+    encoder = load_pretrained(kind, path, option, contract.new_with_a_task(source_config), config=source_config)
     if isinstance(student, SPSBertForSequenceClassification):
         init_from_encoder(student, encoder, init_layers(config))
     else:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from tokenizers import Tokenizer
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.models.auto.modeling_auto import MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING_NAMES
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils import cached_file
@@ -16,10 +16,8 @@ from peakd_ds.errors import UserError, as_user_error, shown
 from peakd_ds.families import BERT, STUDENTS, has_token_types, num_positions
 from peakd_ds.model.config_file import Pretrained, read_config
 from peakd_ds.model.pooling import natural_pooling, teacher_pooling
-from peakd_ds.model.weights_file import OUTPUTS, check_weights
+from peakd_ds.model.weights_file import OUTPUTS, check_weights, layout_of
 
-NEW_WITH_A_TASK = ("classifier.", "bert.pooler.", "pooler.")
-"""Weights that a pretrained encoder may lack."""
 VOCABULARY_FILES = (
     "tokenizer.json",
     "vocab.txt",
@@ -30,6 +28,12 @@ VOCABULARY_FILES = (
     "tokenizer.model",
 )
 """A tokenizer is stored with one of these at least."""
+
+
+def new_with_a_task(config: PreTrainedConfig) -> tuple[str, ...]:
+    """Beginnings of names of the weights that a pretrained encoder may lack: the head's and the pooler's."""
+    layout = layout_of(config)
+    return (*sorted(layout.head), f"{layout.prefix}pooler.", "pooler.")
 
 
 def find_encoder(path: str, option: str, takes_shared: bool = False, with_weights: bool = True) -> Pretrained:

@@ -1,4 +1,4 @@
-"""The cached teacher: its logits and matched [CLS] vectors for every row of a split, computed once and kept in files.
+"""The cached teacher: its logits and matched vectors of rows for every row of a split, computed once and kept in files.
 
 All ranks fill a cache together, each its share of the parts (blocks of the row order, at most 64). It is memory-mapped
 and read by row number, so it fits any shuffling, number of ranks and accumulation, the ptp and the distill stage, later
@@ -53,7 +53,7 @@ class CachedOutputs:
         return torch.cat([part.logits_nC for part in self.parts])[rows_N]
 
     def of(self, rows_B: Tensor, with_logits: bool = True) -> TeacherOutputs:
-        """Logits float32 [B, C], or None, of int64 rows [B], and [CLS] vectors [B, H] of each matched layer, on the
+        """Logits float32 [B, C], or None, of int64 rows [B], and vectors of rows [B, H] of each matched layer, on the
         device.
 
         Raises:
@@ -87,7 +87,7 @@ class TeacherCache:
     tokenizer: PreTrainedTokenizerBase
     """The teacher's."""
     layers: tuple[int, ...]
-    """1-based teacher layers whose [CLS] vectors the loss matches."""
+    """1-based teacher layers whose vectors of rows the loss matches."""
     is_needed: bool
     """Whether any chosen stage reads the teacher."""
     fingerprints: dict[str, str]
@@ -134,7 +134,7 @@ class TeacherCache:
 
         Args:
             name: Name of the split in the data.
-            layers: 1-based teacher layers whose [CLS] vectors are needed.
+            layers: 1-based teacher layers whose vectors of rows are needed.
 
         Raises:
             UserError: the folder holds outputs of something else, a file is damaged or may not be read, another host's
@@ -206,6 +206,7 @@ class TeacherCache:
             patterns = ["*.safetensors", "config.json"]
             source = Path(snapshot_download(str(self.teacher.source.path), allow_patterns=patterns))
         files = [*sorted(source.glob("*.safetensors")), source / "config.json"]
+        pooling = self.teacher.source.pooling
         return {
             "task": self.task.name,
             "texts": list(self.task.text_columns),
@@ -216,6 +217,7 @@ class TeacherCache:
             "tokenizer": tokenizer_digest(self.tokenizer),
             "teacher": hashlib.sha256("".join(map(sha256_of, files)).encode()).hexdigest(),
             "dtype": self.config.dtype,
+            **({} if pooling == "cls" or not self.layers else {"pooling": pooling}),
         }
 
     # -- Building ------------------------------------------------------------------------------------------------------
@@ -263,7 +265,7 @@ class TeacherCache:
     def _compute(
         self, engine: DeepSpeedEngine, split: Split, rows: np.ndarray, num_passes: int, layers: Sequence[int]
     ) -> tuple[Tensor, dict[int, Tensor]]:
-        """Logits [n, C] and, by layer, [CLS] vectors [n, H] of one part.
+        """Logits [n, C] and, by layer, vectors of rows [n, H] of one part.
 
         Rows of similar length share a forward pass, which saves padding.
         """

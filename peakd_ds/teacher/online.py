@@ -68,9 +68,12 @@ class OnlineTeacher:
     def engine(self) -> DeepSpeedEngine:
         """The teacher's engine (collective when it starts)."""
         if self._engine is None:
-            module = dist.agree(lambda: Teacher(load_teacher(self._config, self._task, self.source, self.folder)))
+            module = dist.agree(self._load)
             self._engine = engines.teacher_engine(module, self.ds_config)
         return self._engine
+
+    def _load(self) -> Teacher:
+        return Teacher(load_teacher(self._config, self._task, self.source, self.folder), self.source.pooling)
 
     def stop(self) -> None:
         """Free the engine's memory (collective)."""
