@@ -219,8 +219,10 @@ def _assemble(checked: _Checked, train: Split, dev: dict[str, Split]) -> Run:
     dev = {name: split for name, split in dev.items() if name in task.eval_splits}
     teacher, teacher_cache = _teacher_of(checked, train, selection)
     splits = train, selection.split
-    tokens = _used_tokens(checked.student_init, checked.tokenizer, splits)
-    teacher_splits = [split.for_teacher() for split in splits]
+    tokens = teacher_tokens = _used_tokens(checked.student_init, checked.tokenizer, splits)
+    if _reads_other_tokens(checked):
+        teacher_splits = [split.for_teacher() for split in splits]
+        teacher_tokens = _used_tokens(checked.teacher_source, checked.teacher_tokenizer, teacher_splits)
     return Run(
         config=config,
         task=task,
@@ -236,11 +238,17 @@ def _assemble(checked: _Checked, train: Split, dev: dict[str, Split]) -> Run:
         selection=selection,
         dev=dev,
         used_tokens=tokens,
-        teacher_used_tokens=_used_tokens(checked.teacher_source, checked.teacher_tokenizer, teacher_splits),
+        teacher_used_tokens=teacher_tokens,
         dev_texts={name: checked.splits[name] for name in dev},
         trimmed=dist.agree(lambda: trimmed_tokenizer(checked.tokenizer, tokens)) if config.trim_vocabulary else None,
         notes=checked.notes,
     )
+
+
+def _reads_other_tokens(checked: _Checked) -> bool:
+    """Whether the teacher reads other token ids than the student, padding included."""
+    pads = [not families.is_packed(source.config) for source in (checked.teacher_source, checked.student_init)]
+    return checked.teacher_tokenizer is not checked.tokenizer or pads[0] != pads[1]
 
 
 def _used_tokens(model: Pretrained, tokenizer: PreTrainedTokenizerBase, splits: Sequence[Split]) -> torch.Tensor:
