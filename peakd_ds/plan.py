@@ -1,6 +1,7 @@
 """What a run is about to do, printed before it starts: rows, batches, teacher, student and loss."""
 
 import math
+from typing import Any
 
 from peakd_ds.config import RunConfig
 from peakd_ds.data import summary
@@ -40,6 +41,7 @@ def plan(run: Run) -> str:
             f"ZeRO stage {zero_stage(run.student_ds_config)}, layer pairs {pairs}",
             _parameters(run),
             f"vocabulary: {len(run.used_tokens):,} of {len(run.tokenizer):,} tokens occur and are trained",
+            *_trimmed(run),
             f"loss: {_loss_backend(config)}",
             summary.of_labels(run.task, "train", run.train.labels.numpy()),
             *(summary.of_labels(run.task, name, split.labels.numpy()) for name, split in run.dev.items()),
@@ -56,6 +58,19 @@ def _lengths(run: Run) -> list[str]:
         return [summary.of_lengths(run.train, run.config.max_seq_length, run.tokenizer)]
     readers = ("student", run.train, run.tokenizer), ("teacher", run.train.for_teacher(), run.teacher_tokenizer)
     return [summary.of_lengths(split, run.config.max_seq_length, tokenizer, who) for who, split, tokenizer in readers]
+
+
+def _trimmed(run: Run) -> list[str]:
+    """A line on the vocabulary of the exported student, if it is trimmed."""
+    if run.trimmed is None:
+        return []
+    config: Any = run.student_init.config
+    kept, whole = len(run.trimmed.kept_ids), config.vocab_size
+    saved = (whole - kept) * getattr(config, "embedding_size", config.hidden_size)
+    return [
+        f"exported vocabulary: {kept:,} of {whole:,} tokens stay, which saves {saved:,} parameters; words outside "
+        "become pieces or unknown (--trim_vocabulary)"
+    ]
 
 
 def _parameters(run: Run) -> str:

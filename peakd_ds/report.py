@@ -8,17 +8,19 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from peakd_ds.data import metrics
 from peakd_ds.data.tasks import AGREEMENT
+from peakd_ds.data.tokens import Split, tokenize
 from peakd_ds.engine import checkpoint
 from peakd_ds.engine.ds_config import DTYPES
 from peakd_ds.files import damage_named, damaged, needs_space, write_atomically
+from peakd_ds.model import sizes
 from peakd_ds.model.build import check_saved_teacher, load_saved
 from peakd_ds.ranks import dist
 from peakd_ds.ranks.device import device
-from peakd_ds.results import evaluation, figures
+from peakd_ds.results import evaluation, figures, trim
 from peakd_ds.results.export import export_model, export_onnx, model_card, unroll
 from peakd_ds.results.log import RunLog, read_metrics
 from peakd_ds.results.markdown import table
@@ -97,10 +99,12 @@ def _judge_student(run: Run, teacher_logits: dict[str, torch.Tensor]) -> dict[st
 
     if not dist.on_main(exists):
         return None
-    student = dist.agree(lambda: _load_student(run))
+    dist.on_main(lambda: _trim(run))
+    student, tokenizer = dist.agree(lambda: _load_student(run))
+    dev = run.dev if tokenizer is run.tokenizer else _tokenized(run, tokenizer)
     nn.Module.to(student, device(), DTYPES[run.config.dtype]).eval()  # transformers' own `to` has no types
     scores, logits, speed = evaluation.evaluate(
-        lambda inputs: student(**inputs).logits, run.task, run.dev, run.eval_batch_size
+        lambda inputs: student(**inputs).logits, run.task, dev, run.eval_batch_size
     )
     agreement = None
     if teacher_logits:
@@ -114,14 +118,68 @@ def _judge_student(run: Run, teacher_logits: dict[str, torch.Tensor]) -> dict[st
         "effective_layers": student.config.num_effective_layers,
         "samples_per_s": round(speed, 1),
         "agreement": agreement,
+        **_vocabulary(run, student, tokenizer, dev),
         **_per_class(run, logits),
     }
 
 
-def _load_student(run: Run) -> PreTrainedModel:
+def _load_student(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The saved student and its tokenizer, which is the run's own unless its vocabulary is trimmed."""
     folder = run.folder / "student"
     with damage_named(folder, _remedy(run)):
-        return load_saved(folder)
+        student, tokenizer = load_saved(folder), run.tokenizer
+        if student.config.vocab_size != run.student_init.config.vocab_size:
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+        return student, tokenizer
+
+
+def _trim(run: Run) -> None:
+    """Replace the saved student by one with a trimmed vocabulary, if that is set and not done yet."""
+    if run.trimmed is None:
+        return
+    student, tokenizer = _load_student(run)
+    if tokenizer is run.tokenizer and len(run.trimmed.kept_ids) < student.config.vocab_size:
+        small = trim.trimmed_model(student, run.trimmed.kept_ids)
+        export_model(small, run.trimmed.tokenizer, run.folder / "student", "")
+
+
+def _tokenized(run: Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, Split]:
+    """The dev rows with the tokens of a trimmed tokenizer (collective)."""
+    cache, length = run.folder / "cache", run.config.max_seq_length
+    return {name: tokenize(run.task, rows, tokenizer, length, cache) for name, rows in run.dev_texts.items()}
+
+
+def _vocabulary(
+    run: Run, student: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, dev: dict[str, Split]
+) -> dict[str, Any]:
+    """For results.json: what a trimmed vocabulary saves, and how many rows of each split have words outside it."""
+    if tokenizer is run.tokenizer:
+        return {}
+    kept_ids, whole = trim.kept_ids(run.tokenizer, tokenizer), run.student_init.config.vocab_size
+    width = sizes.count_parameters(student).embeddings // len(kept_ids)
+    return {
+        "vocabulary": {
+            "tokens": len(kept_ids),
+            "of": whole,
+            "saved_parameters": (whole - len(kept_ids)) * width,
+            "rows_with_words_outside": {
+                name: trim.num_changed(run.dev[name], split, kept_ids) for name, split in dev.items()
+            },
+        }
+    }
+
+
+def _about_vocabulary(results: dict[str, Any]) -> str:
+    """A sentence on the trimmed vocabulary, for both README.md; "" if it is whole."""
+    vocabulary = (results["student"] or {}).get("vocabulary")
+    if vocabulary is None:
+        return ""
+    outside = ", ".join(f"{count:,} of {name}" for name, count in vocabulary["rows_with_words_outside"].items())
+    return (
+        f"The student's vocabulary holds {vocabulary['tokens']:,} of {vocabulary['of']:,} tokens, those that occur in "
+        f"its training and selection rows, which saves {vocabulary['saved_parameters']:,} parameters. Words outside it "
+        f"become pieces or unknown; rows with such words: {outside}."
+    )
 
 
 def _primary_metric(run: Run) -> dict[str, str]:
@@ -168,7 +226,7 @@ def _write_files(run: Run, results: dict[str, Any], log: RunLog) -> None:
 
 
 def _export(run: Run, results: dict[str, Any], log: RunLog) -> None:
-    student = _load_student(run)
+    student, tokenizer = _load_student(run)
     scores, teacher_scores = results["student"]["metrics"], (results["teacher"] or {}).get("metrics")
     if not run.task.has_labels:
         agreement = results["student"]["agreement"]
@@ -184,6 +242,7 @@ def _export(run: Run, results: dict[str, Any], log: RunLog) -> None:
         settings=results["settings"],
         base_model=run.student_init.path,
         own_task=run.task if run.task.is_own else None,
+        vocabulary=_about_vocabulary(results),
     )
     write_atomically(run.folder / "student" / "README.md", model_card(**card, model_type=student.config.model_type))
     if not run.config.export_unrolled:
@@ -192,9 +251,9 @@ def _export(run: Run, results: dict[str, Any], log: RunLog) -> None:
     folder = run.folder / "student_unrolled"
     card["num_parameters"] = sum(parameter.numel() for parameter in plain.parameters())
     card["num_stored_layers"] = card["num_effective_layers"]
-    export_model(plain, run.tokenizer, folder, model_card(**card, model_type=plain.config.model_type))
+    export_model(plain, tokenizer, folder, model_card(**card, model_type=plain.config.model_type))
     if run.config.export_onnx:
-        difference = export_onnx(plain, run.tokenizer, folder / "model.onnx")
+        difference = export_onnx(plain, tokenizer, folder / "model.onnx")
         log.say(f"model.onnx gives the same logits in onnxruntime to {difference:.1e}")
 
 
@@ -238,7 +297,7 @@ def _readme(run: Run, results: dict[str, Any], text: str) -> str:
 
 Metrics are over the whole dev set ({sizes}), computed in {run.config.dtype}.
 Epochs were picked on {chosen}. Samples per second are those of inference on dev with {results["world_size"]} rank(s).
-{_own_details(run, results)}{curves}
+{_own_details(run, results)}{_paragraph(_about_vocabulary(results))}{curves}
 `config.yaml` holds every setting. Started again with this folder, the same command continues where it stopped.
 """
 
@@ -264,4 +323,8 @@ def _own_details(run: Run, results: dict[str, Any]) -> str:
         ]
         header = ["class", "rows", *(f"{name} {score}" for name, score in columns)]
         paragraphs += [f"Each class of {split}:", table(header, rows, is_padded=True)]
-    return "".join(f"\n{paragraph}\n" for paragraph in paragraphs)
+    return "".join(map(_paragraph, paragraphs))
+
+
+def _paragraph(text: str) -> str:
+    return f"\n{text}\n" if text else ""

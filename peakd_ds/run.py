@@ -35,6 +35,7 @@ from peakd_ds.model.contract import Pretrained
 from peakd_ds.ranks import dist
 from peakd_ds.ranks.device import device
 from peakd_ds.results.export import require_onnx
+from peakd_ds.results.trim import Trimmed, check_trimmable, trimmed_tokenizer
 from peakd_ds.sps import execution_order
 from peakd_ds.teacher import stored
 from peakd_ds.teacher.cache import TeacherCache
@@ -82,6 +83,10 @@ class Run:
     """Ids of the student's tokens that occur in `train` and the selection rows, int64 [K]."""
     teacher_used_tokens: torch.Tensor
     """Those of the teacher's tokens."""
+    dev_texts: dict[str, datasets.Dataset]
+    """The rows of `dev` before they were tokenised."""
+    trimmed: Trimmed | None = None
+    """The tokenizer of the exported student, with --trim_vocabulary."""
     notes: tuple[str, ...] = ()
     """Lines of the plan on the rows."""
 
@@ -234,6 +239,8 @@ def _assemble(checked: _Checked, train: Split, dev: dict[str, Split]) -> Run:
         dev=dev,
         used_tokens=tokens,
         teacher_used_tokens=teacher_tokens,
+        dev_texts={name: checked.splits[name] for name in dev},
+        trimmed=dist.agree(lambda: trimmed_tokenizer(checked.tokenizer, tokens)) if config.trim_vocabulary else None,
         notes=checked.notes,
     )
 
@@ -310,6 +317,8 @@ def _check(config: RunConfig, is_bf16_fast: bool) -> _Checked:
     _check_stages(config, task, teacher)
     if config.export_onnx:
         require_onnx()
+    if config.trim_vocabulary:
+        check_trimmable(tokenizer)
     fingerprints = reading.fingerprints(splits)
     if is_sharded:
         shards = shard_files.find(config, task, tokenizer, fingerprints.get("train"), teacher_tokenizer)

@@ -1,12 +1,14 @@
 """The whole program on two ranks, from settings to exported student: names, files and promises of the README."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
-from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline
+from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer, pipeline
 
 import peakd_ds.sps
 from peakd_ds import stages, train
@@ -100,6 +102,48 @@ def test_both_exports_give_the_same_scores(finished: Path) -> None:
     scores = {answer["label"]: answer["score"] for answer in classify([text])[0]}
     assert [scores["negative"], scores["positive"]] == pytest.approx(expected.tolist(), abs=1e-5)
     assert "sst2" in (finished / "student_unrolled" / "README.md").read_text()
+
+
+def test_a_student_with_a_trimmed_vocabulary(
+    argv: list[str], finished: Path, tiny_data: Path, two_ranks, tmp_path: Path
+) -> None:
+    """A finished run that is started again with --trim_vocabulary exports the same student with fewer tokens."""
+    folder, before = tmp_path / "run", json.loads((finished / "results.json").read_text())
+    shutil.copytree(finished, folder)
+    words = [*argv, "--task", "sst2", "--run_dir", str(folder)]
+    two_ranks.run(run_all, [*words, "--trim_vocabulary", "--export_onnx"])
+    after = json.loads((folder / "results.json").read_text())
+    texts = pq.read_table(tiny_data / "sst2" / "validation-00000-of-00001.parquet").column("sentence").to_pylist()
+    logits = [logits_of(path, texts) for path in (finished / "student", folder / "student")]
+    assert torch.equal(*logits)
+    torch.testing.assert_close(logits_of(folder / "student_unrolled", texts), logits[0], rtol=0, atol=1e-5)
+
+    config = AutoConfig.from_pretrained(folder / "student")
+    tokenizer = AutoTokenizer.from_pretrained(folder / "student")
+    assert "film" in tokenizer.get_vocab() and "sees" not in tokenizer.get_vocab()
+    vocabulary = after["student"]["vocabulary"]
+    assert vocabulary["tokens"] == len(tokenizer) == config.vocab_size < vocabulary["of"]
+    assert vocabulary["rows_with_words_outside"] == {"validation": 0}
+    assert before["student"]["params"] - after["student"]["params"] == vocabulary["saved_parameters"] > 0
+    assert before["student"]["metrics"] == after["student"]["metrics"]
+    for readme in (folder / "README.md", folder / "student" / "README.md", folder / "student_unrolled" / "README.md"):
+        assert f"holds {len(tokenizer):,} of {vocabulary['of']:,} tokens" in readme.read_text()
+    assert (folder / "student_unrolled" / "model.onnx").exists()
+    classify = pipeline("text-classification", model=str(folder / "student_unrolled"))
+    assert classify("the film is very good .")[0]["label"] in ("negative", "positive")
+
+    weights = (folder / "student" / "model.safetensors").read_bytes()
+    two_ranks.run(run_all, words)  # the tokens are gone: the setting does not bring them back
+    assert (folder / "student" / "model.safetensors").read_bytes() == weights
+    again = json.loads((folder / "results.json").read_text())["student"]
+    assert again["vocabulary"] == vocabulary and again["metrics"] == after["student"]["metrics"]
+
+
+def logits_of(folder: Path, texts: list[str]) -> torch.Tensor:
+    """Logits [N, C] of a saved classifier, by its own tokenizer."""
+    model, tokenizer = AutoModelForSequenceClassification.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    with torch.no_grad():
+        return model.eval()(**tokenizer(texts, padding=True, return_tensors="pt")).logits
 
 
 def test_a_finished_run_is_not_run_again(argv: list[str], finished: Path, two_ranks) -> None:

@@ -25,6 +25,7 @@ from peakd_ds.command_line import parse
 from peakd_ds.engine import checkpoint
 from peakd_ds.errors import UserError
 from peakd_ds.ranks import dist
+from peakd_ds.results import trim
 from peakd_ds.run import open_run
 
 # Words by which a message tells what to do.
@@ -303,6 +304,11 @@ def test_teacher_without_a_tokenizer(program: Program, teacher: Path) -> None:
         file.unlink()
     message = program.refuses(teacher=teacher)
     assert_says(message, f"--teacher {teacher} has no tokenizer that can be read", "save it there with save_pretrained")
+
+
+def test_a_tokenizer_that_cannot_be_trimmed(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(trim, "KINDS", ("BPE",))
+    assert_says(program.refuses("--trim_vocabulary"), "knows tokenizers of BPE, not of WordPiece", "leave")
 
 
 def test_other_labels(program: Program, teacher: Path) -> None:

@@ -65,6 +65,12 @@ class OutputSettings:
         "also write student_unrolled/model.onnx, checked against onnxruntime (needs the onnx extra)",
         is_neutral=True,
     )
+    trim_vocabulary: bool = setting(
+        False,
+        "export the student with only those tokens that occur in its training and selection rows; other words become "
+        "pieces or unknown",
+        is_neutral=True,
+    )
     dry_run: bool = setting(
         False,
         "check everything, print the plan, and stop before any engine starts",

@@ -145,6 +145,7 @@ def model_card(
     base_model: str | None = None,
     model_type: str = "bert",
     own_task: Task | None = None,
+    vocabulary: str = "",
 ) -> str:
     """A Hugging Face model card: YAML front matter and Markdown.
 
@@ -160,6 +161,7 @@ def model_card(
         base_model: What the model was initialised from; the front matter names it if it is a hub id.
         model_type: Of the saved config; `sps_bert` and the like need peakd_ds.sps to load.
         own_task: The task if it is the user's own data: the card says what labels and metrics are.
+        vocabulary: A paragraph on its vocabulary, if that is trimmed.
     """
     front_matter: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-classification"}
     if base_model is not None and _is_hub_id(base_model):
@@ -181,6 +183,7 @@ def model_card(
         *(["\n".join(f"- {name}: {in_words(name)}" for name in metrics)] if own_task else []),
         "## Size",
         markdown.table(("size", "value"), sizes.items()),
+        *([vocabulary] if vocabulary else []),
         "## Use",
         _usage(model_type, own_task is not None and own_task.is_multi_label),
         "## Training settings",
