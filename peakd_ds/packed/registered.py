@@ -140,7 +140,7 @@ def _split(states: Tensor, num_heads: int) -> Tensor:
 
 def _join(states: Tensor) -> Tensor:
     """[1, heads, T, D] -> [T, H]."""
-    return states[0].transpose(0, 1).flatten(1)
+    return states.squeeze(0).transpose(0, 1).flatten(1)
 
 
 def _after_layer(
