@@ -4,17 +4,21 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
+import deepspeed
 import pytest
 import torch
 from tiny_families import head_of, save_family
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
-import peakd_ds.sps
+import peakd_ds.sps  # noqa: F401 - registers the students
 from peakd_ds import train
 from peakd_ds.command_line import parse
 from peakd_ds.data.tasks import get_task
+from peakd_ds.errors import UserError
 from peakd_ds.families import BERT, FAMILIES, STUDENTS
+from peakd_ds.results import figures
 
 HEAD = head_of(*get_task("rte").label_names)
 WORDS = "--task rte --num_hidden_layers 2 --epochs 1 --max_seq_length 32 --global_batch_size 32 --micro_batch_size 8"
@@ -37,9 +41,10 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
 
 
 def run_all(argvs: list[list[str]]) -> None:
-    """Runs on every rank."""
-    for argv in argvs:
-        train.main(parse(argv))
+    """Runs on every rank; the loss curves are not drawn, which takes a quarter of such a short run."""
+    with mock.patch.object(figures, "loss_curves", lambda *_: None):
+        for argv in argvs:
+            train.main(parse(argv))
 
 
 @pytest.fixture(scope="module")
@@ -128,5 +133,85 @@ def test_an_encoder_of_every_family_is_fine_tuned_and_teaches(two_ranks, made: M
         assert (folder / "teacher" / "model.safetensors").exists()
 
 
-def test_the_classes_of_students_are_ours() -> None:
-    assert all(hasattr(peakd_ds.sps, name) for name in ("SPSBertConfig", "classes_of"))
+# -- Wrong input -------------------------------------------------------------------------------------------------------
+
+CANNOT_LEARN = "cannot start a student: {}, {}; set --student_init to a model of bert, roberta, "
+OWN = "its layers share their parameters already"
+CAUSAL = "it is a causal model, whose first token sees no other"
+REFUSED: dict[str, tuple[str, str, str, tuple[str, ...]]] = {
+    "no student of albert": ("albert", "", "", ("--teacher ", CANNOT_LEARN.format("albert", OWN))),
+    "no student of qwen2": ("qwen2", "", "", ("--teacher ", CANNOT_LEARN.format("qwen2", CAUSAL))),
+    "an albert to start with": ("bert", "albert", "", ("--student_init ", CANNOT_LEARN.format("albert", OWN))),
+    "a qwen2 to start with": ("bert", "qwen2", "", ("--student_init ", CANNOT_LEARN.format("qwen2", CAUSAL))),
+    "first layers of modernbert": (
+        "bert",
+        "modernbert",
+        "--init_layers 2,4",
+        (
+            "--init_layers 2,4 does not fit --student_init ",
+            "no LayerNorm before attention",
+            "begin with 1, as 1,2 does",
+        ),
+    ),
+    "the first layer of modernbert twice": ("modernbert", "", "--init_layers 1,1", ("--init_layers 1,1 does not fit",)),
+    "the first token of a decoder": (
+        "llama",
+        "bert",
+        "--teacher_pooling cls",
+        ("--teacher_pooling cls takes the first token's state", "set --teacher_pooling last or mean"),
+    ),
+    "a score for classes": (
+        "deberta-v2 with one score",
+        "bert",
+        "",
+        ("has 1 label(s), task rte needs 2", "take a model of this"),
+    ),
+    "a decoder without padding": (
+        "gemma with no padding",
+        "bert",
+        "",
+        ("causal model without padding token", "set pad_token in its tokenizer_config.json"),
+    ),
+}
+"""(teacher, --student_init, more words, parts of the message)."""
+
+
+def no_engine(*_: Any, **__: Any) -> None:
+    raise AssertionError("an engine was started")
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_wrong_models_are_refused_in_one_line(
+    case: str,
+    words: list[str],
+    made: Made,
+    tmp_path: Path,
+    single_rank: None,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    teacher, student, more, parts = REFUSED[case]
+    family, _, kind = teacher.partition(" with ")
+    folder = save_family(tmp_path / "teacher", family, head_of() if kind == "one score" else HEAD)
+    if kind == "no padding":
+        for file, name in (("config.json", "pad_token_id"), ("tokenizer_config.json", "pad_token")):
+            document = json.loads((folder / file).read_text())
+            (folder / file).write_text(json.dumps(document | {name: None}))
+    argv = [*words, "--teacher", str(folder), "--run_dir", str(tmp_path / "run"), *more.split()]
+    argv += ["--student_init", str(made(student, False))] if student else []
+    monkeypatch.setattr(deepspeed, "initialize", no_engine)
+    with pytest.raises(UserError) as caught:
+        run_all([argv])
+    message = str(caught.value)
+    assert len(message.splitlines()) == 1 and all(part in message for part in parts), message
+    assert not (tmp_path / "run").exists()
+    captured = capsys.readouterr()
+    assert "Traceback" not in captured.out + captured.err
+
+
+def test_the_first_layer_of_modernbert_may_be_chosen_with_others(
+    words: list[str], made: Made, tmp_path: Path, single_rank: None
+) -> None:
+    encoder = made("modernbert", False)
+    argv = [*words, "--teacher", str(encoder), "--init_layers", "1,4", "--run_dir", str(tmp_path / "run"), "--dry_run"]
+    run_all([argv])

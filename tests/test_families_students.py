@@ -101,9 +101,7 @@ def trained_by_engine(config: RunConfig, stage: int) -> Trained:
     if stage == 3:
         assert all(parameter.numel() == 0 for parameter in engine.module.parameters()), "weights are in parts"
     named = engine.module.named_parameters()
-    found = {
-        name: (read_full(engine, p, None).clone(), read_full(engine, p, "exp_avg").clone()) for name, p in named
-    }
+    found = {name: (read_full(engine, p, None).clone(), read_full(engine, p, "exp_avg").clone()) for name, p in named}
     engine.destroy()
     return found
 
@@ -145,11 +143,15 @@ def _differences(config: RunConfig) -> dict[tuple[int, str], float]:
         ours = trained_by_engine(config, stage)
         assert ours.keys() == expected.keys()
         pairs = [(*ours[name], *expected[name], first[name]) for name in expected]
-        errors[stage, "weights"] = relative(torch.cat([(w - other).flatten() for w, _, other, _, _ in pairs]),
-                                            torch.cat([other.flatten() for _, _, other, _, _ in pairs]))
+        errors[stage, "weights"] = relative(
+            torch.cat([(w - other).flatten() for w, _, other, _, _ in pairs]),
+            torch.cat([other.flatten() for _, _, other, _, _ in pairs]),
+        )
         errors[stage, "change"] = max(relative(w - other, other - start) for w, _, other, _, start in pairs)
-        errors[stage, "moments"] = relative(torch.cat([(m - other).flatten() for _, m, _, other, _ in pairs]),
-                                            torch.cat([other.flatten() for _, _, _, other, _ in pairs]))
+        errors[stage, "moments"] = relative(
+            torch.cat([(m - other).flatten() for _, m, _, other, _ in pairs]),
+            torch.cat([other.flatten() for _, _, _, other, _ in pairs]),
+        )
     return errors
 
 
