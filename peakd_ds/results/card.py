@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 from huggingface_hub.utils import HFValidationError, validate_repo_id
 
-from peakd_ds.command_line import to_words
+from peakd_ds.command_line import to_word, to_words
 from peakd_ds.config import RESULT_NEUTRAL, SPECS
 from peakd_ds.data.metrics import MAX_CLASSES_IN_TABLE, in_words
 from peakd_ds.data.tasks import Task
@@ -140,7 +140,7 @@ def worth_telling(settings: Mapping[str, object]) -> dict[str, object]:
     left_out |= _EPOCHS if settings.get("epochs") else set()
     left_out |= _PTP_ONLY if settings.get("ptp") is False else set()
     return {
-        name: value
+        name: to_word(value) if isinstance(value, list | tuple) else value
         for name, value in publishable(settings).items()
         if name not in left_out and (name in METHOD or _was_set(name, value))
     }

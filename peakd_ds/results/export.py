@@ -4,12 +4,14 @@ A student is saved as `sps_bert`, `sps_roberta` and so on (n stored layers; need
 unrolled to the plain class of its family at the effective depth, which transformers loads on its own.
 """
 
+import contextlib
 import copy
 import functools
 import importlib
+import logging
 import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -162,9 +164,7 @@ def export_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file
     reference.forward = functools.partial(reference.forward, return_dict=False)
     traced = _random_inputs(tokenizer, reference.config, num_rows=2, num_tokens=8)
     with needs_space(file), whole_file(Path(file)) as new:
-        with warnings.catch_warnings():
-            # All inputs have the same two axes, and the exporter warns for each repeated name.
-            warnings.filterwarnings("ignore", message=".*axis name.*will not be used", category=UserWarning)
+        with quiet():
             torch.onnx.export(
                 reference,
                 kwargs=traced,
@@ -201,6 +201,19 @@ def holds(model: PreTrainedModel, folder: Path) -> bool:
             return stored <= state.keys() and all(torch.equal(file.get_tensor(name), state[name]) for name in stored)
     except Exception:  # damaged: it is written again
         return False
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what torch's exporter and onnxruntime's quantiser warn of for every model, such as repeated axes."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def require_onnx() -> None:

@@ -3,9 +3,7 @@
 N rows, C classes.
 """
 
-import logging
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ from peakd_ds.data.tokens import Split
 from peakd_ds.errors import first_line
 from peakd_ds.files import needs_space, whole_file
 from peakd_ds.results import evaluation, speed
+from peakd_ds.results.export import quiet
 
 MAX_ROWS = 2000
 """Most rows on which both files are scored; of more, evenly spaced ones are taken."""
@@ -38,7 +37,7 @@ def quantise(file: Path, target: Path) -> None:
     import onnx
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
-    with needs_space(target), whole_file(target) as new, _quiet():
+    with needs_space(target), whole_file(target) as new, quiet():
         try:
             model = onnx.load(file)
             model.graph.ClearField("value_info")  # shapes of weights that the quantiser transposes
@@ -105,17 +104,6 @@ def _logits(
     logits = torch.empty_like(found)
     logits[torch.from_numpy(by_length)] = found
     return logits
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silence the advice that onnxruntime logs for every model."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        yield
-    finally:
-        logging.disable(before)
 
 
 def verdict(entry: dict[str, Any], max_drop: float, metric: str) -> tuple[bool, str]:
