@@ -77,10 +77,8 @@ def model_card(
         files: A paragraph and a table of the model's files, if it has others than its weights.
         onnx_file: Name of the ONNX file that is recommended, or "".
     """
-    if num_stored_layers == num_effective_layers:
-        layers = f"{num_stored_layers}"
-    else:
-        layers = f"{num_stored_layers} stored, {num_effective_layers} run"
+    is_shared = num_stored_layers != num_effective_layers
+    layers = f"{num_stored_layers} stored, {num_effective_layers} run" if is_shared else f"{num_stored_layers}"
     rows = {"parameters": f"{num_parameters:,}", "encoder layers": layers, "architecture": model_type, **(sizes or {})}
     sections = [
         f"---\n{yaml.safe_dump(_front_matter(settings, base_model, model_type), sort_keys=False)}---",
