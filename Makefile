@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
 help:
 	@echo "make venv    .venv with the versions of constraints.txt (PYTHON=$(PYTHON), 3.11 or newer)"
-	@echo "make demo    get a small teacher and data into demo/, run the whole pipeline (RANKS=processes)"
+	@echo "make demo    get an encoder and data into demo/, make a teacher and two students, compare (RANKS=processes)"
 	@echo "make test    run the tests (PYTEST_ARGS='-k name -x')"
 	@echo "make test-cluster  run the tests on a Slurm cluster of several hosts inside this machine (slurm-wlm, munge)"
 	@echo "make fuzz    search for wrong inputs that end badly, longer than make test does (FUZZ=30 times as many)"
@@ -38,6 +38,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install -c constraints.txt -e '.[dev,onnx]'
 	@touch $@
 
+# A teacher and an SPS student, then a student of as many parameters that shares nothing, trained alike.
 # One rank a GPU (as many as divide the global batch of 64), or two on CPU, which share the cores.
 # A free port: ranks of two programs on DeepSpeed's default one would join each other's process group.
 demo: $(STAMP)
@@ -47,10 +48,14 @@ demo: $(STAMP)
 	while [ $$((64 % ranks)) -ne 0 ]; do ranks=$$((ranks - 1)); done; \
 	export PATH="$(CURDIR)/$(BIN):$$PATH"; \
 	export OMP_NUM_THREADS="$${OMP_NUM_THREADS:-$$(( ($$(nproc) + ranks - 1) / ranks ))}"; \
-	port=$$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'); \
-	set -x; \
-	deepspeed --num_gpus "$$ranks" --master_port "$$port" peakd_ds/train.py --config peakd_ds/recipes/demo.yaml \
-	    --teacher demo/encoder --data_dir demo/data --run_dir demo/run
+	train() { \
+	    port=$$($(BIN)/python -c 'import socket; s = socket.socket(); s.bind(("", 0)); print(s.getsockname()[1])'); \
+	    (set -x; deepspeed --num_gpus "$$ranks" --master_port "$$port" peakd_ds/train.py \
+	        --config peakd_ds/recipes/demo.yaml --data_dir demo/data --export_onnx "$$@"); \
+	}; \
+	train --teacher demo/encoder --run_dir demo/run && \
+	train --teacher demo/run/teacher --student_init demo/encoder --sharing none --run_dir demo/plain && \
+	$(BIN)/peakd-compare demo/run demo/plain
 
 # A private folder: two DeepSpeed builds in the user's common one lock each other out. Triton's interpreter needs a
 # process of its own: whether a kernel is compiled or interpreted is decided when it is imported.

@@ -8,48 +8,72 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from peakd_ds.data import metrics
 from peakd_ds.data.tasks import AGREEMENT
 from peakd_ds.data.tokens import Split, tokenize
 from peakd_ds.engine import checkpoint
 from peakd_ds.engine.ds_config import DTYPES
+from peakd_ds.errors import first_line
 from peakd_ds.files import damage_named, damaged, needs_space, write_atomically
 from peakd_ds.model import sizes
 from peakd_ds.model.build import check_saved_teacher, load_saved
 from peakd_ds.ranks import dist
 from peakd_ds.ranks.device import device
-from peakd_ds.results import evaluation, figures, trim
-from peakd_ds.results.export import export_model, export_onnx, model_card, unroll
+from peakd_ds.results import comparison, evaluation, figures, finished, int8, readme, speed, trim
+from peakd_ds.results.card import class_table, model_card
+from peakd_ds.results.export import export_model, export_onnx, holds, unroll
 from peakd_ds.results.log import RunLog, read_metrics
-from peakd_ds.results.markdown import table
 from peakd_ds.run import Run
+from peakd_ds.teacher.online import OnlineTeacher
 from peakd_ds.teacher.stored import StoredTeacher
 
 
 def write(run: Run, log: RunLog) -> None:
-    """Evaluate teacher and student on dev (collective), then export the student, write files and print the table."""
-    teacher, teacher_logits = _judge_teacher(run)
-    student = _judge_student(run, teacher_logits)
+    """Evaluate teacher and student on dev (collective), export the student, write files and print the table.
+
+    What an earlier start has made and is still whole is kept; if that is everything, the log says where it is.
+    """
+    if dist.on_main(lambda: finished.lacks(run.config)) is None:
+        log.say(f"everything is there, and nothing is done again\n{finished.where(run.folder)}")
+        return
+    earlier = dist.on_main(lambda: _earlier(run))
+    if earlier is None:
+        teacher, teacher_logits = _judge_teacher(run)
+        judged = {"teacher": teacher, "student": _judge_student(run, teacher_logits), "world_size": dist.world_size()}
+        run.teacher.stop()
+    else:
+        judged = {name: earlier[name] for name in ("teacher", "student", "world_size")}
     results = {
         "task": run.task.name,
         "method": run.method,
         "seed": run.config.seed,
-        "world_size": dist.world_size(),
         "selected_on": run.selection.name,
         "settings": {**asdict(run.config), "layer_pairs": run.pairs},
-        "teacher": teacher,
-        "student": student,
+        **judged,
         **_primary_metric(run),
         **_majority(run),
     }
 
     def write_files() -> None:
         with needs_space(run.folder):
-            _write_files(run, results, log)
+            _write_files(run, results, log, earlier)
 
     dist.on_main(write_files)
+
+
+def _earlier(run: Run) -> dict[str, Any] | None:
+    """The results of an earlier start, if they are of the student that is there, as it is to be exported."""
+    results = finished.read(run.folder)
+    if results is None or not finished.has_student(run.folder, results):
+        return None
+    return None if run.trimmed is not None and "vocabulary" not in results["student"] else results
 
 
 def _judge_teacher(run: Run) -> tuple[dict[str, Any] | None, dict[str, torch.Tensor]]:
@@ -140,7 +164,7 @@ def _trim(run: Run) -> None:
     student, tokenizer = _load_student(run)
     if tokenizer is run.tokenizer and len(run.trimmed.kept_ids) < student.config.vocab_size:
         small = trim.trimmed_model(student, run.trimmed.kept_ids)
-        export_model(small, run.trimmed.tokenizer, run.folder / "student", "")
+        export_model(small, run.trimmed.tokenizer, run.folder / "student", "", keeps_others=True)
 
 
 def _tokenized(run: Run, tokenizer: PreTrainedTokenizerBase) -> dict[str, Split]:
@@ -169,28 +193,20 @@ def _vocabulary(
     }
 
 
-def _about_vocabulary(results: dict[str, Any]) -> str:
-    """A sentence on the trimmed vocabulary, for both README.md; "" if it is whole."""
-    vocabulary = (results["student"] or {}).get("vocabulary")
-    if vocabulary is None:
-        return ""
-    outside = ", ".join(f"{count:,} of {name}" for name, count in vocabulary["rows_with_words_outside"].items())
-    return (
-        f"The student's vocabulary holds {vocabulary['tokens']:,} of {vocabulary['of']:,} tokens, those that occur in "
-        f"its training and selection rows, which saves {vocabulary['saved_parameters']:,} parameters. Words outside it "
-        f"become pieces or unknown; rows with such words: {outside}."
-    )
-
-
 def _primary_metric(run: Run) -> dict[str, str]:
     """For results.json, of own data: the score that picks epochs; of GLUE's tasks, their names say it."""
     return {"primary_metric": run.task.primary_metric} if run.task.is_own else {}
 
 
 def _majority(run: Run) -> dict[str, Any]:
-    """For results.json, of own data: the largest class of the reported split, and its share of the labelled rows."""
-    largest = metrics.majority_class(run.task, run.dev[run.task.eval_splits[0]].labels) if run.task.is_own else None
-    return {} if largest is None else {"majority_class": {"name": largest[0], "share": largest[1]}}
+    """For results.json: the largest class of the reported split, its share of the labelled rows, and what always
+    predicting it scores."""
+    labels = run.dev[run.task.eval_splits[0]].labels
+    largest = metrics.majority_class(run.task, labels)
+    if largest is None:
+        return {}
+    scores = metrics.of_majority(run.task, labels)
+    return {"majority_class": {"name": largest[0], "share": largest[1], "metrics": scores}}
 
 
 def _per_class(run: Run, logits: dict[str, torch.Tensor]) -> dict[str, Any]:
@@ -208,123 +224,209 @@ def _remedy(run: Run) -> str:
     return f"delete it and {finished}, and the same command writes it again from its checkpoint"
 
 
-def _write_files(run: Run, results: dict[str, Any], log: RunLog) -> None:
+def _write_files(run: Run, results: dict[str, Any], log: RunLog, earlier: dict[str, Any] | None) -> None:
+    """Measure sizes and speed, export the student, and write everything that speaks of it."""
+    results |= {"speed": speed.conditions(), "exports": {}}
+    if earlier is not None:
+        results["speed"] = earlier["speed"]
+    elif results["teacher"] is not None and isinstance(run.teacher, OnlineTeacher):
+        results["teacher"] |= _measured_teacher(run, run.teacher, results["teacher"]["params"], log)
     if results["student"] is not None:
-        _export(run, results, log)
+        results["exports"] = _export(run, results, log, earlier)
     if (run.folder / "metrics.jsonl").exists():
         figures.loss_curves(read_metrics(run.folder / "metrics.jsonl"), run.folder / "loss_curves.png")
-    text = markdown_table(results)
-    write_atomically(run.folder / "README.md", _readme(run, results, text))
+    has_curves = (run.folder / "loss_curves.png").exists()
+    num_rows = {name: len(split) for name, split in run.dev.items()}
+    write_atomically(run.folder / "README.md", readme.of_run(results, run.task, num_rows, has_curves))
     results["at"] = time.time()  # failed starts before this time no longer count
-    write_atomically(run.folder / "results.json", json.dumps(results, indent=2) + "\n")
+    results["files"] = finished.checksums(run.folder)
+    results = finished.with_checksum(json.loads(json.dumps(results)))
+    write_atomically(run.folder / finished.RESULTS, json.dumps(results, indent=2) + "\n")
     Path(f"{run.folder}.failed").unlink(missing_ok=True)  # peakd-sweep's, of an earlier start
     final = {
         f"{name}/{key}": value for name in ("teacher", "student") for key, value in _metrics(results, name).items()
     }
     log.final(results["settings"], final)
-    log.say(f"\n{text}\n\nresults.json, README.md and the exported models are in {run.folder}/")
+    log.say(f"\n{markdown_table(results)}\n\n{finished.where(run.folder)}")
 
 
-def _export(run: Run, results: dict[str, Any], log: RunLog) -> None:
+# -- Export ------------------------------------------------------------------------------------------------------------
+
+
+def _export(run: Run, results: dict[str, Any], log: RunLog, earlier: dict[str, Any] | None) -> dict[str, Any]:
+    """Write model cards and, if they are not there yet, the unrolled student and ONNX files (rank 0).
+
+    Returns:
+        The exports for results.json: sizes, speed and, of ONNX files, scores.
+    """
     student, tokenizer = _load_student(run)
-    scores, teacher_scores = results["student"]["metrics"], (results["teacher"] or {}).get("metrics")
-    if not run.task.has_labels:
-        agreement = results["student"]["agreement"]
-        scores, teacher_scores = {} if agreement is None else {AGREEMENT: agreement}, None
-    card: dict[str, Any] = dict(
-        task=run.task.name,
-        method=run.method,
-        metrics=scores,
-        teacher_metrics=teacher_scores,
-        num_parameters=results["student"]["params"],
-        num_stored_layers=results["student"]["stored_layers"],
-        num_effective_layers=results["student"]["effective_layers"],
-        settings=results["settings"],
-        base_model=run.student_init.path,
-        own_task=run.task if run.task.is_own else None,
-        vocabulary=_about_vocabulary(results),
-    )
-    write_atomically(run.folder / "student" / "README.md", model_card(**card, model_type=student.config.model_type))
-    if not run.config.export_unrolled:
-        return
-    plain = unroll(student)
-    folder = run.folder / "student_unrolled"
-    card["num_parameters"] = sum(parameter.numel() for parameter in plain.parameters())
-    card["num_stored_layers"] = card["num_effective_layers"]
-    export_model(plain, tokenizer, folder, model_card(**card, model_type=plain.config.model_type))
-    if run.config.export_onnx:
-        difference = export_onnx(plain, tokenizer, folder / "model.onnx")
+    model_type, split = student.config.model_type, _reported(run, tokenizer)
+    plain = unroll(student) if run.config.export_unrolled else None
+    kept = {} if earlier is None else earlier["exports"]
+    exports: dict[str, Any] = {}
+    if earlier is None:
+        results["student"] |= _measured(log, "student", run.folder / "student", split, tokenizer)
+    if plain is not None:
+        folder = run.folder / "student_unrolled"
+        is_new = not holds(plain, folder)
+        if is_new:
+            export_model(plain, tokenizer, folder, "", keeps_others=True)
+        if is_new or "student_unrolled" not in kept:
+            kept = {}
+            measured = _measured(log, "student_unrolled", folder, split, tokenizer)
+            num_parameters = sum(parameter.numel() for parameter in plain.parameters())
+            kept["student_unrolled"] = {"params": num_parameters, **measured}
+        exports["student_unrolled"] = kept["student_unrolled"]
+        has_file = (folder / finished.ONNX_FILES[0]).exists()
+        if run.config.export_onnx or (is_new and has_file):  # an old file is not of the new weights
+            exports |= _export_onnx(run, plain, tokenizer, split, earlier if not is_new else None, log)
+        elif has_file:
+            exports |= {name: entry for name, entry in kept.items() if "onnx" in name or "int8" in name}
+    results["exports"] = exports
+    card = _card(run, results)
+    card |= {"sizes": _sizes(results, results["student"]), "model_type": model_type}
+    write_atomically(run.folder / "student" / "README.md", model_card(**card))
+    if plain is not None:
+        write_atomically(run.folder / "student_unrolled" / "README.md", _card_of_unrolled(run, results, card, plain))
+    return exports
+
+
+def _export_onnx(
+    run: Run,
+    plain: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    split: Split,
+    earlier: dict[str, Any] | None,
+    log: RunLog,
+) -> dict[str, Any]:
+    """Write model.onnx and model_int8.onnx, unless an earlier start has; say what quantising costs."""
+    files = [run.folder / "student_unrolled" / name for name in finished.ONNX_FILES]
+    names = [f"student_unrolled/{name}" for name in finished.ONNX_FILES]
+    is_whole = [earlier is not None and finished.is_whole(run.folder, earlier, name) for name in names]
+    if earlier is not None and is_whole[0]:
+        exports = {name: entry for name, entry in earlier["exports"].items() if "onnx" in name or "int8" in name}
+        if "int8_failed" in exports or ("onnx_int8" in exports and is_whole[1]):
+            _say_int8(run, exports, log)
+            return exports
+    else:
+        difference = export_onnx(plain, tokenizer, files[0])
         log.say(f"model.onnx gives the same logits in onnxruntime to {difference:.1e}")
+    try:
+        int8.quantise(*files)
+        exports = dict(zip(("onnx", "onnx_int8"), int8.score(files, run.task, split, tokenizer), strict=True))
+    except int8.NotQuantised as error:
+        files[1].unlink(missing_ok=True)  # of other weights
+        exports = {"onnx": int8.score(files[:1], run.task, split, tokenizer)[0], "int8_failed": str(error)}
+    _say_int8(run, exports, log)
+    return exports
+
+
+def _say_int8(run: Run, exports: dict[str, Any], log: RunLog) -> None:
+    """Say what model_int8.onnx costs: a warning if that is too much."""
+    if "int8_failed" in exports:
+        log.say(f"warning: model_int8.onnx is not written: the model cannot be quantised ({exports['int8_failed']})")
+        return
+    is_fine, sentence = int8.verdict(exports["onnx_int8"], run.config.max_int8_drop, run.task.primary_metric)
+    log.say(sentence if is_fine else f"warning: {sentence}")
+
+
+def _reported(run: Run, tokenizer: PreTrainedTokenizerBase) -> Split:
+    """The reported split by the tokens of the exported student."""
+    name = run.task.eval_splits[0]
+    if tokenizer is run.tokenizer:
+        return run.dev[name]
+    return tokenize(run.task, run.dev_texts[name], tokenizer, run.config.max_seq_length)
+
+
+# -- Speed -------------------------------------------------------------------------------------------------------------
+
+
+def _measured(
+    log: RunLog, name: str, folder: Path, split: Split, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, float]:
+    """Size on disk and speed of a saved model, as a user would load it; no speed where that fails."""
+    size = {"disk_mb": speed.disk_mb(folder)} if folder.is_dir() else {}
+    try:
+        model = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=False)
+        size = size or {"disk_mb": speed.memory_mb(model)}  # of a model on the hub
+        model.config.pad_token_id = tokenizer.pad_token_id
+        return size | speed.measure_model(model, split, tokenizer)
+    except Exception as error:  # a finished run must not fail for want of two numbers
+        log.say(f"the speed of {name} is not measured ({first_line(error)})")
+        return size
+
+
+def _measured_teacher(run: Run, teacher: OnlineTeacher, num_parameters: int, log: RunLog) -> dict[str, float]:
+    """The same of the teacher, unless it is too large to be loaded once more."""
+    folder = Path(teacher.source.path) if teacher.source.is_classifier else teacher.folder
+    if teacher.zero_stage == 3 or num_parameters > speed.MAX_PARAMETERS:
+        return {"disk_mb": speed.disk_mb(folder)} if folder.is_dir() else {}
+    split = run.dev[run.task.eval_splits[0]].for_teacher()
+    return _measured(log, "the teacher", folder, split, run.teacher_tokenizer)
+
+
+# -- Words -------------------------------------------------------------------------------------------------------------
 
 
 def markdown_table(results: dict[str, Any]) -> str:
-    """Teacher and student side by side."""
-    names = list(_metrics(results, "student") or _metrics(results, "teacher"))
-    header = ["", "params", "layers (stored)", *names, "agreement", "samples/s"]
-    models = [(name, results[name]) for name in ("teacher", "student") if results[name] is not None]
-    return table(header, [_table_row(name, model, names) for name, model in models], is_padded=True)
-
-
-def _table_row(name: str, model: dict[str, Any], metrics: list[str]) -> list[str]:
-    agreement = model.get("agreement")
-    is_known = model["params"] is not None  # not of outputs that were read from a file
-    layers = f"{model['effective_layers']} ({model.get('stored_layers', model['effective_layers'])})"
-    return [
-        name,
-        f"{model['params'] / 1e6:.1f} M" if is_known else "",
-        layers if is_known else "",
-        *(f"{model['metrics'][metric]:.4f}" for metric in metrics),
-        "" if agreement is None else f"{agreement:.4f}",
-        f"{model['samples_per_s']:.0f}" if is_known else "",
-    ]
+    """The teacher, and every form of the student that was exported, with sizes, speed and scores."""
+    return comparison.table_of(comparison.rows_of(results))
 
 
 def _metrics(results: dict[str, Any], name: str) -> dict[str, float]:
     return results[name]["metrics"] if results[name] is not None else {}
 
 
-def _readme(run: Run, results: dict[str, Any], text: str) -> str:
-    chosen = {
-        "holdout": "a fixed tenth of train, which no stage trained on",
-        "validation": "the validation rows, which no stage trained on",
-        "dev": "the dev set itself, so the figures below are optimistic",
-    }[results["selected_on"]]
-    sizes = ", ".join(f"{name} {len(split):,} rows" for name, split in run.dev.items())
-    curves = "\n![loss curves](loss_curves.png)\n" if (run.folder / "loss_curves.png").exists() else ""
-    return f"""# {results["task"]}: {results["method"]}, seed {results["seed"]}
-
-{text}
-
-Metrics are over the whole dev set ({sizes}), computed in {run.config.dtype}.
-Epochs were picked on {chosen}. Samples per second are those of inference on dev with {results["world_size"]} rank(s).
-{_own_details(run, results)}{_paragraph(_about_vocabulary(results))}{curves}
-`config.yaml` holds every setting. Started again with this folder, the same command continues where it stopped.
-"""
-
-
-def _own_details(run: Run, results: dict[str, Any]) -> str:
-    """Paragraphs of README.md about own data: the largest class, and a table with a row for each class."""
-    if not run.task.is_own:
-        return ""
-    split, majority = run.task.eval_splits[0], results.get("majority_class")
-    paragraphs = ["Rows without a label do not count."]
-    if majority is not None:
-        what = "rows" if run.task.is_multi_label else "rows, the accuracy of always predicting it"
-        paragraphs.append(
-            f"The largest class of {split} is {majority['name']}, with {majority['share']:.4f} of the {what}."
-        )
-    judged = {name: results[name] for name in ("teacher", "student") if results[name] is not None}
-    scores = {name: model["per_class"] for name, model in judged.items() if "per_class" in model}
-    if scores:
-        columns = [(name, score) for name in scores for score in ("precision", "recall", "f1")]
-        rows = [
-            [label, str(first["support"]), *(f"{scores[name][label][score]:.4f}" for name, score in columns)]
-            for label, first in next(iter(scores.values())).items()
-        ]
-        header = ["class", "rows", *(f"{name} {score}" for name, score in columns)]
-        paragraphs += [f"Each class of {split}:", table(header, rows, is_padded=True)]
-    return "".join(map(_paragraph, paragraphs))
+def _card(run: Run, results: dict[str, Any]) -> dict[str, Any]:
+    """Arguments of `model_card` that both forms of the student share."""
+    student, teacher = results["student"], results["teacher"]
+    scores, teacher_scores = student["metrics"], (teacher or {}).get("metrics")
+    if not run.task.has_labels:
+        agreement = student["agreement"]
+        scores, teacher_scores = {} if agreement is None else {AGREEMENT: agreement}, None
+    return dict(
+        task=run.task.name,
+        method=run.method,
+        metrics=scores,
+        teacher_metrics=teacher_scores,
+        majority=results.get("majority_class"),
+        per_class=class_table({"this model": student["per_class"]}) if "per_class" in student else "",
+        num_parameters=student["params"],
+        num_stored_layers=student["stored_layers"],
+        num_effective_layers=student["effective_layers"],
+        settings=results["settings"],
+        base_model=run.student_init.path,
+        own_task=run.task if run.task.is_own else None,
+        vocabulary=readme.about_vocabulary(results),
+    )
 
 
-def _paragraph(text: str) -> str:
-    return f"\n{text}\n" if text else ""
+def _card_of_unrolled(run: Run, results: dict[str, Any], card: dict[str, Any], plain: PreTrainedModel) -> str:
+    unrolled, exports = results["exports"]["student_unrolled"], results["exports"]
+    recommended = "model.onnx" if "onnx" in exports else ""
+    entry = exports.get("onnx_int8")
+    if entry is not None and int8.verdict(entry, run.config.max_int8_drop, run.task.primary_metric)[0]:
+        recommended = "model_int8.onnx"
+    changed = dict(
+        num_parameters=unrolled["params"],
+        num_stored_layers=card["num_effective_layers"],
+        model_type=plain.config.model_type,
+        sizes=_sizes(results, unrolled),
+        files=comparison.files_table(results, readme.about_onnx(results, run.task)),
+        onnx_file=recommended,
+    )
+    return model_card(**{**card, **changed})
+
+
+def _sizes(results: dict[str, Any], model: dict[str, Any]) -> dict[str, str]:
+    """Rows of a card's table of sizes: MB, latency and throughput, where known."""
+    rows = {"MB on disk": f"{model['disk_mb']:.1f}"}
+    if "latency_ms" in model:
+        conditions = results["speed"]
+        threads = f", {conditions['threads']} thread(s)" if conditions["device"] == "cpu" else ""
+        rows |= {
+            "latency, batch 1": f"{model['latency_ms']:.1f} ms",
+            f"throughput, batch {conditions['batch']}": f"{model['batch_samples_per_s']:.0f} samples/s",
+            "measured in": f"fp32, {conditions['device'].upper()}{threads}",
+        }
+    return rows

@@ -24,7 +24,8 @@ from peakd_ds.data.metrics import in_words
 from peakd_ds.data.tasks import OWN_METRICS, own_task
 from peakd_ds.files import damage_of, has_checksums
 from peakd_ds.results import export
-from peakd_ds.results.export import export_model, export_onnx, model_card, unroll
+from peakd_ds.results.card import model_card
+from peakd_ds.results.export import export_model, export_onnx, unroll
 from peakd_ds.sps import SHARINGS, SPSBertConfig, SPSBertForSequenceClassification, init_from_encoder
 
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]

@@ -22,6 +22,7 @@ from peakd_ds.families import BERT, FAMILIES, STUDENTS, is_packed
 from peakd_ds.model.build import build_classifier
 from peakd_ds.packed.packing import Take, pack, padded, pool
 from peakd_ds.packed.rows import padded_inputs, take_packed_rows
+from peakd_ds.results import int8
 from peakd_ds.results.export import export_model, export_onnx, unroll
 from peakd_ds.sps.order import execution_order
 from peakd_ds.sps.shared import ExchangedQKV, share_layers
@@ -282,7 +283,13 @@ def test_modernbert_keeps_the_norm_and_the_window_of_its_layers() -> None:
 def test_onnx(model_type: str, tmp_path: Path) -> None:
     torch.set_default_dtype(torch.float32)
     student = make_student(model_type, 1).float()
-    assert export_onnx(unroll(student), tokenizer_of(model_type), tmp_path / "model.onnx") < 1e-4
+    tokenizer, files = tokenizer_of(model_type), [tmp_path / "model.onnx", tmp_path / "model_int8.onnx"]
+    assert export_onnx(unroll(student), tokenizer, files[0]) < 1e-4
+    int8.quantise(*files)
+    assert files[1].stat().st_size < files[0].stat().st_size
+    tokens = tokenizer(["the film was good", "a dull plot"], padding=True, return_tensors="pt")
+    logits, quantised = (int8.runner(file)(tokens) for file in files)
+    torch.testing.assert_close(quantised, logits, rtol=0, atol=0.1)
 
 
 READ_WITH_TRANSFORMERS = """

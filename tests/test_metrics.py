@@ -249,8 +249,9 @@ def test_results_have_a_table_for_own_data(
     results, readme = json.loads((tmp_path / "run" / "results.json").read_text()), tmp_path / "run" / "README.md"
     teacher = results["teacher"]
     if kind == "glue":
-        assert set(teacher) == {"metrics", "params", "effective_layers", "samples_per_s"}
-        assert not {"majority_class", "primary_metric"} & results.keys() and "class" not in readme.read_text()
+        measured = {"disk_mb", "latency_ms", "batch_samples_per_s"}
+        assert set(teacher) == {"metrics", "params", "effective_layers", "samples_per_s", *measured}
+        assert "primary_metric" not in results and "Each class" not in readme.read_text()
         return
     assert list(teacher["metrics"]) == ["accuracy", "macro_f1", "weighted_f1"]
     assert {name: row["support"] for name, row in teacher["per_class"].items()} == dict.fromkeys(
@@ -260,7 +261,11 @@ def test_results_have_a_table_for_own_data(
     assert "Epochs were picked on the validation rows, which no stage trained on." in readme.read_text()
     f1 = [row["f1"] for row in teacher["per_class"].values()]
     assert teacher["metrics"]["macro_f1"] == pytest.approx(np.mean(f1))
-    assert results["majority_class"] == {"name": names[0], "share": 0.5}
+    assert results["majority_class"] == {
+        "name": names[0],
+        "share": 0.5,
+        "metrics": {"accuracy": 0.5, "macro_f1": pytest.approx(1 / 3), "weighted_f1": pytest.approx(1 / 3)},
+    }
     assert "The largest class of test is entailment, with 0.5000 of the rows, the" in readme.read_text()
     (row,) = [line.split("|")[1:-1] for line in readme.read_text().splitlines() if line.startswith("| not_entailment")]
     scores = teacher["per_class"]["not_entailment"]

@@ -8,12 +8,13 @@ Every other folder that holds a name that a run writes belongs to the user and i
 import hashlib
 import json
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from peakd_ds.command_line import differences, to_yaml
+from peakd_ds.command_line import differences, set_values, to_words, to_yaml
 from peakd_ds.config import SPECS, RunConfig
 from peakd_ds.config.data import SOURCES
 from peakd_ds.errors import UserError, first_line
@@ -32,6 +33,13 @@ SETTINGS_OF_EARLIER_VERSIONS: frozenset[str] = frozenset()
 """Keys that config.yaml of an earlier version may have and that are no settings any more."""
 _MARKS = {"run_dir", "num_hidden_layers", "seed"}
 """Settings that every run saves, beside one of SOURCES."""
+_OF_THE_TEACHER = frozenset(
+    [
+        *("task", "teacher", "name", "text_columns", "label_column", "label_columns", "label_names", "metric"),
+        *("dataset_config_name", "teacher_weights", "teacher_epochs"),
+    ]
+)
+"""Settings that a fine-tuned teacher does not outlive: with others, it is no teacher of the rows."""
 _CHECKSUM = "# sha256 of the lines above: "
 
 
@@ -51,12 +59,35 @@ def check(config: RunConfig) -> None:
             raise UserError(
                 f"--run_dir {folder} holds a run with other settings ({'; '.join(changed)}); nothing was "
                 "changed there: take another --run_dir, or the settings it was started with"
+                f"{_with_its_teacher(config, changed)}"
             )
     in_the_way = obstacle(folder)
     if in_the_way is not None:
         raise UserError(
             f"--run_dir {folder} cannot be written ({in_the_way} is no folder you may write to); take another --run_dir"
         )
+
+
+def _with_its_teacher(config: RunConfig, changed: list[str]) -> str:
+    """The end of the refusal: the command of a new run with the teacher that the run in the folder has fine-tuned.
+
+    Nothing if there is none, or if the teacher's own settings are among the changed ones.
+    """
+    folder = Path(config.run_dir)
+    names = {line.partition(":")[0] for line in changed}
+    if not (folder / "teacher" / "config.json").exists() or names & _OF_THE_TEACHER:
+        return ""
+    values = set_values(config)
+    settings = {name: value for name, value in values.items() if value != _as_saved(SPECS[name].default)}
+    settings.pop("dry_run", None)
+    settings |= {"teacher": str(folder / "teacher"), "run_dir": f"{folder}-2"}
+    settings |= {"student_init": config.student_init or config.teacher}
+    command = shlex.join(["peakd-train", *to_words("", settings)])
+    return f". A new run with its teacher: {command}"
+
+
+def _as_saved(value: Any) -> Any:
+    return list(map(_as_saved, value)) if isinstance(value, tuple) else value
 
 
 def check_owner(folder: Path) -> None:

@@ -104,6 +104,15 @@ def majority_class(task: Task, labels: ArrayLike) -> tuple[str, float] | None:
     return task.label_names[largest], float(counts_C[largest] / len(labels_))
 
 
+def of_majority(task: Task, labels: ArrayLike) -> dict[str, float]:
+    """The metrics of always predicting the largest class; empty for scores, or if no row has a label."""
+    largest = majority_class(task, labels)
+    if largest is None:
+        return {}
+    row = np.where(np.array(task.label_names) == largest[0], 1.0, -1.0)
+    return compute_metrics(task, np.tile(row, (len(_as_float64(labels)), 1)), labels)
+
+
 def class_weights(labels: ArrayLike, num_classes: int) -> torch.Tensor:
     """Weights that make each class count alike in a loss: n / (C * n_c) for n_c of the n labelled rows.
 

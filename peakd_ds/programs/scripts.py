@@ -202,6 +202,24 @@ def report_options(words: Sequence[str]) -> argparse.Namespace:
     return _checked(parser, words)
 
 
+# -- peakd-compare -----------------------------------------------------------------------------------------------------
+
+
+def compare() -> None:
+    """Start peakd-compare."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # without a GPU, DeepSpeed's search for one prints to stdout
+    start("peakd_ds.programs.compare:main", "peakd-compare", compare_options)
+
+
+def compare_options(words: Sequence[str]) -> argparse.Namespace:
+    """Options of peakd-compare. Raises UserError for a word that does not fit."""
+    parser = Parser(
+        "peakd-compare", "Teachers and students of finished runs in one table: parameters, MB, latency and score."
+    )
+    parser.add_argument("runs", nargs="+", type=_path, metavar="RUN", help="folders of finished runs on one task")
+    return _checked(parser, words)
+
+
 # -- peakd-demo --------------------------------------------------------------------------------------------------------
 
 

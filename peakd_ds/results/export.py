@@ -1,20 +1,22 @@
-"""Export finished models as Hugging Face folders with a model card, and as ONNX.
+"""Export finished models as Hugging Face folders, and as ONNX.
 
 A student is saved as `sps_bert`, `sps_roberta` and so on (n stored layers; needs `import peakd_ds.sps` to load), or
 unrolled to the plain class of its family at the effective depth, which transformers loads on its own.
 """
 
+import contextlib
 import copy
 import functools
 import importlib
+import logging
+import shutil
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
-from huggingface_hub.utils import HFValidationError, validate_repo_id
+from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
@@ -24,24 +26,14 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from peakd_ds.data.metrics import MAX_CLASSES_IN_TABLE, in_words
-from peakd_ds.data.tasks import Task
-from peakd_ds.families import FAMILIES, SHARED, plain_type
+from peakd_ds.families import SHARED
 from peakd_ds.files import checked_folder, needs_space, whole_file, whole_folder
-from peakd_ds.results import markdown
 from peakd_ds.sps import SPSBertConfig, shared
 from peakd_ds.sps.order import order_of
 
 ONNX_TOLERANCE = 1e-4
 """Largest absolute difference of a logit between PyTorch and onnxruntime that `export_onnx` accepts."""
 
-PATHS = frozenset(
-    "run_dir data_dir train_file validation_file test_file unlabeled_file shard_dir scratch_dir teacher_outputs "
-    "teacher_cache".split()
-)
-"""Settings that are paths of the user's."""
-SOURCES = frozenset("teacher student_init dataset_name student_ds_config teacher_ds_config".split())
-"""Settings that are paths of the user's, or names that everybody knows."""
 _LAYERS = "bert.encoder.layer."
 _QUERY, _KEY = "attention.self.query", "attention.self.key"
 
@@ -97,6 +89,7 @@ def export_model(
     folder: Path,
     card: str,
     with_checksums: bool = False,
+    keeps_others: bool = False,
 ) -> None:
     """Write config, safetensors weights, tokenizer and README.md to `folder`, which is complete as soon as it exists.
 
@@ -105,8 +98,9 @@ def export_model(
     Args:
         model: A model whose parameters are not sharded.
         folder: Its parents are created.
-        card: Text of README.md, see `model_card`.
+        card: Text of README.md, see `results.card`.
         with_checksums: Write SHA256SUMS too, for a model that later stages read and nobody edits.
+        keeps_others: Keep what an earlier export's folder holds under other names than those that are written.
 
     Raises:
         ValueError: `folder` holds something other than an export, which would be deleted; or the disk is full.
@@ -125,129 +119,25 @@ def export_model(
             backend.no_padding()
         tokenizer.save_pretrained(new)
         (new / "README.md").write_text(card, encoding="utf-8")
+        if keeps_others:
+            _keep_others(folder, new)
+
+
+def _keep_others(folder: Path, new: Path) -> None:
+    """Copy files and folders that `new` lacks from an earlier export, except weights under other names."""
+    for path in folder.iterdir() if folder.is_dir() else ():
+        target = new / path.name
+        if target.exists() or ".safetensors" in path.name:
+            continue
+        if path.is_dir():
+            shutil.copytree(path, target, symlinks=True)
+        else:
+            shutil.copy2(path, target, follow_symlinks=False)
 
 
 def _is_replaceable(folder: Path) -> bool:
     """Whether a path holds an exported model or an empty folder."""
     return folder.is_dir() and ((folder / "config.json").is_file() or not any(folder.iterdir()))
-
-
-def model_card(
-    *,
-    task: str,
-    method: str,
-    metrics: Mapping[str, float],
-    teacher_metrics: Mapping[str, float] | None,
-    num_parameters: int,
-    num_stored_layers: int,
-    num_effective_layers: int,
-    settings: Mapping[str, object],
-    base_model: str | None = None,
-    model_type: str = "bert",
-    own_task: Task | None = None,
-    vocabulary: str = "",
-) -> str:
-    """A Hugging Face model card: YAML front matter and Markdown.
-
-    Args:
-        task: Name of the task, such as rte.
-        method: Name of the method, such as pea-kd.
-        metrics: Metrics of the model on the dev set, by name.
-        teacher_metrics: Metrics of the teacher; None if there is no teacher to compare with.
-        num_parameters: Parameters of the saved model.
-        num_stored_layers: Encoder layers that the saved model stores.
-        num_effective_layers: Encoder layers that run.
-        settings: Training settings by name; those that are set and tell no path of the user's are listed.
-        base_model: What the model was initialised from; the front matter names it if it is a hub id.
-        model_type: Of the saved config; `sps_bert` and the like need peakd_ds.sps to load.
-        own_task: The task if it is the user's own data: the card says what labels and metrics are.
-        vocabulary: A paragraph on its vocabulary, if that is trimmed.
-    """
-    front_matter: dict[str, object] = {"library_name": "transformers", "pipeline_tag": "text-classification"}
-    if base_model is not None and _is_hub_id(base_model):
-        front_matter["base_model"] = base_model
-    front_matter["tags"] = [plain_type(model_type), "knowledge-distillation", "pea-kd"]
-    if num_stored_layers == num_effective_layers:
-        layers = f"{num_stored_layers}"
-    else:
-        layers = f"{num_stored_layers} stored, {num_effective_layers} run"
-    sizes = {"parameters": f"{num_parameters:,}", "encoder layers": layers, "architecture": model_type}
-    sections = [
-        f"---\n{yaml.safe_dump(front_matter, sort_keys=False)}---",
-        f"# {task}: {method}",
-        f"A text classifier ({FAMILIES[plain_type(model_type)].name}) for the task `{task}`, made with the method "
-        f"`{method}` of peakd_ds.",
-        *(_labels(own_task) if own_task else []),
-        "## Evaluation",
-        _metric_table(metrics, teacher_metrics),
-        *(["\n".join(f"- {name}: {in_words(name)}" for name in metrics)] if own_task else []),
-        "## Size",
-        markdown.table(("size", "value"), sizes.items()),
-        *([vocabulary] if vocabulary else []),
-        "## Use",
-        _usage(model_type, own_task is not None and own_task.is_multi_label),
-        "## Training settings",
-        markdown.table(("setting", "value"), publishable(settings).items()),
-        "## Method",
-        "Pea-KD (Cho and Kang): [arXiv:2009.14822](https://arxiv.org/abs/2009.14822).",
-    ]
-    return "\n\n".join(sections) + "\n"
-
-
-def publishable(settings: Mapping[str, object]) -> dict[str, object]:
-    """The settings that are set and tell no path of the user's: a hub id stays, a folder does not."""
-    return {
-        name: value
-        for name, value in settings.items()
-        if value not in (None, "") and name not in PATHS and (name not in SOURCES or _is_hub_id(str(value)))
-    }
-
-
-def _labels(task: Task) -> list[str]:
-    """Paragraphs of a card: what the outputs of a model of own data mean."""
-    texts = "a text" if len(task.text_columns) == 1 else "two texts"
-    if task.is_regression:
-        return [f"The data is the maker's own. The model reads {texts} and gives a score, its one output."]
-    given = f"one of {task.num_labels} classes"
-    if task.is_multi_label:
-        given = f"those of {task.num_labels} classes that apply, which are those with a logit above 0"
-    shown = list(enumerate(task.label_names))[:MAX_CLASSES_IN_TABLE]
-    left_out = task.num_labels - len(shown)
-    return [
-        f"The data is the maker's own. The model reads {texts} and gives {given}.",
-        markdown.table(("output", "class"), shown),
-        *([f"and {left_out:,} more, which config.json has."] if left_out else []),
-    ]
-
-
-def _is_hub_id(name: str) -> bool:
-    try:
-        validate_repo_id(name)
-    except HFValidationError:
-        return False
-    return not Path(name).exists()  # transformers prefers an existing folder to the hub, too
-
-
-def _metric_table(metrics: Mapping[str, float], teacher_metrics: Mapping[str, float] | None) -> str:
-    if not metrics:
-        return "No row has a label, so there is no score."
-    if teacher_metrics is None:
-        return markdown.table(("metric", "this model"), [(name, f"{value:.4f}") for name, value in metrics.items()])
-    teacher = {name: f"{value:.4f}" for name, value in teacher_metrics.items()}
-    rows = [(name, f"{value:.4f}", teacher.get(name, "")) for name, value in metrics.items()]
-    return markdown.table(("metric", "this model", "teacher"), rows)
-
-
-def _usage(model_type: str, gives_several: bool) -> str:
-    is_shared = model_type.startswith(SHARED)
-    imports = f"import peakd_ds.sps  # registers {model_type} with transformers\n" if is_shared else ""
-    options = ", top_k=None" if gives_several else ""  # the probability of every class, not of the largest
-    return (
-        f"```python\n{imports}from transformers import pipeline\n\n"
-        f'classifier = pipeline("text-classification", model="path/to/this/folder"{options})\n'
-        'print(classifier("A sentence."))\n'
-        'print(classifier({"text": "The first sentence", "text_pair": "and the second."}))\n```'
-    )
 
 
 def export_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file: Path) -> float:
@@ -274,9 +164,7 @@ def export_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file
     reference.forward = functools.partial(reference.forward, return_dict=False)
     traced = _random_inputs(tokenizer, reference.config, num_rows=2, num_tokens=8)
     with needs_space(file), whole_file(Path(file)) as new:
-        with warnings.catch_warnings():
-            # All inputs have the same two axes, and the exporter warns for each repeated name.
-            warnings.filterwarnings("ignore", message=".*axis name.*will not be used", category=UserWarning)
+        with quiet():
             torch.onnx.export(
                 reference,
                 kwargs=traced,
@@ -299,6 +187,33 @@ def export_onnx(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, file
                 "nothing was written; export with other versions of torch or onnxruntime"
             )
     return difference
+
+
+def holds(model: PreTrainedModel, folder: Path) -> bool:
+    """Whether a folder has an export with exactly these weights, and a tokenizer."""
+    names = ("config.json", "tokenizer_config.json", "model.safetensors")
+    if not all((folder / name).is_file() for name in names):
+        return False
+    state = model.state_dict()
+    try:
+        with safe_open(folder / "model.safetensors", "pt") as file:
+            stored = set(file.keys())
+            return stored <= state.keys() and all(torch.equal(file.get_tensor(name), state[name]) for name in stored)
+    except Exception:  # damaged: it is written again
+        return False
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what torch's exporter and onnxruntime's quantiser warn of for every model, such as repeated axes."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
 
 
 def require_onnx() -> None:
