@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 from transformers import PreTrainedModel
 
+from peakd_ds.config import SPECS
+from peakd_ds.config.outputs import STAGES
 from peakd_ds.data import metrics
+from peakd_ds.data.label_arrays import is_labeled
 from peakd_ds.data.tasks import AGREEMENT
 from peakd_ds.engine import checkpoint
 from peakd_ds.engine.ds_config import DTYPES
@@ -18,18 +22,19 @@ from peakd_ds.files import damage_named, damaged, needs_space, write_atomically
 from peakd_ds.model.build import check_saved_teacher, load_saved
 from peakd_ds.ranks import dist
 from peakd_ds.ranks.device import device
-from peakd_ds.results import evaluation, figures
+from peakd_ds.results import evaluation, figures, verdict
 from peakd_ds.results.export import export_model, export_onnx, model_card, unroll
 from peakd_ds.results.log import RunLog, read_metrics
 from peakd_ds.results.markdown import table
 from peakd_ds.run import Run
+from peakd_ds.teacher.online import OnlineTeacher
 from peakd_ds.teacher.stored import StoredTeacher
 
 
 def write(run: Run, log: RunLog) -> None:
     """Evaluate teacher and student on dev (collective), then export the student, write files and print the table."""
     teacher, teacher_logits = _judge_teacher(run)
-    student = _judge_student(run, teacher_logits)
+    student, matrices = _judge_student(run, teacher_logits)
     results = {
         "task": run.task.name,
         "method": run.method,
@@ -45,7 +50,7 @@ def write(run: Run, log: RunLog) -> None:
 
     def write_files() -> None:
         with needs_space(run.folder):
-            _write_files(run, results, log)
+            _write_files(run, results, matrices, log)
 
     dist.on_main(write_files)
 
@@ -85,8 +90,10 @@ def _check_never_trained(run: Run, folder: Path) -> None:
         check_saved_teacher(folder)
 
 
-def _judge_student(run: Run, teacher_logits: dict[str, torch.Tensor]) -> dict[str, Any] | None:
-    """The student as exported, in the run's precision."""
+def _judge_student(
+    run: Run, teacher_logits: dict[str, torch.Tensor]
+) -> tuple[dict[str, Any] | None, dict[str, Figure]]:
+    """The student as exported, in the run's precision, and figures of it by their tags."""
     folder = run.folder / "student"
 
     def exists() -> bool:
@@ -96,7 +103,7 @@ def _judge_student(run: Run, teacher_logits: dict[str, torch.Tensor]) -> dict[st
         return is_there
 
     if not dist.on_main(exists):
-        return None
+        return None, {}
     student = dist.agree(lambda: _load_student(run))
     nn.Module.to(student, device(), DTYPES[run.config.dtype]).eval()  # transformers' own `to` has no types
     scores, logits, speed = evaluation.evaluate(
@@ -115,7 +122,7 @@ def _judge_student(run: Run, teacher_logits: dict[str, torch.Tensor]) -> dict[st
         "samples_per_s": round(speed, 1),
         "agreement": agreement,
         **_per_class(run, logits),
-    }
+    }, _confusion(run, logits)
 
 
 def _load_student(run: Run) -> PreTrainedModel:
@@ -150,21 +157,63 @@ def _remedy(run: Run) -> str:
     return f"delete it and {finished}, and the same command writes it again from its checkpoint"
 
 
-def _write_files(run: Run, results: dict[str, Any], log: RunLog) -> None:
+def _write_files(run: Run, results: dict[str, Any], matrices: dict[str, Figure], log: RunLog) -> None:
     if results["student"] is not None:
         _export(run, results, log)
     if (run.folder / "metrics.jsonl").exists():
-        figures.loss_curves(read_metrics(run.folder / "metrics.jsonl"), run.folder / "loss_curves.png")
-    text = markdown_table(results)
+        curves = [(name, run.loss_weights(name), run.score_of(name)) for name in STAGES]
+        figures.loss_curves(read_metrics(run.folder / "metrics.jsonl"), curves, run.folder / "loss_curves.png")
+    text, results["verdict"] = markdown_table(results), _verdict(run, results)
     write_atomically(run.folder / "README.md", _readme(run, results, text))
     results["at"] = time.time()  # failed starts before this time no longer count
     write_atomically(run.folder / "results.json", json.dumps(results, indent=2) + "\n")
     Path(f"{run.folder}.failed").unlink(missing_ok=True)  # peakd-sweep's, of an earlier start
-    final = {
-        f"{name}/{key}": value for name in ("teacher", "student") for key, value in _metrics(results, name).items()
-    }
-    log.final(results["settings"], final)
-    log.say(f"\n{text}\n\nresults.json, README.md and the exported models are in {run.folder}/")
+    _log_results(run, results, text, matrices, log)
+    use = verdict.how_to_use(run.folder)
+    log.say(
+        "\n".join(
+            [
+                f"\n== {run.task.name}: {results['verdict'] or 'no student yet'} ==\n\n{text}\n",
+                f"files: {run.folder}/ has results.json, README.md and the exported models",
+                *([f"use:   {use}"] if use else []),
+            ]
+        )
+    )
+
+
+def _verdict(run: Run, results: dict[str, Any]) -> str:
+    """The student beside its teacher in one line, which results.json and README.md keep."""
+    teacher_mb = student_mb = None
+    if results["teacher"] is not None and isinstance(run.teacher, OnlineTeacher):
+        source = run.teacher.source
+        folder = Path(source.path) if source.is_classifier else run.teacher.folder
+        teacher_mb = verdict.weights_mb(folder, results["teacher"]["params"])
+    if results["student"] is not None:
+        student_mb = verdict.weights_mb(run.folder / "student", results["student"]["params"])
+    return verdict.verdict(results, run.task.primary_metric, teacher_mb, student_mb)
+
+
+def _log_results(run: Run, results: dict[str, Any], text: str, matrices: dict[str, Figure], log: RunLog) -> None:
+    """Put the results into TensorBoard: the student's first, and the settings that were set before the others."""
+    final: dict[str, float] = {}
+    for stage, name in (("distill", "student"), ("teacher", "teacher")):
+        values = {**_metrics(results, name), "agreement": (results[name] or {}).get("agreement")}
+        final |= {f"{stage}/results/{key}": value for key, value in values.items() if value is not None}
+    is_set = {name: SPECS[name].default != value for name, value in asdict(run.config).items()}
+    settings = {name: results["settings"][name] for name in sorted(is_set, key=lambda name: not is_set[name])}
+    log.final(settings, final, f"{results['verdict']}\n\n{text}", matrices)
+
+
+def _confusion(run: Run, logits: dict[str, torch.Tensor]) -> dict[str, Figure]:
+    """The student's confusion matrix on the reported split by its tag, for tasks of a class a row with few classes."""
+    task, split = run.task, run.task.eval_splits[0]
+    labels = run.dev[split].labels
+    if task.kind != "classes" or task.num_labels > figures.MAX_CLASSES or not is_labeled(labels.numpy()).any():
+        return {}
+    rows = torch.from_numpy(is_labeled(labels.numpy()))
+    names = [str(name) for name in task.label_names]
+    matrix = figures.confusion_matrix(names, labels[rows].long(), logits[split][rows].argmax(-1))
+    return {"distill/confusion_matrix": matrix}
 
 
 def _export(run: Run, results: dict[str, Any], log: RunLog) -> None:
@@ -234,13 +283,17 @@ def _readme(run: Run, results: dict[str, Any], text: str) -> str:
     curves = "\n![loss curves](loss_curves.png)\n" if (run.folder / "loss_curves.png").exists() else ""
     return f"""# {results["task"]}: {results["method"]}, seed {results["seed"]}
 
-{text}
+{_sentence(results["verdict"])}{text}
 
 Metrics are over the whole dev set ({sizes}), computed in {run.config.dtype}.
 Epochs were picked on {chosen}. Samples per second are those of inference on dev with {results["world_size"]} rank(s).
 {_own_details(run, results)}{curves}
 `config.yaml` holds every setting. Started again with this folder, the same command continues where it stopped.
 """
+
+
+def _sentence(verdict: str) -> str:
+    return f"{verdict[:1].upper()}{verdict[1:]}.\n\n" if verdict else ""
 
 
 def _own_details(run: Run, results: dict[str, Any]) -> str:

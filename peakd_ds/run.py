@@ -111,6 +111,18 @@ class Run:
         """Weight of the soft loss: 1 where no row has a label."""
         return self.config.alpha if self.task.has_labels else 1.0
 
+    def loss_weights(self, stage: str) -> dict[str, float]:
+        """The weight of each term in a stage's loss, by the names of meter.TERMS; those of weight 0 are left out."""
+        if stage != "distill":
+            return {"hard_loss": 1.0}
+        beta = self.config.beta if self.pairs else 0.0
+        weights = {"hard_loss": 1 - self.alpha, "soft_loss": self.alpha, "hidden_loss": beta}
+        return {name: weight for name, weight in weights.items() if weight}
+
+    def score_of(self, stage: str) -> str:
+        """The metric that picks a stage's best epoch."""
+        return "loss" if stage == "ptp" else self.task.primary_metric
+
     @property
     def folder(self) -> Path:
         return Path(self.config.run_dir)
