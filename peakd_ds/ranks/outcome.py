@@ -50,9 +50,8 @@ def noted(marks_finished: bool = True) -> Iterator[None]:
         line, how = _one_line(error)
         is_interrupted = not line and signal.SIGINT in signals.received
         if is_interrupted:  # Ctrl-C reaches programs that this one has started too, such as a compiler
-            line = (
-                f"stopped by SIGINT (Ctrl-C) before it could save ({first_line(error)[:200]}); the same command goes on"
-            )
+            reason = first_line(error)[:200]
+            line = f"stopped by SIGINT (Ctrl-C) before it could save ({reason}); the same command goes on"
         cause = line or " ".join(f"{type(error).__name__}: {error}".split())[:500]
         if how == "lost":
             liveness.report(cause)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
 MAX_CLASSES = 30
 """Most classes that a confusion matrix can show in readable numbers."""
@@ -69,7 +70,7 @@ def loss_curves(records: Sequence[Mapping[str, Any]], curves: Curves, target: Pa
     drawn = [curve for curve in curves if any(record["stage"] == curve[0] for record in records)]
     if not drawn:
         return
-    figure = Figure(figsize=(max(5.0, 4.2 * len(drawn)), 6), layout="constrained")
+    figure = Figure(figsize=(max(5.0, 4.4 * len(drawn)), 6), layout=ConstrainedLayoutEngine(wspace=0.06))
     panels = figure.subplots(2, len(drawn), squeeze=False, sharex="col", height_ratios=[3, 2])
     for column, (stage, weights, score) in enumerate(drawn):
         mine = [record for record in records if record["stage"] == stage]
