@@ -99,6 +99,9 @@ def start(
         status = getattr(importlib.import_module(module), function)(options)
     except (UserError, OSError) as error:  # OSError: a full disk, or a folder that is gone
         exit_with(error, program)
+    except KeyboardInterrupt:  # train.py saves first, and raises none
+        print(f"{program}: stopped by Ctrl-C", file=sys.stderr, flush=True)
+        raise SystemExit(130) from None
     except (MemoryError, ImportError) as error:
         if isinstance(error, ImportError) and "failed to map segment" not in str(error):
             raise

@@ -1,20 +1,32 @@
-"""What a run is about to do, printed before it starts: rows, batches, teacher, student and loss."""
+"""What a run is about to do: the lines that it prints first, and the work of each stage, for its forecast."""
 
 import math
+import os
+from collections.abc import Sequence
 from typing import Any
 
 from peakd_ds.config import RunConfig
 from peakd_ds.data import summary
 from peakd_ds.data.division import NUM_SHARDS
 from peakd_ds.engine.ds_config import zero_stage
+from peakd_ds.engine.schedule import Schedule
 from peakd_ds.families import is_packed
 from peakd_ds.kernels import choose_backend
 from peakd_ds.model import sizes
 from peakd_ds.model.contract import Pretrained
+from peakd_ds.model.sizes import Parameters
 from peakd_ds.ranks import dist, host
 from peakd_ds.ranks.device import device
+from peakd_ds.results.forecast import Forecast, StageWork, duration
 from peakd_ds.run import Run
 from peakd_ds.teacher.online import OnlineTeacher
+
+BYTES_OF_CHECKPOINT = 16
+"""Of a parameter, at most: fp32 weights, two moments of Adam, and the weights again where the epoch is the best."""
+WRITE_BYTES_PER_S = 100e6
+"""Assumed speed of writing a checkpoint, with its checksums, to a slow disk or a busy network."""
+DEEPSPEED_KILLS_AFTER_S = 30
+"""What deepspeed's launcher leaves its ranks after a signal."""
 
 
 def plan(run: Run) -> str:
@@ -26,6 +38,7 @@ def plan(run: Run) -> str:
         placement = [f"rows of {NUM_SHARDS // dist.num_nodes()} shards on each of {dist.num_nodes()} nodes"]
     if not run.task.has_labels:
         warnings.append("alpha is 1, since no row has a label")
+    models = _models(run)
     return "\n".join(
         [
             f"task {run.task.name}, method {run.method}, seed {config.seed}, {config.dtype} on {device().type}",
@@ -39,10 +52,11 @@ def plan(run: Run) -> str:
             f"student: {_family(run.student_init)}, {config.num_hidden_layers} stored layers run as "
             f"{run.student_depth} of {run.student_init.config.hidden_size}, "
             f"ZeRO stage {zero_stage(run.student_ds_config)}, layer pairs {pairs}",
-            _parameters(run),
+            _parameters(run, *models),
             f"vocabulary: {len(run.used_tokens):,} of {len(run.tokenizer):,} tokens occur and are trained",
             *_trimmed(run),
             f"loss: {_loss_backend(config)}",
+            *_stopping(run, *models),
             summary.of_labels(run.task, "train", run.train.labels.numpy()),
             *(summary.of_labels(run.task, name, split.labels.numpy()) for name, split in run.dev.items()),
             *_lengths(run),
@@ -73,13 +87,37 @@ def _trimmed(run: Run) -> list[str]:
     ]
 
 
-def _parameters(run: Run) -> str:
-    """The parameters of teacher and student; a teacher whose outputs are read from files has none."""
-    has_teacher = isinstance(run.teacher, OnlineTeacher)
+def _models(run: Run) -> tuple[Parameters, Parameters]:
+    """Parameters of the teacher and of the student."""
     source = run.teacher.source if isinstance(run.teacher, OnlineTeacher) else run.student_init
     models = sizes.teacher_and_student_on_meta(run.config, run.task, source.config, run.student_init.config)
-    teacher, student = map(sizes.count_parameters, models)
+    return sizes.count_parameters(models[0]), sizes.count_parameters(models[1])
+
+
+def _parameters(run: Run, teacher: Parameters, student: Parameters) -> str:
+    """The parameters of teacher and student; a teacher whose outputs are read from files has none."""
+    has_teacher = isinstance(run.teacher, OnlineTeacher)
     return f"sizes: {f'teacher {teacher}, ' if has_teacher else ''}student {student}"
+
+
+def _stopping(run: Run, teacher: Parameters, student: Parameters) -> list[str]:
+    """A warning where deepspeed's launcher would kill ranks before the largest checkpoint is written."""
+    if "CROSS_RANK" not in os.environ:  # deepspeed's launcher sets it
+        return []
+    trained = [student.total - student.embeddings * (1 - len(run.used_tokens) / len(run.tokenizer))]
+    is_encoder = isinstance(run.teacher, OnlineTeacher) and not run.teacher.source.is_classifier
+    if "teacher" in run.config.stages and is_encoder:
+        share_used = len(run.teacher_used_tokens) / len(run.teacher_tokenizer)
+        trained.append(teacher.total - teacher.embeddings * (1 - share_used))
+    num_bytes = BYTES_OF_CHECKPOINT * max(trained)
+    seconds = num_bytes / WRITE_BYTES_PER_S
+    if seconds <= DEEPSPEED_KILLS_AFTER_S:
+        return []
+    return [
+        f"warning: a checkpoint has {num_bytes / 1e9:.1f} GB, which takes some {duration(seconds)} to write at "
+        f"{WRITE_BYTES_PER_S / 1e6:.0f} MB/s (assumed), but after Ctrl-C deepspeed waits {DEEPSPEED_KILLS_AFTER_S} s "
+        f"and kills; start with torchrun --shutdown_timeout {2 * math.ceil(seconds)} instead, whose wait can be set"
+    ]
 
 
 def _loss_backend(config: RunConfig) -> str:
@@ -105,3 +143,34 @@ def _teacher(run: Run) -> str:
 def _family(model: Pretrained) -> str:
     """A model's family, and whether its rows are padded."""
     return f"{model.family.name}{'' if is_packed(model.config) else ' (rows padded)'}"
+
+
+def forecast(run: Run, names: Sequence[str]) -> Forecast:
+    """What the given stages and the report compute; a unit of work is a layer's pass over a row, times its width^2."""
+    config, num_selected = run.config, len(run.selection.rows)
+    student = run.student_depth * run.student_init.config.hidden_size**2
+    teacher = 0
+    if isinstance(run.teacher, OnlineTeacher):
+        teacher = run.teacher.source.config.num_hidden_layers * run.teacher.source.config.hidden_size**2
+    answers = teacher * (len(run.train_rows) + num_selected)
+    is_online = config.teacher_mode == "online" or config.hidden_loss == "tokens"
+    works = []
+    for name in names:
+        schedule = Schedule.of(config, name, run.rows_of(name))
+        trained = teacher if name == "teacher" else student
+        row, before = 3.0 * trained, 0.0  # forward, and backward at twice that
+        if name == "ptp" or (name == "distill" and run.loss_reads_teacher and not is_online and "ptp" not in names):
+            before = answers
+        if name == "distill" and run.loss_reads_teacher and is_online:
+            row += teacher
+        works.append(
+            StageWork(
+                name=name,
+                num_steps=schedule.num_steps,
+                num_epochs=schedule.num_epochs,
+                step=row * len(run.rows_of(name)) / max(schedule.steps_per_epoch, 1),
+                epoch_end=float(trained * num_selected),
+                before=float(before),
+            )
+        )
+    return Forecast(works, report=sum(len(split) for split in run.dev.values()) * float(teacher + student))

@@ -7,28 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import nn
-from transformers import (
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-    PreTrainedModel,
-    PreTrainedTokenizerBase,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from peakd_ds import exports
+from peakd_ds.config import SPECS
+from peakd_ds.config.outputs import STAGES
 from peakd_ds.data import metrics
-from peakd_ds.data.tasks import AGREEMENT
+from peakd_ds.data.label_arrays import is_labeled
 from peakd_ds.data.tokens import Split, tokenize
 from peakd_ds.engine import checkpoint
 from peakd_ds.engine.ds_config import DTYPES
-from peakd_ds.errors import first_line
-from peakd_ds.files import damage_named, damaged, needs_space, write_atomically
+from peakd_ds.files import damaged, needs_space, write_atomically
 from peakd_ds.model import sizes
-from peakd_ds.model.build import check_saved_teacher, load_saved
+from peakd_ds.model.build import check_saved_teacher
 from peakd_ds.ranks import dist
 from peakd_ds.ranks.device import device
-from peakd_ds.results import comparison, evaluation, figures, finished, int8, readme, speed, trim
-from peakd_ds.results.card import class_table, model_card
-from peakd_ds.results.export import export_model, export_onnx, holds, unroll
+from peakd_ds.results import comparison, evaluation, figures, finished, readme, speed, trim, verdict
+from peakd_ds.results.export import export_model
 from peakd_ds.results.log import RunLog, read_metrics
 from peakd_ds.run import Run
 from peakd_ds.teacher.online import OnlineTeacher
@@ -43,10 +40,11 @@ def write(run: Run, log: RunLog) -> None:
     if dist.on_main(lambda: finished.lacks(run.config)) is None:
         log.say(f"everything is there, and nothing is done again\n{finished.where(run.folder)}")
         return
-    earlier = dist.on_main(lambda: _earlier(run))
+    earlier, matrices = dist.on_main(lambda: _earlier(run)), dict[str, Figure]()
     if earlier is None:
         teacher, teacher_logits = _judge_teacher(run)
-        judged = {"teacher": teacher, "student": _judge_student(run, teacher_logits), "world_size": dist.world_size()}
+        student, matrices = _judge_student(run, teacher_logits)
+        judged = {"teacher": teacher, "student": student, "world_size": dist.world_size()}
         run.teacher.stop()
     else:
         judged = {name: earlier[name] for name in ("teacher", "student", "world_size")}
@@ -63,7 +61,7 @@ def write(run: Run, log: RunLog) -> None:
 
     def write_files() -> None:
         with needs_space(run.folder):
-            _write_files(run, results, log, earlier)
+            _write_files(run, results, matrices, log, earlier)
 
     dist.on_main(write_files)
 
@@ -111,20 +109,22 @@ def _check_never_trained(run: Run, folder: Path) -> None:
         check_saved_teacher(folder)
 
 
-def _judge_student(run: Run, teacher_logits: dict[str, torch.Tensor]) -> dict[str, Any] | None:
-    """The student as exported, in the run's precision."""
+def _judge_student(
+    run: Run, teacher_logits: dict[str, torch.Tensor]
+) -> tuple[dict[str, Any] | None, dict[str, Figure]]:
+    """The student as exported, in the run's precision, and figures of it by their tags."""
     folder = run.folder / "student"
 
     def exists() -> bool:
         is_there = (folder / "config.json").exists()
         if not is_there and checkpoint.finished(run.checkpoint_folder("distill")) is not None:
-            raise damaged(folder, "config.json is missing" if folder.exists() else "it is missing", _remedy(run))
+            raise damaged(folder, "config.json is missing" if folder.exists() else "it is missing", exports.remedy(run))
         return is_there
 
     if not dist.on_main(exists):
-        return None
+        return None, {}
     dist.on_main(lambda: _trim(run))
-    student, tokenizer = dist.agree(lambda: _load_student(run))
+    student, tokenizer = dist.agree(lambda: exports.load_student(run))
     dev = run.dev if tokenizer is run.tokenizer else _tokenized(run, tokenizer)
     nn.Module.to(student, device(), DTYPES[run.config.dtype]).eval()  # transformers' own `to` has no types
     scores, logits, speed = evaluation.evaluate(
@@ -144,24 +144,14 @@ def _judge_student(run: Run, teacher_logits: dict[str, torch.Tensor]) -> dict[st
         "agreement": agreement,
         **_vocabulary(run, student, tokenizer, dev),
         **_per_class(run, logits),
-    }
-
-
-def _load_student(run: Run) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The saved student and its tokenizer, which is the run's own unless its vocabulary is trimmed."""
-    folder = run.folder / "student"
-    with damage_named(folder, _remedy(run)):
-        student, tokenizer = load_saved(folder), run.tokenizer
-        if student.config.vocab_size != run.student_init.config.vocab_size:
-            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-        return student, tokenizer
+    }, _confusion(run, logits)
 
 
 def _trim(run: Run) -> None:
     """Replace the saved student by one with a trimmed vocabulary, if that is set and not done yet."""
     if run.trimmed is None:
         return
-    student, tokenizer = _load_student(run)
+    student, tokenizer = exports.load_student(run)
     if tokenizer is run.tokenizer and len(run.trimmed.kept_ids) < student.config.vocab_size:
         small = trim.trimmed_model(student, run.trimmed.kept_ids)
         export_model(small, run.trimmed.tokenizer, run.folder / "student", "", keeps_others=True)
@@ -218,154 +208,33 @@ def _per_class(run: Run, logits: dict[str, torch.Tensor]) -> dict[str, Any]:
     return {"per_class": scores} if scores else {}
 
 
-def _remedy(run: Run) -> str:
-    """What to do about a damaged student."""
-    finished = run.checkpoint_folder("distill") / "FINISHED.json"
-    return f"delete it and {finished}, and the same command writes it again from its checkpoint"
-
-
-def _write_files(run: Run, results: dict[str, Any], log: RunLog, earlier: dict[str, Any] | None) -> None:
+def _write_files(
+    run: Run, results: dict[str, Any], matrices: dict[str, Figure], log: RunLog, earlier: dict[str, Any] | None
+) -> None:
     """Measure sizes and speed, export the student, and write everything that speaks of it."""
     results |= {"speed": speed.conditions(), "exports": {}}
     if earlier is not None:
         results["speed"] = earlier["speed"]
     elif results["teacher"] is not None and isinstance(run.teacher, OnlineTeacher):
-        results["teacher"] |= _measured_teacher(run, run.teacher, results["teacher"]["params"], log)
+        results["teacher"] |= exports.measured_teacher(run, run.teacher, results["teacher"]["params"], log)
     if results["student"] is not None:
-        results["exports"] = _export(run, results, log, earlier)
+        results["exports"] = exports.export(run, results, log, earlier)
     if (run.folder / "metrics.jsonl").exists():
-        figures.loss_curves(read_metrics(run.folder / "metrics.jsonl"), run.folder / "loss_curves.png")
+        curves = [(name, run.loss_weights(name), run.score_of(name)) for name in STAGES]
+        figures.loss_curves(read_metrics(run.folder / "metrics.jsonl"), curves, run.folder / "loss_curves.png")
     has_curves = (run.folder / "loss_curves.png").exists()
     num_rows = {name: len(split) for name, split in run.dev.items()}
+    results["verdict"] = _verdict(run, results)
     write_atomically(run.folder / "README.md", readme.of_run(results, run.task, num_rows, has_curves))
     results["at"] = time.time()  # failed starts before this time no longer count
     results["files"] = finished.checksums(run.folder)
     results = finished.with_checksum(json.loads(json.dumps(results)))
     write_atomically(run.folder / finished.RESULTS, json.dumps(results, indent=2) + "\n")
     Path(f"{run.folder}.failed").unlink(missing_ok=True)  # peakd-sweep's, of an earlier start
-    final = {
-        f"{name}/{key}": value for name in ("teacher", "student") for key, value in _metrics(results, name).items()
-    }
-    log.final(results["settings"], final)
-    log.say(f"\n{markdown_table(results)}\n\n{finished.where(run.folder)}")
-
-
-# -- Export ------------------------------------------------------------------------------------------------------------
-
-
-def _export(run: Run, results: dict[str, Any], log: RunLog, earlier: dict[str, Any] | None) -> dict[str, Any]:
-    """Write model cards and, if they are not there yet, the unrolled student and ONNX files (rank 0).
-
-    Returns:
-        The exports for results.json: sizes, speed and, of ONNX files, scores.
-    """
-    student, tokenizer = _load_student(run)
-    model_type, split = student.config.model_type, _reported(run, tokenizer)
-    plain = unroll(student) if run.config.export_unrolled else None
-    kept = {} if earlier is None else earlier["exports"]
-    exports: dict[str, Any] = {}
-    if earlier is None:
-        results["student"] |= _measured(log, "student", run.folder / "student", split, tokenizer)
-    if plain is not None:
-        folder = run.folder / "student_unrolled"
-        is_new = not holds(plain, folder)
-        if is_new:
-            export_model(plain, tokenizer, folder, "", keeps_others=True)
-        if is_new or "student_unrolled" not in kept:
-            kept = {}
-            measured = _measured(log, "student_unrolled", folder, split, tokenizer)
-            num_parameters = sum(parameter.numel() for parameter in plain.parameters())
-            kept["student_unrolled"] = {"params": num_parameters, **measured}
-        exports["student_unrolled"] = kept["student_unrolled"]
-        has_file = (folder / finished.ONNX_FILES[0]).exists()
-        if run.config.export_onnx or (is_new and has_file):  # an old file is not of the new weights
-            exports |= _export_onnx(run, plain, tokenizer, split, earlier if not is_new else None, log)
-        elif has_file:
-            exports |= {name: entry for name, entry in kept.items() if "onnx" in name or "int8" in name}
-    results["exports"] = exports
-    card = _card(run, results)
-    card |= {"sizes": _sizes(results, results["student"]), "model_type": model_type}
-    write_atomically(run.folder / "student" / "README.md", model_card(**card))
-    if plain is not None:
-        write_atomically(run.folder / "student_unrolled" / "README.md", _card_of_unrolled(run, results, card, plain))
-    return exports
-
-
-def _export_onnx(
-    run: Run,
-    plain: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    split: Split,
-    earlier: dict[str, Any] | None,
-    log: RunLog,
-) -> dict[str, Any]:
-    """Write model.onnx and model_int8.onnx, unless an earlier start has; say what quantising costs."""
-    files = [run.folder / "student_unrolled" / name for name in finished.ONNX_FILES]
-    names = [f"student_unrolled/{name}" for name in finished.ONNX_FILES]
-    is_whole = [earlier is not None and finished.is_whole(run.folder, earlier, name) for name in names]
-    if earlier is not None and is_whole[0]:
-        exports = {name: entry for name, entry in earlier["exports"].items() if "onnx" in name or "int8" in name}
-        if "int8_failed" in exports or ("onnx_int8" in exports and is_whole[1]):
-            _say_int8(run, exports, log)
-            return exports
-    else:
-        difference = export_onnx(plain, tokenizer, files[0])
-        log.say(f"model.onnx gives the same logits in onnxruntime to {difference:.1e}")
-    try:
-        int8.quantise(*files)
-        exports = dict(zip(("onnx", "onnx_int8"), int8.score(files, run.task, split, tokenizer), strict=True))
-    except int8.NotQuantised as error:
-        files[1].unlink(missing_ok=True)  # of other weights
-        exports = {"onnx": int8.score(files[:1], run.task, split, tokenizer)[0], "int8_failed": str(error)}
-    _say_int8(run, exports, log)
-    return exports
-
-
-def _say_int8(run: Run, exports: dict[str, Any], log: RunLog) -> None:
-    """Say what model_int8.onnx costs: a warning if that is too much."""
-    if "int8_failed" in exports:
-        log.say(f"warning: model_int8.onnx is not written: the model cannot be quantised ({exports['int8_failed']})")
-        return
-    is_fine, sentence = int8.verdict(exports["onnx_int8"], run.config.max_int8_drop, run.task.primary_metric)
-    log.say(sentence if is_fine else f"warning: {sentence}")
-
-
-def _reported(run: Run, tokenizer: PreTrainedTokenizerBase) -> Split:
-    """The reported split by the tokens of the exported student."""
-    name = run.task.eval_splits[0]
-    if tokenizer is run.tokenizer:
-        return run.dev[name]
-    return tokenize(run.task, run.dev_texts[name], tokenizer, run.config.max_seq_length)
-
-
-# -- Speed -------------------------------------------------------------------------------------------------------------
-
-
-def _measured(
-    log: RunLog, name: str, folder: Path, split: Split, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, float]:
-    """Size on disk and speed of a saved model, as a user would load it; no speed where that fails."""
-    size = {"disk_mb": speed.disk_mb(folder)} if folder.is_dir() else {}
-    try:
-        model = AutoModelForSequenceClassification.from_pretrained(folder, trust_remote_code=False)
-        size = size or {"disk_mb": speed.memory_mb(model)}  # of a model on the hub
-        model.config.pad_token_id = tokenizer.pad_token_id
-        return size | speed.measure_model(model, split, tokenizer)
-    except Exception as error:  # a finished run must not fail for want of two numbers
-        log.say(f"the speed of {name} is not measured ({first_line(error)})")
-        return size
-
-
-def _measured_teacher(run: Run, teacher: OnlineTeacher, num_parameters: int, log: RunLog) -> dict[str, float]:
-    """The same of the teacher, unless it is too large to be loaded once more."""
-    folder = Path(teacher.source.path) if teacher.source.is_classifier else teacher.folder
-    if teacher.zero_stage == 3 or num_parameters > speed.MAX_PARAMETERS:
-        return {"disk_mb": speed.disk_mb(folder)} if folder.is_dir() else {}
-    split = run.dev[run.task.eval_splits[0]].for_teacher()
-    return _measured(log, "the teacher", folder, split, run.teacher_tokenizer)
-
-
-# -- Words -------------------------------------------------------------------------------------------------------------
+    text, use = markdown_table(results), verdict.how_to_use(run.folder)
+    _log_results(run, results, text, matrices, log)
+    title = f"== {run.task.name}: {results['verdict'] or 'no student yet'} =="
+    log.say("\n".join([f"\n{title}\n\n{text}\n", finished.where(run.folder), *([f"use: {use}"] if use else [])]))
 
 
 def markdown_table(results: dict[str, Any]) -> str:
@@ -377,56 +246,36 @@ def _metrics(results: dict[str, Any], name: str) -> dict[str, float]:
     return results[name]["metrics"] if results[name] is not None else {}
 
 
-def _card(run: Run, results: dict[str, Any]) -> dict[str, Any]:
-    """Arguments of `model_card` that both forms of the student share."""
-    student, teacher = results["student"], results["teacher"]
-    scores, teacher_scores = student["metrics"], (teacher or {}).get("metrics")
-    if not run.task.has_labels:
-        agreement = student["agreement"]
-        scores, teacher_scores = {} if agreement is None else {AGREEMENT: agreement}, None
-    return dict(
-        task=run.task.name,
-        method=run.method,
-        metrics=scores,
-        teacher_metrics=teacher_scores,
-        majority=results.get("majority_class"),
-        per_class=class_table({"this model": student["per_class"]}) if "per_class" in student else "",
-        num_parameters=student["params"],
-        num_stored_layers=student["stored_layers"],
-        num_effective_layers=student["effective_layers"],
-        settings=results["settings"],
-        base_model=run.student_init.path,
-        own_task=run.task if run.task.is_own else None,
-        vocabulary=readme.about_vocabulary(results),
-    )
+def _verdict(run: Run, results: dict[str, Any]) -> str:
+    """The student beside its teacher in one line, which results.json and README.md keep."""
+    teacher_mb = student_mb = None
+    if results["teacher"] is not None and isinstance(run.teacher, OnlineTeacher):
+        source = run.teacher.source
+        folder = Path(source.path) if source.is_classifier else run.teacher.folder
+        teacher_mb = verdict.weights_mb(folder, results["teacher"]["params"])
+    if results["student"] is not None:
+        student_mb = verdict.weights_mb(run.folder / "student", results["student"]["params"])
+    return verdict.verdict(results, run.task.primary_metric, teacher_mb, student_mb)
 
 
-def _card_of_unrolled(run: Run, results: dict[str, Any], card: dict[str, Any], plain: PreTrainedModel) -> str:
-    unrolled, exports = results["exports"]["student_unrolled"], results["exports"]
-    recommended = "model.onnx" if "onnx" in exports else ""
-    entry = exports.get("onnx_int8")
-    if entry is not None and int8.verdict(entry, run.config.max_int8_drop, run.task.primary_metric)[0]:
-        recommended = "model_int8.onnx"
-    changed = dict(
-        num_parameters=unrolled["params"],
-        num_stored_layers=card["num_effective_layers"],
-        model_type=plain.config.model_type,
-        sizes=_sizes(results, unrolled),
-        files=comparison.files_table(results, readme.about_onnx(results, run.task)),
-        onnx_file=recommended,
-    )
-    return model_card(**{**card, **changed})
+def _log_results(run: Run, results: dict[str, Any], text: str, matrices: dict[str, Figure], log: RunLog) -> None:
+    """Put the results into TensorBoard: the student's first, and the settings that were set before the others."""
+    final: dict[str, float] = {}
+    for stage, name in (("distill", "student"), ("teacher", "teacher")):
+        values = {**_metrics(results, name), "agreement": (results[name] or {}).get("agreement")}
+        final |= {f"{stage}/results/{key}": value for key, value in values.items() if value is not None}
+    is_set = {name: SPECS[name].default != value for name, value in asdict(run.config).items()}
+    settings = {name: results["settings"][name] for name in sorted(is_set, key=lambda name: not is_set[name])}
+    log.final(settings, final, f"{results['verdict']}\n\n{text}", matrices)
 
 
-def _sizes(results: dict[str, Any], model: dict[str, Any]) -> dict[str, str]:
-    """Rows of a card's table of sizes: MB, latency and throughput, where known."""
-    rows = {"MB on disk": f"{model['disk_mb']:.1f}"}
-    if "latency_ms" in model:
-        conditions = results["speed"]
-        threads = f", {conditions['threads']} thread(s)" if conditions["device"] == "cpu" else ""
-        rows |= {
-            "latency, batch 1": f"{model['latency_ms']:.1f} ms",
-            f"throughput, batch {conditions['batch']}": f"{model['batch_samples_per_s']:.0f} samples/s",
-            "measured in": f"fp32, {conditions['device'].upper()}{threads}",
-        }
-    return rows
+def _confusion(run: Run, logits: dict[str, torch.Tensor]) -> dict[str, Figure]:
+    """The student's confusion matrix on the reported split by its tag, for tasks of a class a row with few classes."""
+    task, split = run.task, run.task.eval_splits[0]
+    labels = run.dev[split].labels
+    if task.kind != "classes" or task.num_labels > figures.MAX_CLASSES or not is_labeled(labels.numpy()).any():
+        return {}
+    rows = torch.from_numpy(is_labeled(labels.numpy()))
+    names = [str(name) for name in task.label_names]
+    matrix = figures.confusion_matrix(names, labels[rows].long(), logits[split][rows].argmax(-1))
+    return {"distill/confusion_matrix": matrix}

@@ -3,7 +3,6 @@
 Every user error is found here, on all ranks together, before anything saved is touched.
 """
 
-import socket
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -116,6 +115,18 @@ class Run:
         """Weight of the soft loss: 1 where no row has a label."""
         return self.config.alpha if self.task.has_labels else 1.0
 
+    def loss_weights(self, stage: str) -> dict[str, float]:
+        """The weight of each term in a stage's loss, by the names of meter.TERMS; those of weight 0 are left out."""
+        if stage != "distill":
+            return {"hard_loss": 1.0}
+        beta = self.config.beta if self.pairs else 0.0
+        weights = {"hard_loss": 1 - self.alpha, "soft_loss": self.alpha, "hidden_loss": beta}
+        return {name: weight for name, weight in weights.items() if weight}
+
+    def score_of(self, stage: str) -> str:
+        """The metric that picks a stage's best epoch."""
+        return "loss" if stage == "ptp" else self.task.primary_metric
+
     @property
     def folder(self) -> Path:
         return Path(self.config.run_dir)
@@ -192,7 +203,7 @@ def open_run(config: RunConfig) -> Run:
     checked = dist.agree(lambda: _check(config, is_bf16_fast))
     config, task, fingerprints = checked.config, checked.task, checked.fingerprints
     fingerprints_of_rank_0 = dist.broadcast(fingerprints)
-    dist.agree(lambda: _check_equal_on_ranks(config, task, fingerprints, fingerprints_of_rank_0))
+    dist.agree(lambda: reading.check_equal_on_ranks(config, task, fingerprints, fingerprints_of_rank_0))
     names = ("train", *task.read_splits)
     train = None if checked.shards is None else shard_files.load(config, task, checked.shards)
     if not config.dry_run:
@@ -402,19 +413,6 @@ def _check_labels(config: RunConfig, task: Task) -> None:
     if not task.has_labels and config.alpha not in (SPECS["alpha"].default, 1):
         raise UserError(
             f"--alpha {config.alpha:g} gives labels a weight, but no row has one; leave it out, and it is 1"
-        )
-
-
-def _check_equal_on_ranks(
-    config: RunConfig, task: Task, fingerprints: dict[str, str], fingerprints_of_rank_0: dict[str, str]
-) -> None:
-    """Raise UserError if this rank reads other rows than rank 0, as where each node has its own copy of the data."""
-    names = (fingerprints.keys() | fingerprints_of_rank_0.keys()) - task.submission_files.keys()  # no run reads these
-    differing = sorted(name for name in names if fingerprints.get(name) != fingerprints_of_rank_0.get(name))
-    if differing:
-        raise UserError(
-            f"{socket.gethostname()} has other rows of {', '.join(differing)} in "
-            f"{reading.source_of(config)} than the host of rank 0; give all nodes the same data"
         )
 
 

@@ -4,7 +4,7 @@ train.py drives all of them with one loop; here is what differs between them. B 
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -59,11 +59,18 @@ class Stage:
     """Metrics on the selection rows (collective)."""
     score: str
     """The metric that picks the best epoch."""
-    higher_is_better: bool
+    weights: dict[str, float]
+    """The weight of each term in the loss, for the log."""
     finish: Callable[[Any], None]
     """Takes the module with the best weights; writes what later stages and the user read (collective)."""
     with_teacher_outputs: Callable[[Iterator[GlobalBatch]], Iterator[GlobalBatch]] = lambda batches: batches
     """Adds the teacher's outputs to the batches of an epoch if the loss reads them."""
+    teacher_scores: dict[str, float] = field(default_factory=dict)
+    """The teacher's metrics on the selection rows, for the log."""
+
+    @property
+    def higher_is_better(self) -> bool:
+        return higher_is_better(self.score)
 
 
 def names_to_run(run: Run, say: Callable[[str], None]) -> Iterator[str]:
@@ -126,6 +133,7 @@ def build_module(stage: Stage, run: Run) -> nn.Module:
 
 def build_stage(name: str, run: Run, log: RunLog) -> Stage:
     """The stage of that name (collective: ptp and distill compute the teacher's predictions first)."""
+    log.title(name)
     return {"teacher": _teacher_stage, "ptp": _ptp_stage, "distill": _distill_stage}[name](run, log)
 
 
@@ -153,8 +161,8 @@ def _teacher_stage(run: Run, log: RunLog) -> Stage:
         build=lambda: build_teacher(run.config, run.task, teacher.source),
         loss=loss,
         evaluate=evaluate,
-        score=run.task.primary_metric,
-        higher_is_better=higher_is_better(run.task.primary_metric),
+        score=run.score_of("teacher"),
+        weights=run.loss_weights("teacher"),
         finish=finish,
     )
 
@@ -191,8 +199,8 @@ def _ptp_stage(run: Run, log: RunLog) -> Stage:
         build=lambda: build_student(run.config, run.student_init, ptp_head()),
         loss=loss,
         evaluate=evaluate,
-        score="loss",
-        higher_is_better=higher_is_better("loss"),
+        score=run.score_of("ptp"),
+        weights=run.loss_weights("ptp"),
         finish=finish,
     )
 
@@ -202,6 +210,7 @@ def _distill_stage(run: Run, log: RunLog) -> Stage:
     config = run.config
     cached = run.teacher_cache.outputs(log.say)
     teacher_logits_NC = _teacher_logits(run, cached, *run.selection) if run.teacher.is_trained() else None
+    teacher_scores = {} if teacher_logits_NC is None else _task_metrics(run, teacher_logits_NC)
     if teacher_logits_NC is not None:
         log.say(_teacher_score(run, teacher_logits_NC))
     if cached is not None or not run.loss_reads_teacher:
@@ -230,10 +239,11 @@ def _distill_stage(run: Run, log: RunLog) -> Stage:
         build=build,
         loss=lambda *arguments: _distill_loss(run, *arguments),
         evaluate=evaluate,
-        score=run.task.primary_metric,
-        higher_is_better=higher_is_better(run.task.primary_metric),
+        score=run.score_of("distill"),
+        weights=run.loss_weights("distill"),
         finish=finish,
         with_teacher_outputs=lambda batches: _with_teacher_outputs(run, cached, batches),
+        teacher_scores=teacher_scores,
     )
 
 

@@ -29,7 +29,7 @@ from peakd_ds.engine import checkpoint, engines
 from peakd_ds.engine.checkpoint import TrainState
 from peakd_ds.engine.schedule import Schedule
 from peakd_ds.errors import UserError
-from peakd_ds.plan import plan
+from peakd_ds.plan import forecast, plan
 from peakd_ds.ranks import dist, preempt
 from peakd_ds.ranks.outcome import noted
 from peakd_ds.results.log import RunLog
@@ -52,9 +52,11 @@ def main(config: RunConfig) -> None:
     log.say(plan(run))
     if config.dry_run:
         return
-    with run_lock.owned(run.folder):
+    with run_lock.owned(run.folder), log:
         dist.on_main(lambda: run_folder.check(run.config))  # another start may have written there meanwhile
-        for name in stages.names_to_run(run, log.say):
+        names = list(stages.names_to_run(run, log.say))
+        log.forecast = forecast(run, names)
+        for name in names:
             train(stages.build_stage(name, run, log), run, log)
         report.write(run, log)
 
@@ -68,7 +70,7 @@ def train(stage: Stage, run: Run, log: RunLog) -> None:
     engine, state = checkpoint.resume(
         folder, module, tokens, config, run.student_ds_config, schedule.num_steps, log.say
     )
-    log.start_stage(stage.name, schedule.num_epochs, schedule.num_steps, state.step, to_yaml(config))
+    log.start_stage(stage, schedule.num_epochs, schedule.num_steps, state.step, to_yaml(config))
     meter = StepMeter(stage.name, run.teacher.clock)
 
     while not schedule.is_over(state):

@@ -2,6 +2,7 @@
 
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -53,31 +54,81 @@ def test_torchrun(argv: list[str], env: dict[str, str]) -> None:
     assert output_of(command, env).count("global 32 = micro 16 x accum 1 x world 2") == 1
 
 
-@pytest.mark.starts(1)
-def test_killed_under_deepspeed(tiny_data: Path, tiny_encoder: Path, tmp_path: Path, env: dict[str, str]) -> None:
-    """One rank, then the launcher: whoever is left leaves soon, says why in one line, and gives the run folder back."""
-    run_dir, log = tmp_path / "run", tmp_path / "log"
-    words = "--task rte --num_hidden_layers 2 --teacher_epochs 500 --global_batch_size 16 --log_steps 1 --save_steps 4"
-    words += f" --dtype fp32 --rank_timeout 10 --teacher {tiny_encoder} --data_dir {tiny_data} --run_dir {run_dir}"
+class Training:
+    """A long run of two ranks under a launcher, which is started in a process group of its own, as a terminal does."""
 
-    def start_and_train(num_records: int) -> tuple[subprocess.Popen[bytes], list[psutil.Process]]:
-        command = [str(BIN / "deepspeed"), "--master_port", free_port(), "--num_gpus", "2", "peakd_ds/train.py"]
-        with log.open("w") as opened:
-            process = subprocess.Popen([*command, *words.split()], cwd=ROOT, env=env, stdout=opened, stderr=opened)
-        metrics, deadline = run_dir / "metrics.jsonl", time.monotonic() + 240
+    def __init__(self, place: Path, data: Path, teacher: Path, env: dict[str, str]) -> None:
+        self.run_dir, self.log, self.env = place / "run", place / "log", env
+        words = "--task rte --num_hidden_layers 2 --teacher_epochs 500 --global_batch_size 16 --log_steps 1"
+        words += " --save_steps 4 --dtype fp32 --rank_timeout 10"
+        self.words = [
+            *words.split(),
+            "--teacher",
+            str(teacher),
+            "--data_dir",
+            str(data),
+            "--run_dir",
+            str(self.run_dir),
+        ]
+
+    def start(self, launcher: str, num_records: int) -> tuple[subprocess.Popen[bytes], list[psutil.Process]]:
+        """Start and wait until so many steps are logged; returns the launcher and the ranks."""
+        count = "--num_gpus" if launcher == "deepspeed" else "--nproc_per_node"
+        command = [str(BIN / launcher), "--master_port", free_port(), count, "2", "peakd_ds/train.py", *self.words]
+        with self.log.open("w") as opened:
+            process = subprocess.Popen(
+                command, cwd=ROOT, env=self.env, stdout=opened, stderr=opened, start_new_session=True
+            )
+        metrics, deadline = self.run_dir / "metrics.jsonl", time.monotonic() + 240
         while not (metrics.exists() and len(metrics.read_text().splitlines()) >= num_records):
-            assert process.poll() is None and time.monotonic() < deadline, log.read_text()
+            assert process.poll() is None and time.monotonic() < deadline, self.log.read_text()
             time.sleep(0.05)
-        (launcher,) = psutil.Process(process.pid).children()
-        return process, sorted(launcher.children(), key=lambda rank: rank.environ()["RANK"])
+        parent = psutil.Process(process.pid)
+        if launcher == "deepspeed":
+            (parent,) = parent.children()
+        return process, sorted(parent.children(), key=lambda rank: rank.environ()["RANK"])
 
-    process, ranks = start_and_train(6)
+    def assert_ctrl_c_saves(self, process: subprocess.Popen[bytes], ranks: list[psutil.Process]) -> None:
+        """One Ctrl-C in the terminal: all ranks save and leave, with one line that is ours."""
+        checkpoints = self.run_dir / "checkpoints" / "teacher"
+        before = (checkpoints / "latest").read_text()
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.wait(timeout=60) != 0
+        assert not any(rank.is_running() for rank in psutil.wait_procs(ranks, timeout=60)[1])
+        output = self.log.read_text()
+        line = f"rank 0 on {socket.gethostname()}: stopped by SIGINT (Ctrl-C); the same command goes on from here\n"
+        assert output.count(line) == output.count("stopped by") == 1 and "peakd_ds" not in output.partition(line)[2], (
+            output
+        )
+        assert (checkpoints / "latest").read_text() > before and not (self.run_dir / "lock.json").exists()
+
+
+@pytest.fixture
+def training(tiny_data: Path, tiny_encoder: Path, tmp_path: Path, env: dict[str, str]) -> Training:
+    return Training(tmp_path, tiny_data, tiny_encoder, env)
+
+
+@pytest.mark.starts(1)
+def test_ctrl_c_under_torchrun(training: Training) -> None:
+    """torchrun's ranks are in sessions of their own; it hands its SIGINT on."""
+    training.assert_ctrl_c_saves(*training.start("torchrun", 6))
+
+
+@pytest.mark.starts(2)
+def test_killed_under_deepspeed(training: Training) -> None:
+    """One rank, then the launcher: whoever is left leaves soon, says why in one line, and gives the run folder back.
+
+    The same run is started once more and meets Ctrl-C.
+    """
+    run_dir, log = training.run_dir, training.log
+
+    process, ranks = training.start("deepspeed", 6)
     ranks[1].kill()
     assert process.wait(timeout=60) != 0
     output, host = log.read_text(), socket.gethostname()
     assert f"rank 0 on {host} leaves: rank 1 on {host} is gone\n" in output and "Traceback" not in output, output
 
-    process, ranks = start_and_train(20)
+    process, ranks = training.start("deepspeed", 20)
     process.kill()
     psutil.wait_procs(ranks, timeout=60)
     assert not any(rank.is_running() for rank in ranks)
@@ -87,6 +138,8 @@ def test_killed_under_deepspeed(tiny_data: Path, tiny_encoder: Path, tmp_path: P
         line = f"rank {number} on {host}: stopped, since the launcher (process {process.pid}) is gone; the same command"
         assert line in output and "Traceback" not in output, output
     assert not (run_dir / "lock.json").exists() and (run_dir / "checkpoints" / "teacher" / "latest").exists()
+
+    training.assert_ctrl_c_saves(*training.start("deepspeed", 40))
 
 
 @pytest.mark.skipif(shutil.which("mpirun", path=str(BIN)) is None, reason="no mpirun in the environment")

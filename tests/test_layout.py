@@ -20,6 +20,7 @@ ORDER = (
     ("programs", "__main__"),
     ("train",),
     ("plan", "report", "stages"),
+    ("exports",),
     ("run",),
     ("teacher",),
     ("results",),

@@ -72,6 +72,8 @@ def test_the_results_say_it_all(finished: Path) -> None:
         assert {"metrics", "params", "effective_layers", "samples_per_s"} <= results[model].keys()
     assert results["student"]["effective_layers"] == 4 and results["student"]["stored_layers"] == 2
     assert 0 <= results["student"]["agreement"] <= 1
+    assert "% of the teacher's accuracy, " in results["verdict"] and " MB instead of " in results["verdict"]
+    assert f"\n{results['verdict']}.\n" in (finished / "README.md").read_text()
     assert f"{results['student']['metrics']['accuracy']:.4f}" in (finished / "README.md").read_text()
 
 
@@ -82,10 +84,18 @@ def test_tensorboard_has_every_curve(finished: Path) -> None:
         return EventAccumulator(str(finished / "tb" / stage)).Reload().Tags()
 
     scalars = set(tags("distill")["scalars"])
-    wanted = "loss hard_loss soft_loss hidden_loss lr grad_norm samples_per_s tokens_per_s padding_share memory_mib"
-    wanted += " teacher_time_share hidden_distance/pair_1 hidden_distance/pair_2"
-    assert {f"train/{name}" for name in wanted.split()} <= scalars
-    assert {"eval/accuracy", "eval/agreement"} <= scalars
+    wanted = "loss lr grad_norm speed/samples_per_s speed/tokens_per_s speed/step_ms padding_share memory_mib"
+    wanted += " teacher_time_share hidden_distance/pair_1 hidden_distance/pair_2 eval/accuracy eval/agreement"
+    assert {f"distill/{name}" for name in wanted.split()} <= scalars
+    runs = {file.parent.relative_to(finished / "tb").as_posix() for file in (finished / "tb").rglob("events.*")}
+    lines = {f"distill/{name}" for name in ("hard", "soft", "hidden", "teacher")}
+    assert runs == {"teacher", "ptp", "distill", "results", *lines}, "each line of a chart, and none named ."
+    for run in runs:
+        found = tags(run)
+        assert {tag.split("/")[0] for tag in (*found["scalars"], *found["images"])} <= {"teacher", "ptp", "distill"}
+    assert "distill/confusion_matrix" in tags("results")["images"]
+    assert {"distill/results/accuracy", "teacher/results/accuracy"} <= set(tags("results")["scalars"])
+    assert "results/text_summary" in tags("results")["tensors"]
     assert {"ptp/confusion_matrix", "ptp/label_histogram"} <= set(tags("ptp")["images"])
     assert "settings/text_summary" in tags("teacher")["tensors"]
 

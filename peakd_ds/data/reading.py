@@ -4,6 +4,7 @@ Whatever the types in the files, a split has strings, int64 classes or float32 s
 """
 
 import hashlib
+import socket
 from dataclasses import replace
 from pathlib import Path
 
@@ -118,6 +119,19 @@ def source_of(settings: DataSettings) -> str:
 def fingerprints(splits: dict[str, datasets.Dataset]) -> dict[str, str]:
     """A short hash of the rows of each split."""
     return {name: rows._fingerprint for name, rows in splits.items()}
+
+
+def check_equal_on_ranks(
+    settings: DataSettings, task: Task, fingerprints: dict[str, str], fingerprints_of_rank_0: dict[str, str]
+) -> None:
+    """Raise UserError if this rank reads other rows than rank 0, as where each node has its own copy of the data."""
+    names = (fingerprints.keys() | fingerprints_of_rank_0.keys()) - task.submission_files.keys()  # no run reads these
+    differing = sorted(name for name in names if fingerprints.get(name) != fingerprints_of_rank_0.get(name))
+    if differing:
+        raise UserError(
+            f"{socket.gethostname()} has other rows of {', '.join(differing)} in "
+            f"{source_of(settings)} than the host of rank 0; give all nodes the same data"
+        )
 
 
 # -- Reading -----------------------------------------------------------------------------------------------------------

@@ -83,7 +83,8 @@ def enable(model: nn.Module, layers: Sequence[nn.Module], family: families.Famil
             model.set_submodule(name, Dropout(module.p).train(module.training))
     model.register_forward_pre_hook(_own_inputs, with_kwargs=True)
     layers[-1].register_forward_pre_hook(partial(_first_tokens, len(layers), family), with_kwargs=True)
-    norm = model.base_model.get_submodule(family.final_norm) if family.final_norm else None
+    base: Any = model.base_model
+    norm = base.get_submodule(family.final_norm) if family.final_norm else None
     for number, layer in enumerate(layers, start=1):
         layer.register_forward_hook(partial(_after_layer, number, number == len(layers), norm), with_kwargs=True)
 

@@ -2,11 +2,13 @@
 
 import contextlib
 import errno
+import os
+import signal
 import sys
 from collections.abc import Collection, Iterator
 
 from peakd_ds.errors import UserError, first_line
-from peakd_ds.ranks import dist, liveness, preempt
+from peakd_ds.ranks import dist, liveness, preempt, signals
 from peakd_ds.ranks.notes import note
 
 MEMORY_SIGNS = (
@@ -26,15 +28,16 @@ def noted(marks_finished: bool = True) -> Iterator[None]:
 
     The note says finished (if `marks_finished`), stopped (by a signal, with everything saved), refused (the user can
     fix it), lost (another rank is gone) or failed. A failure is reported to the other ranks at once. A stop becomes
-    the exit code that a shell gives for the signal. A rank that has lost another one, or has no memory, ends with one
-    line and exit code 1; another start may help.
+    the exit code that a shell gives for the signal; of a Ctrl-C, which reaches all ranks, rank 0 alone tells. A rank
+    that has lost another one, or has no memory, ends with one line and exit code 1; another start may help.
     """
     try:
         yield
     except preempt.Stopped as stop:
         note("stopped", str(stop), signal=stop.signal.name)
         dist.leave()
-        _say(f"{liveness.this_rank()}: {stop}")
+        if stop.signal != signal.SIGINT or os.environ.get("RANK", "0") == "0":
+            _say(f"{liveness.this_rank()}: {stop}")
         raise SystemExit(128 + stop.signal) from None
     except UserError as error:
         note("refused", str(error))
@@ -45,6 +48,10 @@ def noted(marks_finished: bool = True) -> Iterator[None]:
             liveness.leave()
             raise
         line, how = _one_line(error)
+        is_interrupted = not line and signal.SIGINT in signals.received
+        if is_interrupted:  # Ctrl-C reaches programs that this one has started too, such as a compiler
+            reason = first_line(error)[:200]
+            line = f"stopped by SIGINT (Ctrl-C) before it could save ({reason}); the same command goes on"
         cause = line or " ".join(f"{type(error).__name__}: {error}".split())[:500]
         if how == "lost":
             liveness.report(cause)
@@ -55,7 +62,7 @@ def noted(marks_finished: bool = True) -> Iterator[None]:
         if not line:
             raise
         _say(f"{liveness.this_rank()} leaves: {line}")
-        raise SystemExit(1) from None
+        raise SystemExit(128 + signal.SIGINT if is_interrupted else 1) from None
     if marks_finished:
         note("finished")
     dist.leave()

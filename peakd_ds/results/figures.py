@@ -1,6 +1,7 @@
 """Figures, drawn without a display."""
 
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,21 +10,28 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-from peakd_ds.results.meter import TERMS
+MAX_CLASSES = 30
+"""Most classes that a confusion matrix can show in readable numbers."""
+_COLORS = {"loss": "black", "hard_loss": "tab:blue", "soft_loss": "tab:orange", "hidden_loss": "tab:green"}
+Curves = Sequence[tuple[str, Mapping[str, float], str]]
+"""For each stage, its name, the weight of each term in its loss, and the metric that picks its best epoch."""
 
 
 def label_histogram(names: Sequence[str], counts: Sequence[int]) -> Figure:
     """A bar chart of the training rows in each PTP class."""
     figure, axes = _new_figure()
-    axes.bar(range(len(names)), counts)
+    bars = axes.bar(range(len(names)), counts, color="tab:blue")
+    axes.bar_label(bars, [f"{count:,}" for count in counts], padding=2)
     axes.set_xticks(range(len(names)), [name.replace("_", "\n") for name in names])
     axes.set_ylabel("training rows")
+    axes.margins(y=0.1)
     return figure
 
 
 def confusion_matrix(names: Sequence[str], labels: torch.Tensor, predictions: torch.Tensor) -> Figure:
-    """Counts by true class (rows) and predicted class (columns).
+    """Counts by true class (rows) and predicted class (columns); colours show shares of the true class.
 
     Args:
         labels: int64 [N], true classes.
@@ -31,32 +39,82 @@ def confusion_matrix(names: Sequence[str], labels: torch.Tensor, predictions: to
     """
     counts = torch.zeros(len(names), len(names), dtype=torch.int64)
     counts.index_put_((labels, predictions), torch.ones_like(labels), accumulate=True)
-    figure, axes = _new_figure()
-    axes.imshow(counts.numpy(), cmap="Blues")
+    shares = counts / counts.sum(1, keepdim=True).clamp(min=1)
+    shown = [_wrapped(name) for name in names]
+    longest = max(len(line) for name in shown for line in name.split("\n"))
+    size = max(4.0, 1.2 + 0.55 * len(names) + 0.08 * longest)
+    figure = Figure(figsize=(size + 0.6, size), layout="constrained")
+    axes = figure.subplots()
+    axes.imshow(shares.numpy(), cmap="Blues", vmin=0, vmax=1)
     for i, row in enumerate(counts.tolist()):
         for j, count in enumerate(row):
-            axes.text(j, i, str(count), ha="center", va="center")
-    axes.set_xticks(range(len(names)), [name.replace("_", "\n") for name in names])
-    axes.set_yticks(range(len(names)), [name.replace("_", "\n") for name in names])
+            color = "white" if shares[i, j] > 0.5 else "black"
+            axes.text(j, i, f"{count:,}", ha="center", va="center", color=color, fontsize=8 if len(names) > 10 else 10)
+    is_crowded = len(names) * longest > 30
+    slanted: dict[str, Any] = {"rotation": 45, "ha": "right", "rotation_mode": "anchor"}
+    axes.set_xticks(range(len(names)), shown, **(slanted if is_crowded else {}))
+    axes.set_yticks(range(len(names)), shown)
     axes.set_xlabel("predicted")
     axes.set_ylabel("true")
     return figure
 
 
-def loss_curves(records: Sequence[Mapping[str, Any]], target: Path) -> None:
-    """Write a PNG of every stage's training losses from the records of metrics.jsonl: each term and their sum."""
-    stages = list(dict.fromkeys(record["stage"] for record in records))
-    figure = Figure(figsize=(5 * len(stages), 4), layout="constrained")
-    for axes, stage in zip(figure.subplots(1, len(stages), squeeze=False)[0], stages, strict=True):
-        steps = [record for record in records if record["stage"] == stage and "loss" in record]
-        shown = [name for name in TERMS[1:] if any(record[name] for record in steps)]
-        for name in shown if len(shown) == 1 else ["loss", *shown]:  # a single term equals the sum
-            values = [record[name] for record in steps]
-            axes.plot([record["step"] for record in steps], values, label=name.replace("_", " "), linewidth=1)
-        axes.set(title=stage, xlabel="step", ylabel="loss", yscale="log" if _spans_decades(steps) else "linear")
-        axes.grid(alpha=0.3)
-        axes.legend(fontsize="small")
+def loss_curves(records: Sequence[Mapping[str, Any]], curves: Curves, target: Path) -> None:
+    """Write a PNG with a column for each stage: its training loss with the terms as weighted in it, above the score
+    of each evaluation with the teacher's as a line.
+
+    Args:
+        records: Of metrics.jsonl.
+        curves: What to draw of each stage.
+    """
+    drawn = [curve for curve in curves if any(record["stage"] == curve[0] for record in records)]
+    if not drawn:
+        return
+    figure = Figure(figsize=(max(5.0, 4.4 * len(drawn)), 6), layout=ConstrainedLayoutEngine(wspace=0.06))
+    panels = figure.subplots(2, len(drawn), squeeze=False, sharex="col", height_ratios=[3, 2])
+    for column, (stage, weights, score) in enumerate(drawn):
+        mine = [record for record in records if record["stage"] == stage]
+        _draw_losses(panels[0, column], [record for record in mine if "loss" in record], weights)
+        _draw_scores(panels[1, column], [record for record in mine if "split" in record], score)
+        panels[0, column].set_title(stage)
+        panels[1, column].set_xlabel("step")
+    panels[0, 0].set_ylabel("training loss")
     figure.savefig(target, dpi=120)
+
+
+def _draw_losses(axes: Axes, steps: Sequence[Mapping[str, Any]], weights: Mapping[str, float]) -> None:
+    """Draw the loss, and its terms times their weights if there are several."""
+    numbers = [record["step"] for record in steps]
+    values = {"loss": [record["loss"] for record in steps]}
+    if len(weights) > 1:
+        values |= {name: [weight * record[name] for record in steps] for name, weight in weights.items()}
+    labels = {name: f"{weight:g} x {name.removesuffix('_loss')}" for name, weight in weights.items()}
+    marker = "." if len(steps) < 3 else None  # a line needs two points
+    for name, numbers_of_term in values.items():
+        label = labels.get(name, "loss") if len(weights) > 1 else "loss"
+        axes.plot(numbers, numbers_of_term, label=label, color=_COLORS[name], linewidth=1.2, marker=marker)
+    axes.set_yscale("log" if _spans_decades(list(values.values())) else "linear")
+    axes.grid(alpha=0.3)
+    if steps:
+        axes.legend(fontsize="small")
+
+
+def _draw_scores(axes: Axes, evaluations: Sequence[Mapping[str, Any]], score: str) -> None:
+    """Draw a point for each evaluation, and the teacher's score as a line if it is known."""
+    known = [record for record in evaluations if f"eval_{score}" in record]
+    stage = known[0]["stage"] if known else ""
+    who = "teacher" if stage == "teacher" else "student"
+    steps = [record["step"] for record in known]
+    axes.plot(steps, [record[f"eval_{score}"] for record in known], "o-", color="black", markersize=4, label=who)
+    theirs = next((record[f"teacher_{score}"] for record in reversed(known) if f"teacher_{score}" in record), None)
+    if theirs is not None:
+        axes.axhline(theirs, color="tab:red", linestyle="--", linewidth=1.2, label=f"teacher {theirs:.3f}")
+    split = f" on {known[0]['split']}" if known else ""
+    axes.set_ylabel(f"{score.replace('_', ' ')}{split}")
+    axes.grid(alpha=0.3)
+    axes.margins(y=0.15)
+    if known:
+        axes.legend(fontsize="small")
 
 
 @dataclass(frozen=True)
@@ -104,10 +162,16 @@ def score_panels(panels: Sequence[ScorePanel], target: Path) -> None:
     figure.savefig(target, dpi=120)
 
 
-def _spans_decades(steps: Sequence[Mapping[str, float]]) -> bool:
+def _spans_decades(curves: Sequence[Sequence[float]]) -> bool:
     """Whether the losses spread over more than two decades."""
-    values = [record[name] for record in steps for name in TERMS if record[name] > 0]
+    values = [value for curve in curves for value in curve if value > 0]
     return bool(values) and math.log10(max(values) / min(values)) > 2
+
+
+def _wrapped(name: str) -> str:
+    """A class's name in lines that fit an axis; the middle of a long one is left out."""
+    lines = textwrap.wrap(name.replace("_", " "), 16) or [name]
+    return "\n".join([*lines[:2], "..."] if len(lines) > 3 else lines)
 
 
 def _new_figure() -> tuple[Figure, Axes]:

@@ -1,22 +1,20 @@
 """The log of a run: console lines or a progress bar, metrics.jsonl and TensorBoard, written by rank 0.
 
 Each stage has its own TensorBoard folder (RUN/tb/STAGE) and step counter. A resumed stage drops what was logged after
-its checkpoint, so that no point is logged twice.
+its checkpoint, so that no point is logged twice. charts.py writes TensorBoard's files.
 """
 
 import contextlib
 import json
 import logging
-import shutil
 import sys
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from deepspeed import DeepSpeedEngine
 from matplotlib.figure import Figure
-from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from peakd_ds.cluster import run_lock
@@ -25,20 +23,53 @@ from peakd_ds.engine.checkpoint import TrainState
 from peakd_ds.errors import UserError
 from peakd_ds.files import write_atomically
 from peakd_ds.ranks import dist
-from peakd_ds.ranks.slurm_env import describe_start
+from peakd_ds.results import charts
+from peakd_ds.results.charts import StageCharts
+from peakd_ds.results.forecast import Forecast
 from peakd_ds.results.meter import TERMS
+
+TITLES = {
+    "teacher": "the teacher is fine-tuned on the labels",
+    "ptp": "the student is pretrained with the teacher's predictions",
+    "distill": "the student is distilled",
+}
+
+
+class LoggedStage(Protocol):
+    """What the log reads of a stage."""
+
+    name: str
+    weights: dict[str, float]
+    """The weight of each term in the loss, by the names of TERMS."""
+    teacher_scores: dict[str, float]
+    """The teacher's metrics on the rows that pick epochs; empty if it has none."""
 
 
 class RunLog:
-    """Writes on rank 0 and does nothing on other ranks. `start_stage` must come before a stage's first step."""
+    """Writes on rank 0 and does nothing on other ranks. `start_stage` must come before a stage's first step.
+
+    Attributes:
+        forecast: How long the rest of the run takes; knows no stage until the program gives one that does.
+    """
 
     def __init__(self, folder: Path):
         self.folder, self.writes = folder, dist.is_main()
-        self.writer: SummaryWriter | None = None
+        self.forecast = Forecast([], 0.0)
+        self.charts: StageCharts | None = None
         self.bar: tqdm | None = None
         self.stage = ""
+        self.weights: dict[str, float] = {}
+        self.teacher_scores: dict[str, float] = {}
         self.failure: Exception | None = None
         quiet_libraries()
+
+    def __enter__(self) -> "RunLog":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close what is open, so that the next line stands below the progress bar and not in it."""
+        with contextlib.suppress(OSError):  # a full disk has been told
+            self._close()
 
     def say(self, text: str) -> None:
         """Print a line, above the progress bar if there is one, unless nobody can read it any more."""
@@ -47,32 +78,42 @@ class RunLog:
                 tqdm.write(text, file=sys.stderr)
                 sys.stderr.flush()
 
-    def start_stage(self, stage: str, num_epochs: int, num_steps: int, step: int, settings_yaml: str) -> None:
+    def title(self, stage: str) -> None:
+        """Print the title of a stage that begins."""
+        names = self.forecast.names
+        number = f" ({names.index(stage) + 1} of {len(names)})" if stage in names else ""
+        self.say(f"\n== {stage}{number}: {TITLES[stage]} ==")
+
+    def start_stage(self, stage: LoggedStage, num_epochs: int, num_steps: int, step: int, settings_yaml: str) -> None:
         """Open the stage's files at `step`, and drop what an earlier start wrote after it."""
-        self.stage = stage
-        self.say(f"stage {stage}: {num_epochs} epochs, {num_steps} steps" + (f", from step {step}" if step else ""))
+        self.stage, self.weights, self.teacher_scores = stage.name, stage.weights, stage.teacher_scores
+        terms = " + ".join(f"{weight:g} {_short(name)}" for name, weight in self.weights.items())
+        self.say(
+            f"stage {self.stage}: {num_epochs} epochs, {num_steps} steps"
+            + (f", from step {step}" if step else "")
+            + (f"; loss = {terms}" if len(self.weights) > 1 else "")
+        )
         if not self.writes:
             return
-        self._drop_metrics_after(stage, step)
-        fresh = not (self.folder / "tb" / stage).exists()
-        self.writer = SummaryWriter(str(self.folder / "tb" / stage), purge_step=step + 1)
-        if fresh:
-            self.writer.add_text("settings", "".join(f"    {line}\n" for line in settings_yaml.splitlines()), 0)
-            self.writer.add_custom_scalars(_CUSTOM_SCALARS)
-        self.writer.add_text("start", describe_start(dist.world_size()), step)
+        if self.stage in self.forecast.names:
+            self.forecast.start_stage(self.stage, step)
+        self._drop_metrics_after(self.stage, step)
+        self.charts = StageCharts(self.folder / "tb" / self.stage, self.weights, self.teacher_scores, step)
+        self.charts.texts(settings_yaml, step)
         self.bar = tqdm(
             total=num_steps,
             initial=step,
-            desc=stage,
-            unit="step",
+            desc=self.stage,
             disable=not sys.stderr.isatty(),
             dynamic_ncols=True,
             leave=False,
+            bar_format="{desc} {percentage:3.0f}%|{bar}| {n_fmt}/{total_fmt} steps [{elapsed}{postfix}]",
         )
 
     def advance(self) -> None:
         """Count an optimizer step in the progress bar."""
         if self.bar is not None:
+            self.forecast.end_step()
             self.bar.update()
 
     def step(
@@ -86,6 +127,8 @@ class RunLog:
     ) -> None:
         """Log a training step: metrics to metrics.jsonl, TensorBoard and DeepSpeed's monitors, extras to TensorBoard.
 
+        metrics.jsonl has every term as it is; lines and charts have those of the stage, times their weights.
+
         Args:
             measured: (metrics, extras), as `StepMeter.reduce` returns them.
         """
@@ -95,15 +138,25 @@ class RunLog:
             return
         self._monitor(engine, values)
         self._append({"stage": self.stage, "step": step, "epoch": epoch, **values})
-        self._scalars({f"train/{name}": value for name, value in {**values, **extras}.items()}, step)
+        with self._failures_kept():
+            assert self.charts is not None
+            self.charts.step({**values, **extras}, step)
         if self.bar is not None:
-            self.bar.set_postfix(loss=f"{values['loss']:.4f}")
+            left = self.forecast.in_words()
+            self.bar.set_postfix_str(", ".join(part for part in (f"loss {values['loss']:.4f}", left) if part), False)
             if self.bar.disable:
-                self.say(
-                    f"{self.stage} step {step}/{num_steps}  loss {values['loss']:.4f} "
-                    f"(hard {values['hard_loss']:.4f} soft {values['soft_loss']:.4f} hidden "
-                    f"{values['hidden_loss']:.6f})  lr {values['lr']:.2e}  {values['samples_per_s']:.1f} samples/s"
+                line = (
+                    f"{self.stage} step {step}/{num_steps}  loss {values['loss']:.4f}{self._terms(metrics)}  "
+                    f"lr {values['lr']:.2e}  {values['samples_per_s']:.1f} samples/s"
                 )
+                self.say(f"{line}  {left}" if left else line)
+
+    def _terms(self, metrics: Mapping[str, float]) -> str:
+        """The terms of the loss times their weights, as " = 0.2 hard + 0.3 soft"; "" if there is only one."""
+        if len(self.weights) < 2:
+            return ""
+        terms = (f"{weight * metrics[name]:.4f} {_short(name)}" for name, weight in self.weights.items())
+        return " = " + " + ".join(terms)
 
     def _monitor(self, engine: DeepSpeedEngine, values: Mapping[str, float | None]) -> None:
         """Write to DeepSpeed's own monitors (csv, wandb, ...) if the DeepSpeed config turns one on."""
@@ -117,7 +170,7 @@ class RunLog:
             )
 
     def evaluation(self, step: int, epoch: int, split: str, metrics: Mapping[str, float]) -> None:
-        """Log an evaluation on `split` (holdout or dev)."""
+        """Log an evaluation on `split` (holdout or dev), and the teacher's metrics on the same rows beside it."""
         if not self.writes:
             return
         self._append(
@@ -127,22 +180,24 @@ class RunLog:
                 "epoch": epoch,
                 "split": split,
                 **{f"eval_{name}": value for name, value in metrics.items()},
+                **{f"teacher_{name}": value for name, value in self.teacher_scores.items()},
             }
         )
-        self._scalars({f"eval/{name}": value for name, value in metrics.items()}, step)
+        with self._failures_kept():
+            assert self.charts is not None
+            self.charts.evaluation(metrics, step)
         self.say(f"{self.stage} step {step}  {split}: " + "  ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
 
     def figure(self, tag: str, figure: Figure, step: int = 0) -> None:
-        if self.writer is not None:
-            self.writer.add_figure(tag, figure, step)
+        if self.charts is not None:
+            self.charts.writer.add_figure(tag, figure, step)
 
-    def final(self, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """Log metrics on dev, as scalars and with the settings on TensorBoard's HPARAMS page."""
+    def final(
+        self, settings: Mapping[str, Any], metrics: Mapping[str, float], table: str, figures: Mapping[str, Figure]
+    ) -> None:
+        """Log the results on dev: metrics, with the settings on TensorBoard's HPARAMS page, a table and figures."""
         if self.writes:
-            shutil.rmtree(self.folder / "tb" / "final", ignore_errors=True)  # of an earlier start of a run that is over
-            simple = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
-            with SummaryWriter(str(self.folder / "tb")) as writer:
-                writer.add_hparams(simple, {f"dev/{name}": value for name, value in metrics.items()}, run_name="final")
+            charts.write_results(self.folder / "tb", settings, metrics, table, figures)
 
     def end_stage(self, score: str, state: TrainState, selected_on: str) -> None:
         """Close the stage's files and say which epoch is the best."""
@@ -150,12 +205,15 @@ class RunLog:
             f"stage {self.stage} is over: {score} {state.best_score:.4f} on {selected_on} picks epoch "
             f"{state.best_epoch} of {state.epoch}"
         )
-        if self.writer is not None:
-            self.writer.close()
-            self.writer = None
+        self._close()
+
+    def _close(self) -> None:
         if self.bar is not None:
             self.bar.close()
             self.bar = None
+        if self.charts is not None:
+            self.charts.close()
+            self.charts = None
 
     def stop_if_failed(self) -> None:
         """Raise UserError on every rank (collective) if rank 0 could not write its files, as on a full disk."""
@@ -169,13 +227,12 @@ class RunLog:
 
         dist.on_main(check)
 
-    def _scalars(self, values: Mapping[str, float | None], step: int) -> None:
-        assert self.writer is not None
+    @contextlib.contextmanager
+    def _failures_kept(self) -> Iterator[None]:
+        """Keep an error of a full disk for `stop_if_failed`; TensorBoard's thread finds it."""
         try:
-            for name, value in values.items():
-                if value is not None:
-                    self.writer.add_scalar(name, value, step)
-        except OSError as error:  # TensorBoard's thread found the disk full
+            yield
+        except OSError as error:
             self.failure = error
 
     def _append(self, record: Mapping[str, Any]) -> None:
@@ -219,14 +276,6 @@ def quiet_libraries() -> None:
     transformers.logging.disable_progress_bar()
 
 
-_CUSTOM_SCALARS = {
-    "losses": {
-        "terms": ["Multiline", [f"train/{name}" for name in TERMS]],
-        "hidden distance by pair": ["Multiline", ["train/hidden_distance/.*"]],
-    },
-    "speed": {
-        "samples/s and tokens/s": ["Multiline", ["train/samples_per_s", "train/tokens_per_s"]],
-        "shares": ["Multiline", ["train/padding_share", "train/teacher_time_share", "train/teacher_hidden_share"]],
-    },
-    "evaluation": {"metrics": ["Multiline", ["eval/.*"]]},
-}
+def _short(term: str) -> str:
+    """hard_loss as hard."""
+    return term.removesuffix("_loss")

@@ -25,13 +25,13 @@ class StepMeter:
         self.pair_distances: torch.Tensor | None = None
         self.first_bad_step = torch.full((), torch.iinfo(torch.int64).max, device=device())
         self.bad_terms = torch.zeros(4, device=device())
-        self.num_samples = self.num_tokens = self.num_positions = 0
+        self.num_steps = self.num_samples = self.num_tokens = self.num_positions = 0
         self.restart_clock()
 
     def restart_clock(self) -> None:
         """Start counting samples per second again, so that evaluation and saving do not count."""
         self.start = time.perf_counter()
-        self.num_samples = self.num_tokens = self.num_positions = 0
+        self.num_steps = self.num_samples = self.num_tokens = self.num_positions = 0
         self.teacher_clock.take()
 
     def start_step(self) -> None:
@@ -51,6 +51,7 @@ class StepMeter:
         is_first = ~torch.isfinite(self.terms).all() & (self.first_bad_step > step)
         self.bad_terms = torch.where(is_first, self.terms, self.bad_terms)
         self.first_bad_step = torch.where(is_first, step, self.first_bad_step)
+        self.num_steps += 1
         self.num_samples += num_samples
         self.num_tokens += num_tokens
 
@@ -79,7 +80,7 @@ class StepMeter:
         metrics["samples_per_s"] = self.num_samples / seconds
         metrics["tokens_per_s"] = self.num_tokens / seconds
         metrics["padding_share"] = 1 - self.num_tokens / max(total[4], 1)
-        extras = {"memory_mib": memory_mib()}
+        extras = {"memory_mib": memory_mib(), "step_ms": 1000 * seconds / max(self.num_steps, 1)}
         if total[5]:
             extras["teacher_time_share"] = total[5] / dist.world_size() / seconds
             extras["teacher_hidden_share"] = 1 - total[6] / total[5]  # of its time: what the student did not wait for

@@ -24,7 +24,9 @@ def of_run(results: Mapping[str, Any], task: Task, num_rows: Mapping[str, int], 
     """
     settings = results["settings"]
     splits = ", ".join(f"{name} {count:,} rows" for name, count in num_rows.items())
+    verdict = results["verdict"]
     paragraphs = [
+        f"{verdict[:1].upper()}{verdict[1:]}." if verdict else "",
         comparison.table_of(comparison.rows_of(results)),
         f"Metrics are over the whole dev set ({splits}), computed in {settings['dtype']}.\n"
         f"Epochs were picked on {_PICKED_ON[results['selected_on']]}.\n{speed.in_words(results['speed'])}",

@@ -99,7 +99,7 @@ def starts_in_tensorboard(run_dir: Path, stage: str) -> tuple[list[str], list[in
 
     events = EventAccumulator(str(run_dir / "tb" / stage), size_guidance={"tensors": 0, "scalars": 0}).Reload()
     texts = [event.tensor_proto.string_val[0].decode() for event in events.Tensors("start/text_summary")]
-    return texts, [event.step for event in events.Scalars("train/loss")]
+    return texts, [event.step for event in events.Scalars(f"{stage}/loss")]
 
 
 # -- The same student --------------------------------------------------------------------------------------------------
