@@ -70,7 +70,16 @@ def draw_batch(file: Path) -> None:
     arrow(axes, (4.35, 3.2), (4.35, 2.75))
     arrow(axes, (4.35, 1.75), (4.35, 1.3))
     arrow(axes, (2.1, 0.8), (3.1, 0.8), "rank by rank")
-    box(axes, 6.6, 2.65, 3.1, 1.55, "SPS student", "n stored layers run twice;\nin the second pass query and key\nchange places", LOSS)
+    box(
+        axes,
+        6.6,
+        2.65,
+        3.1,
+        1.55,
+        "SPS student",
+        "n stored layers run twice;\nin the second pass query and key\nchange places",
+        LOSS,
+    )
     box(axes, 6.6, 1.55, 3.1, 0.75, "one fused loss", "hard + soft + hidden, with gradients", LOSS)
     box(axes, 6.6, 0.3, 3.1, 0.9, "what you ship", "student/   student_unrolled/\nmodel.onnx", LOSS)
     arrow(axes, (5.6, 2.25), (6.6, 3.1))
