@@ -11,8 +11,8 @@ from typing import Any
 import matplotlib
 
 matplotlib.use("svg")
-import matplotlib.pyplot as plt  # noqa: E402 - after the backend is chosen
-from matplotlib.patches import FancyArrowPatch, FancyBboxPatch  # noqa: E402
+import matplotlib.pyplot as plt
+from matplotlib.patches import FancyArrowPatch, FancyBboxPatch
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA, MODEL, LOSS, INK, PAPER = "#dbe9f6", "#e3f1df", "#fbe6cf", "#1f2933", "#ffffff"
