@@ -1,7 +1,7 @@
 """Commands in the documentation do what the text says. They are taken from the pages and run, in a page's order.
 
-They run in this process, on one rank, in a folder with the files that the pages call the reader's. docs_blocks.py has the
-marks of blocks that need more; of these the options are read, and the test of each page prints which they are.
+They run in this process, on one rank, in a folder with the files that the pages call the reader's. docs_blocks.py has
+the marks of blocks that need more; of these the options are read, and the test of each page prints which they are.
 """
 
 import re
@@ -95,7 +95,7 @@ def readers_folder(
 
 @pytest.fixture
 def names_of_python() -> dict[str, object]:
-    """What a page's Python code takes as given: the tensors of a batch of 4, 2 classes, and [CLS] vectors of 3 layers."""
+    """What a page's Python code takes as given: tensors of a batch of 4, of 2 classes, [CLS] vectors of 3 layers."""
     generator = torch.Generator().manual_seed(0)
     random = lambda *shape: torch.randn(*shape, generator=generator, requires_grad=True)  # noqa: E731
     vectors = {f"{who}_cls": [random(4, 8) for _ in range(3)] for who in ("student", "teacher")}
