@@ -10,9 +10,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import conftest
+import docs_blocks
 import measure_traffic
 import pytest
 import torch
+import walk
 import yaml
 from docs_blocks import PAGES, ROOT, Block, blocks_of
 from test_own_pipeline import write_rows
@@ -188,6 +190,40 @@ def check_results(page: str) -> None:
     if page == "docs/sweeps.md":
         assert "kd" in Path("tables/report.md").read_text()
         assert len([*Path("runs/small").rglob("results.json")]) == 4
+
+
+@pytest.mark.parametrize("command", ["make demo", "peakd-nothing --x 1", "pip install ."])
+def test_a_command_that_cannot_be_run_here_needs_a_mark(command: str) -> None:
+    with pytest.raises(AssertionError, match="mark its block"):
+        run_command(command)
+
+
+@pytest.mark.parametrize("command", ["peakd-nothing --x 1", "make nothing", "sbatch slurm/nothing.sh"])
+def test_a_command_that_is_not_run_is_read(command: str) -> None:
+    with pytest.raises(AssertionError):
+        read_command(command)
+
+
+def test_an_unknown_mark_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(docs_blocks, "ROOT", tmp_path)
+    for text in ("<!-- needs: luck -->\n```sh\nls\n```\n", "```\nls\n```\n", "<!-- outputs -->\n```sh\nls\n```\n"):
+        (tmp_path / "page.md").write_text(text)
+        with pytest.raises(ValueError, match=r"page\.md:"):
+            blocks_of("page.md")
+
+
+def test_the_walk_goes_from_installing_to_a_shipped_student() -> None:
+    taken, left_out = walk.blocks_of_walk()
+    commands = [command for block in taken for command in block.commands]
+    order = ("make demo", "pip install .", "peakd-train --train_file", "peakd-predict", "pipeline(", "tensorboard")
+    places = [next(n for n, command in enumerate(commands) if command.startswith(start)) for start in order]
+    assert places == sorted(places)
+    assert all(re.search(r": needs .*(hub|cluster|gpu|hours)", line) for line in left_out)
+
+
+def test_titles_of_charts() -> None:
+    page = '<tb-truncated-path class="tag" title="distill/loss &amp; more"><span title="train">'
+    assert walk.charts_of(page) == ["distill/loss & more"]
 
 
 @pytest.mark.parametrize("page", PAGES)

@@ -4,7 +4,7 @@ It clones the last commit into a temporary folder, makes an empty environment, a
 stand, up to a student of an own CSV, and the blocks of other pages that are marked to take minutes. The reader's files
 are made from the demo: tickets.csv and new-tickets.csv hold its sentences, and my-classifier is its teacher. Blocks
 that need a hub, a cluster, a GPU or hours are listed and left out. Then it opens TensorBoard in headless Chromium,
-reads the titles of the charts in the first view, and keeps pictures. Pictures and each block's output are in build/walk/.
+reads the titles of the charts in the first view, and keeps pictures. These and each block's output are in build/walk/.
 """
 
 import argparse
