@@ -12,6 +12,7 @@ import csv
 import html
 import json
 import os
+import random
 import re
 import shlex
 import shutil
@@ -28,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tests"))
 from docs_blocks import PAGES, Block, blocks_of  # noqa: E402
 
-NUM_ROWS, NUM_NEW_ROWS = 1500, 200
+NUM_ROWS, NUM_NEW_ROWS = 1000, 200
 VIEWS = {"first": "", "scalars": "#scalars", "text": "#text", "images": "#images", "hparams": "#hparams"}
 """Tabs of TensorBoard by the name of their picture."""
 
@@ -80,7 +81,7 @@ def walk(place: Path, out: Path) -> None:
         else:
             run(block, clone, env, out / f"{number:02d}-{block.page.replace('/', '-')}-{block.line}.log")
         if any(command.startswith("make demo") for command in block.commands):
-            write_readers_files(clone, environment)
+            write_readers_files(clone)
     print("left out:", *left_out, sep="\n  ", flush=True)
 
 
@@ -114,13 +115,14 @@ def run(block: Block, clone: Path, env: dict[str, str], log: Path) -> None:
         raise WalkError(f"{block} failed; its last lines, of {log}:\n    {tail}")
 
 
-def write_readers_files(clone: Path, environment: Path) -> None:
-    """Write tickets.csv and new-tickets.csv of the demo's sentences; my-classifier is the demo's teacher."""
+def write_readers_files(clone: Path) -> None:
+    """Write tickets.csv and new-tickets.csv of the demo's sentences, shuffled; my-classifier is the demo's teacher."""
     read = "import pyarrow.parquet as pq, json, sys; print(json.dumps(pq.read_table(sys.argv[1]).to_pylist()))"
     file = clone / "demo" / "data" / "movie_reviews" / "train-00000-of-00001.parquet"
     python = clone / ".venv" / "bin" / "python"  # made by `make demo`
     printed = subprocess.run([python, "-c", read, file], capture_output=True, text=True, check=True).stdout
     rows = [(row["sentence"], ("negative", "positive")[row["label"]]) for row in json.loads(printed)]
+    random.Random(0).shuffle(rows)
     new = NUM_ROWS + NUM_NEW_ROWS
     for name, part in (("tickets.csv", rows[:NUM_ROWS]), ("new-tickets.csv", rows[NUM_ROWS:new])):
         with (clone / name).open("w", newline="") as opened:
