@@ -5,6 +5,7 @@ PYTEST_ARGS ?=
 CASES ?=
 MINUTES ?= $(if $(CASES),15,0)
 BENCH_ARGS ?=
+WALK_ARGS ?=
 
 BIN := .venv/bin
 STAMP := .venv/.made-from-constraints
@@ -12,7 +13,7 @@ BENCH_STAMP := .venv/.has-bench
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 
-.PHONY: help venv demo test test-cluster fuzz chaos checks bench bench-scaling bench-loss clean
+.PHONY: help venv demo test test-cluster fuzz chaos walk checks bench bench-scaling bench-loss clean
 
 help:
 	@echo "make venv    .venv with the versions of constraints.txt (PYTHON=$(PYTHON), 3.11 or newer)"
@@ -21,6 +22,7 @@ help:
 	@echo "make test-cluster  run the tests on a Slurm cluster of several hosts inside this machine (slurm-wlm, munge)"
 	@echo "make fuzz    search for wrong inputs that end badly, longer than make test does (FUZZ=30 times as many)"
 	@echo "make chaos   kill, stop and damage real runs at random, and compare their losses (MINUTES=5 SEED=7)"
+	@echo "make walk    follow README in a clean clone, some 20 minutes; looks at TensorBoard with chromium, if it is there"
 	@echo "make checks  lint, format and types"
 	@echo "make bench   train with ours and with what people use instead, hours (CASES=mrpc_n1: that one; MINUTES=15 for repeats)"
 	@echo "make bench-scaling  what a step of ours costs by samples, length, layers and ranks"
@@ -79,6 +81,10 @@ fuzz: $(STAMP)
 chaos: export TORCH_EXTENSIONS_DIR ?= $(CURDIR)/build/torch_extensions
 chaos: $(STAMP)
 	$(BIN)/python tests/chaos.py --minutes $(if $(filter 0,$(MINUTES)),5,$(MINUTES)) $(if $(SEED),--seed $(SEED))
+
+# A clean clone of the last commit with environments of its own; pictures and output are left in build/walk/.
+walk: $(STAMP)
+	$(BIN)/python tools/walk.py $(WALK_ARGS)
 
 $(BENCH_STAMP): $(STAMP)
 	$(BIN)/python -m pip install -c constraints.txt -e '.[bench]'

@@ -1,3 +1,3 @@
-"""PEA-KD for BERT: a parameter-sharing student distilled from a frozen teacher by two DeepSpeed engines."""
+"""Text classifiers made small with Pea-KD: a student with shared layers, distilled on two DeepSpeed engines."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"

@@ -4,6 +4,7 @@ Imports are read from the source, those inside functions too. main_path.py count
 """
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
@@ -126,3 +127,12 @@ def test_the_main_path_is_short() -> None:
     assert "train.py" in path and any(name.startswith("kernels") for name in path), "the path is not the whole one"
     assert len(path) <= 12, "\n".join(path)
     assert sum(map(len, path.values())) <= 1000, main_path.describe(path)
+
+
+def test_the_picture_of_the_rooms_is_up_to_date() -> None:
+    """docs/folders.svg names the rooms in the order above; `python tools/draw.py` draws it anew."""
+    text = (ROOT / "docs" / "folders.svg").read_text()
+    labels = re.findall(r"<text\b[^>]*>([^<]*)</text>", text)
+    rooms = [name for row in ORDER for name in row if not name.startswith("__")]
+    expected = [f"{name}.py" if (PACKAGE / f"{name}.py").is_file() else f"{name}/" for name in rooms]
+    assert [label.strip() for label in labels if label.strip() != "imports"] == expected, "run tools/draw.py"

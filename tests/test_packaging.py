@@ -7,13 +7,17 @@ import subprocess
 import sys
 import tomllib
 import zipfile
+from functools import partial
 from importlib.metadata import packages_distributions
 from itertools import chain
 from pathlib import Path
 
 import pytest
+import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+
+import peakd_ds
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE_FOLDERS = {"peakd_ds": "peakd_ds", "kernels": "peakd_ds/kernels", "ds_configs": "peakd_ds/ds_configs"}
@@ -63,7 +67,9 @@ def test_wheel_says_its_version_and_licence(wheel: Path) -> None:
         metadata = next(name for name in opened.namelist() if name.endswith(".dist-info/METADATA"))
         text = opened.read(metadata).decode()
         licence = opened.read(metadata.replace("METADATA", "licenses/LICENSE")).decode()
-    assert re.search(r"^Version: 0\.1\.0$", text, re.MULTILINE)
+    version = re.search(r"^Version: (\S+)$", text, re.MULTILINE)
+    headings = re.findall(r"^## (\S+)", (ROOT / "CHANGELOG.md").read_text(), re.MULTILINE)
+    assert version and version[1] == peakd_ds.__version__ == headings[0], "the newest section of CHANGELOG.md"
     assert licence == (ROOT / "LICENSE").read_text()
 
 
@@ -72,6 +78,43 @@ def test_console_script_names_a_function(script: str) -> None:
     module, function = PYPROJECT["project"]["scripts"][script].split(":")
     source = ROOT.joinpath(*module.split(".")).with_suffix(".py")
     assert re.search(rf"^def {function}\(", source.read_text(), re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def installed(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with what `pip install .` installs, beside the tests' environment, which has the dependencies."""
+    folder = tmp_path_factory.mktemp("installed")
+    command = [sys.executable, "-m", "pip", "install", "--no-deps", "--no-index", "--target", str(folder), str(wheel)]
+    subprocess.run(command, check=True, capture_output=True)
+    return folder
+
+
+ASK_ALL_FOR_HELP = """
+import contextlib, importlib.metadata, io, sys
+import peakd_ds
+assert peakd_ds.__file__.startswith(sys.argv[1]), peakd_ds.__file__
+(distribution,) = importlib.metadata.distributions(name="peakd-ds", path=[sys.argv[1]])
+for script in distribution.entry_points:
+    sys.argv, printed = [script.name, "--help"], io.StringIO()
+    try:
+        with contextlib.redirect_stdout(printed):
+            script.load()()
+    except SystemExit as end:
+        assert end.code == 0 and printed.getvalue().startswith("usage: "), script.name
+        print(script.name)
+assert "torch" not in sys.modules, "torch was imported"
+"""
+
+
+def test_installed_console_scripts_answer(installed: Path, tmp_path: Path) -> None:
+    """All in one process, then one as its own program."""
+    run = partial(subprocess.run, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(installed)}, text=True)
+    asked = run([sys.executable, "-c", ASK_ALL_FOR_HELP, str(installed)], capture_output=True, check=False)
+    assert asked.returncode == 0, asked.stderr
+    assert set(asked.stdout.split()) == set(PYPROJECT["project"]["scripts"])
+    assert {path.name for path in (installed / "bin").iterdir()} >= set(PYPROJECT["project"]["scripts"])
+    version = run([str(installed / "bin" / "peakd-train"), "--version"], capture_output=True, check=True)
+    assert version.stdout == f"peakd_ds {peakd_ds.__version__}\n"
 
 
 # `deepspeed peakd_ds/train.py` puts peakd_ds/ itself first on sys.path.
@@ -170,7 +213,7 @@ def makefile_targets() -> set[str]:
 
 
 def test_makefile_has_the_promised_targets() -> None:
-    assert {"help", "venv", "demo", "test", "checks", "clean"} <= makefile_targets()
+    assert {"help", "venv", "demo", "test", "checks", "walk", "clean"} <= makefile_targets()
 
 
 @pytest.mark.parametrize("file", ["README.md", ".ci/run"])
@@ -184,6 +227,22 @@ def test_ci_script_is_executable_and_parses() -> None:
     script = ROOT / ".ci" / "run"
     assert os.access(script, os.X_OK)
     subprocess.run(["bash", "-n", str(script)], check=True)
+
+
+def test_github_runs_the_ci_script_on_both_versions_of_python() -> None:
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    assert set(workflow[True]) == {"push", "pull_request"}  # YAML 1.1 reads the key on as true
+    (job,) = workflow["jobs"].values()
+    assert job["steps"][-1] == {"run": ".ci/run"}
+    versions = job["strategy"]["matrix"]["python-version"]
+    assert versions == ["3.11", "3.12"] and all(isinstance(version, str) for version in versions)
+    oldest = PYPROJECT["project"]["requires-python"].removeprefix(">=")
+    assert versions[0] == oldest
+
+
+def test_make_demo_calls_peakd_demo() -> None:
+    recipe = re.search(r"^demo:.*\n((?:\t.*\n)+)", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert recipe and "/peakd-demo " in recipe[1]
 
 
 def test_no_file_names_a_home_folder() -> None:

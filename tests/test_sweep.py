@@ -156,7 +156,7 @@ def test_methods_are_the_readmes_baselines() -> None:
         "PTP only": "ptp+pkd",
         "Patient KD": "pkd",
         "KD": "kd",
-        "fine-tuned small BERT": "finetune",
+        "fine-tuned small encoder": "finetune",
         "SPS without exchange": "sps-shuffle_qk+pkd",
     }
     table = re.findall(rf"^\| ({'|'.join(names)}) \| (\(defaults\)|`.*?`)", readme, re.MULTILINE)
