@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import arithmetic
+import bench_families
 import bench_rows
 import bench_runs
 import bench_scaling
@@ -375,3 +376,54 @@ def test_make_bench_passes_cases_and_minutes() -> None:
 
 def test_results_go_to_the_repository() -> None:
     assert ROOT / "benchmarks" / "results" == bench_train.RESULTS
+
+
+# -- Families ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model_type", bench_families.families.TEACHERS)
+def test_families_are_measured(model_type: str, single_rank: None) -> None:
+    """At small sizes: each family makes its step and its forward pass beside BERT's."""
+    can_learn = model_type in bench_families.families.STUDENTS
+    for kind in bench_families.KINDS if can_learn else ("teacher",):
+        row = bench_families.measure(kind, model_type, "fp32", 1, hidden=48, vocab_size=200)
+        assert row["times_bert"] > 0 and row["ms"] > 0 and row["bert_ms"] > 0
+        assert row["family"] == model_type and row["layer_parameters"] > 0
+
+
+def test_families_take_turns() -> None:
+    order: list[str] = []
+    row = bench_families.take_turns(lambda: order.append("ours"), lambda: order.append("bert"), 2, warm_up=1)
+    assert order == ["bert", "ours", "ours", "bert", "bert", "ours"] and row.keys() == {"times_bert", "ms", "bert_ms"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--families", "bart"], "--families bart: choose from bert"),
+        (["--dtypes", ""], "--dtypes nothing: choose from bf16"),
+        (["--repeats", "0"], "--repeats 0: each comparison takes at least one turn"),
+    ],
+)
+def test_wrong_options_of_the_families(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        bench_families.parse(words)
+    assert message in capsys.readouterr().err
+
+
+def test_families_are_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = {"times_bert": 1.5, "ms": 3.0, "bert_ms": 2.0, "layer_parameters": 10, "padded": False}
+    monkeypatch.setattr(
+        bench_families,
+        "measure",
+        lambda kind, family, dtype, repeats: {"kind": kind, "family": family, "dtype": dtype, **made},
+    )
+    file = tmp_path / "families.csv"
+    bench_families.main(["--families", "roberta,llama", "--dtypes", "bf16", "--output", str(file), "--note", "shared"])
+    header, *lines = file.read_text().splitlines()
+    assert header.startswith("kind,family,dtype,times_bert,ms,bert_ms,layer_parameters,padded,date,machine")
+    assert [line.split(",")[:2] for line in lines] == [
+        ["student", "roberta"],
+        ["teacher", "roberta"],
+        ["teacher", "llama"],
+    ]

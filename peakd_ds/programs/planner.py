@@ -25,13 +25,14 @@ from peakd_ds.data.tasks import Task, get_task, own_task
 from peakd_ds.engine import engines
 from peakd_ds.engine.ds_config import DTYPES, batch_plan, load_ds_config
 from peakd_ds.errors import UserError
-from peakd_ds.families import intermediate_size
+from peakd_ds.families import is_packed
 from peakd_ds.model import contract
 from peakd_ds.model.build import MatchedStudent, layer_pairs
 from peakd_ds.model.contract import Pretrained
 from peakd_ds.model.sizes import Parameters, count_parameters, teacher_and_student_on_meta
 from peakd_ds.packed.packing import WIDTH_MULTIPLE
 from peakd_ds.programs import scripts
+from peakd_ds.programs.activations import Batch, student_activations, teacher_activations
 from peakd_ds.programs.traffic import Sizes, step_traffic
 from peakd_ds.results import markdown
 from peakd_ds.sps import execution_order
@@ -188,62 +189,6 @@ def traffic_sizes(student: Engine, teacher: Engine, num_accum_steps: int) -> Siz
     )
 
 
-# -- Activations: upper bounds -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Batch:
-    """The largest packed micro-batch (packed/packing.py)."""
-
-    rows: int
-    tokens: int  # in all rows together
-    width: int  # tokens of a row in attention, padding included
-    element_size: int
-    on_gpu: bool = True
-
-
-def layer_bytes(encoder: PreTrainedConfig, batch: Batch, first_only: bool = False) -> int:
-    """Upper bound on the bytes that a layer keeps for its backward pass, or holds at once in its forward pass.
-
-    For each query token (all tokens, or the first of each row with `first_only`): the layer's input, the input of the
-    attention's dense layer, the inputs of both LayerNorms and the first one's output (5 hidden); input and output of
-    the activation function; two dropout masks, with one byte for each element on a GPU and the dtype's size on a CPU
-    (packed/cpu.py); the statistics of the LayerNorms (16 bytes). For each padded token: query, key and value; on a GPU,
-    where attention is fused, also its output and an fp32 number for each head; on a CPU, the attention weights of each
-    head and their dropout mask (packed/cpu.py).
-    """
-    e, hidden, heads = batch.element_size, encoder.hidden_size, encoder.num_attention_heads
-    queries, query_width = (batch.rows, batch.rows) if first_only else (batch.tokens, batch.rows * batch.width)
-    kept = queries * (e * (5 * hidden + 2 * intermediate_size(encoder)) + 2 * (1 if batch.on_gpu else e) * hidden + 16)
-    if batch.on_gpu:
-        return kept + batch.rows * batch.width * (4 * e * hidden + FP32 * heads)
-    return kept + batch.rows * batch.width * 3 * e * hidden + 2 * e * query_width * heads * batch.width
-
-
-def student_activations(matched: MatchedStudent, teacher_hidden: int, batch: Batch) -> int:
-    """Upper bound on the bytes that the student keeps for its backward pass; a layer that runs twice counts twice.
-
-    The last layer computes only the first token of each row, unless all its tokens are matched (sps.py). Besides the
-    layers: embeddings, matched states with their gradients (kernels/fused.py computes them early) and pooled rows.
-    """
-    encoder, is_cls = matched.student.config, matched.hidden_loss == "cls"
-    per_token, depth = batch.element_size * encoder.hidden_size, encoder.num_effective_layers
-    first_only = is_cls or all(layer < depth for layer, _ in matched.pairs)
-    layers = (depth - 1) * layer_bytes(encoder, batch) + layer_bytes(encoder, batch, first_only)
-    num_states = len(matched.pairs) * (batch.rows if is_cls else batch.tokens)
-    matched_states = 2 * num_states * (per_token + batch.element_size * teacher_hidden)
-    return layers + batch.tokens * (3 * per_token + 5 * 8) + matched_states + 4 * batch.rows * per_token
-
-
-def teacher_activations(encoder: PreTrainedConfig, matched: MatchedStudent, batch: Batch) -> int:
-    """Upper bound on the bytes of a forward pass without a graph.
-
-    One layer, the states before and after it, and the outputs of two micro-batches (teacher/online.py).
-    """
-    num_states = 2 * len(matched.pairs) * (batch.rows if matched.hidden_loss == "cls" else batch.tokens)
-    return layer_bytes(encoder, batch) + batch.element_size * encoder.hidden_size * (2 * batch.tokens + num_states)
-
-
 # -- The plan ----------------------------------------------------------------------------------------------------------
 
 
@@ -318,6 +263,7 @@ def make_plan(
     )
     cached = dtypes if config.hidden_loss == "cls" else ()
     return {
+        "padded": [who for who, encoder in (("teacher", teacher), ("student", student_init)) if _is_padded(encoder)],
         "teacher_parameters": frozen_engine.num_params,
         "teacher_parameters_of": count_parameters(frozen)._asdict(),
         "student_parameters": student.num_params,
@@ -332,6 +278,10 @@ def make_plan(
         "choices": choices,
         "recommended": recommend(choices, options.gpu_memory_gib * GIB),
     }
+
+
+def _is_padded(encoder: Pretrained) -> bool:
+    return not is_packed(encoder.config)
 
 
 def choice_memory(
@@ -384,6 +334,8 @@ def to_markdown(plan: dict[str, Any]) -> str:
         "batch: global {global_batch_size} = micro {micro_batch_size} x accum {num_accum_steps} x world {world_size}, "
         "{tokens:,} tokens a micro-batch".format(**plan),
     ]
+    if plan["padded"]:
+        lines.append(f"padding: rows of the {' and the '.join(plan['padded'])} are padded to the longest")
     for dtype, size in plan["cache_bytes_per_row"].items():
         total = f", {show(size * num_rows)} for {num_rows:,} rows" if num_rows else ""
         lines.append(f"teacher cache in {dtype}: {size:,} bytes a row{total}")
