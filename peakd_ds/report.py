@@ -12,10 +12,10 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from peakd_ds import exports
-from peakd_ds.config import SPECS
 from peakd_ds.config.outputs import STAGES
 from peakd_ds.data import metrics
 from peakd_ds.data.label_arrays import is_labeled
+from peakd_ds.data.tasks import AGREEMENT
 from peakd_ds.data.tokens import Split, tokenize
 from peakd_ds.engine import checkpoint
 from peakd_ds.engine.ds_config import DTYPES
@@ -259,14 +259,17 @@ def _verdict(run: Run, results: dict[str, Any]) -> str:
 
 
 def _log_results(run: Run, results: dict[str, Any], text: str, matrices: dict[str, Figure], log: RunLog) -> None:
-    """Put the results into TensorBoard: the student's first, and the settings that were set before the others."""
-    final: dict[str, float] = {}
-    for stage, name in (("distill", "student"), ("teacher", "teacher")):
-        values = {**_metrics(results, name), "agreement": (results[name] or {}).get("agreement")}
-        final |= {f"{stage}/results/{key}": value for key, value in values.items() if value is not None}
-    is_set = {name: SPECS[name].default != value for name, value in asdict(run.config).items()}
-    settings = {name: results["settings"][name] for name in sorted(is_set, key=lambda name: not is_set[name])}
-    log.final(settings, final, f"{results['verdict']}\n\n{text}", matrices)
+    """Put the results into TensorBoard. Its HPARAMS page sorts columns by name, so main scores among the settings, in
+    brackets, are the first columns."""
+    final, columns = {}, {}
+    for stage, model in (("distill", "student"), ("teacher", "teacher")):
+        scores = {**_metrics(results, model), AGREEMENT: (results[model] or {}).get("agreement")}
+        known = {name: score for name, score in scores.items() if score is not None}
+        final |= {f"{stage}/results/{name}": score for name, score in known.items()}
+        main = {run.task.primary_metric, AGREEMENT} & known.keys()
+        columns |= {f"({model} {name})": known[name] for name in sorted(main)}
+    settings = {name: value for name, value in results["settings"].items() if value not in (None, "")}
+    log.final(columns | settings, final, f"{results['verdict']}\n\n{text}", matrices)
 
 
 def _confusion(run: Run, logits: dict[str, torch.Tensor]) -> dict[str, Figure]:

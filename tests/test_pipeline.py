@@ -84,8 +84,9 @@ def test_tensorboard_has_every_curve(finished: Path) -> None:
         return EventAccumulator(str(finished / "tb" / stage)).Reload().Tags()
 
     scalars = set(tags("distill")["scalars"])
-    wanted = "loss lr grad_norm speed/samples_per_s speed/tokens_per_s speed/step_ms padding_share memory_mib"
-    wanted += " teacher_time_share hidden_distance/pair_1 hidden_distance/pair_2 eval/accuracy eval/agreement"
+    wanted = "eval/accuracy eval/agreement loss optimizer/lr optimizer/grad_norm speed/samples_per_s speed/tokens_per_s"
+    wanted += " speed/step_ms speed/padding_share speed/memory_mib speed/teacher_time_share"
+    wanted += " pairs/hidden_distance/pair_1 pairs/hidden_distance/pair_2"
     assert {f"distill/{name}" for name in wanted.split()} <= scalars
     runs = {file.parent.relative_to(finished / "tb").as_posix() for file in (finished / "tb").rglob("events.*")}
     lines = {f"distill/{name}" for name in ("hard", "soft", "hidden", "teacher")}

@@ -2,7 +2,7 @@
 
 Charts of several lines have one tag and a folder for each line, since TensorBoard draws the same tag of all folders in
 one chart: STAGE/loss has the sum in tb/STAGE and the terms in tb/STAGE/hard, soft and hidden; STAGE/eval/METRIC has the
-student in tb/STAGE and the teacher in tb/STAGE/teacher. Tags sort so that the scores come first.
+student in tb/STAGE and the teacher in tb/STAGE/teacher. Tags sort so that scores and loss come first.
 """
 
 import shutil
@@ -18,7 +18,13 @@ from peakd_ds.ranks import dist
 from peakd_ds.ranks.slurm_env import describe_start
 from peakd_ds.results.meter import TERMS
 
-SPEEDS = ("samples_per_s", "tokens_per_s", "step_ms")
+GROUPS = {
+    **dict.fromkeys(("lr", "grad_norm"), "optimizer/"),
+    "hidden_distance": "pairs/",
+    **dict.fromkeys(("samples_per_s", "tokens_per_s", "step_ms", "memory_mib"), "speed/"),
+    **dict.fromkeys(("padding_share", "teacher_time_share", "teacher_hidden_share"), "speed/"),
+}
+"""Where the charts of what a step measures stand; they sort after eval/ and loss."""
 RESULTS = "results"
 """Folder of the results; earlier versions wrote `final`."""
 
@@ -57,7 +63,7 @@ class StageCharts:
         """Write a training step: the loss, its terms times their weights, speeds and all that was measured beside."""
         for name, value in values.items():
             if value is not None and name not in TERMS[1:]:
-                self.writer.add_scalar(f"{self.stage}/{'speed/' if name in SPEEDS else ''}{name}", value, step)
+                self.writer.add_scalar(f"{self.stage}/{GROUPS.get(name.split('/')[0], '')}{name}", value, step)
         for name, weight in self.weights.items():
             line, value = self.lines.get(name.removesuffix("_loss")), values[name]
             if line is not None and value is not None:
@@ -87,7 +93,7 @@ def write_results(
 
     Args:
         folder: RUN/tb.
-        settings: For the HPARAMS page, which shows the first ones and the first metrics.
+        settings: For the HPARAMS page.
         metrics: By tag.
         table: In Markdown, for the TEXT page.
         figures: By tag.
@@ -98,8 +104,9 @@ def write_results(
         name: value if isinstance(value, bool | int | float | str) else str(value) for name, value in settings.items()
     }
     with SummaryWriter(str(folder / RESULTS)) as writer:
-        # Not add_hparams: it opens a file in a folder of its own, below one in `folder` that would be a run named ".".
-        for summary in hparams(simple, dict(metrics)):
+        # Not add_hparams: it needs a file in `folder`, a run named ".". Without the first summary, which lists columns,
+        # TensorBoard takes those of all runs that it shows, settings that differ first.
+        for summary in hparams(simple, dict(metrics))[1:]:
             writer._get_file_writer().add_summary(summary)
         for tag, value in metrics.items():
             writer.add_scalar(tag, value)

@@ -75,7 +75,7 @@ class Forecast:
     def in_words(self) -> str:
         """The rest of the run as "about 12 min left"; "" if nothing is measured yet."""
         seconds = self.seconds_left()
-        return "" if seconds is None else f"about {duration(seconds)} left"
+        return "" if seconds is None else f"about {duration(max(seconds, 1))} left"
 
 
 def duration(seconds: float) -> str:
