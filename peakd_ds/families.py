@@ -29,6 +29,8 @@ class Family:
     """Name, in a layer, of the value projection."""
     fused_qkv: str = ""
     """Name, in a layer, of one projection that makes query, key and value at once."""
+    final_norm: str = ""
+    """Name, in the base model, of a LayerNorm after the last layer; transformers counts it to that layer's states."""
     is_packed: bool = True
     """Whether its layers hand keyword arguments on to a registered attention function, so that rows need no padding."""
     starts_after_padding: bool = False
@@ -77,7 +79,7 @@ FAMILIES = {
             (("attention.q_lin", "attention.k_lin"),),
             "attention.v_lin",
         ),
-        Family("modernbert", "ModernBERT", "layers", fused_qkv="attn.Wqkv"),
+        Family("modernbert", "ModernBERT", "layers", fused_qkv="attn.Wqkv", final_norm="final_norm"),
         Family(
             "deberta-v2",
             "DeBERTa-v2 and v3",

@@ -156,30 +156,30 @@ def test_packed_rows_equal_padded_rows(model_type: str, num_layers: int, sharing
     rows = packed_rows(student)
     inputs, depth = padded_inputs(student.config, rows), student.config.num_effective_layers
     theirs = student(**inputs, output_hidden_states=True)
-    middle = tuple(range(1, depth))  # the last states are those before the final LayerNorm in some families
-    expected = {layer: theirs.hidden_states[layer] for layer in middle}
-    loss_of(torch.cat([theirs.logits.flatten(), *(expected[layer][:, 0].flatten() for layer in middle)])).backward()
+    layers = tuple(range(1, depth + 1))
+    expected = {layer: theirs.hidden_states[layer] for layer in layers}
+    loss_of(torch.cat([theirs.logits.flatten(), *(expected[layer][:, 0].flatten() for layer in layers)])).backward()
     gradients = {
         name: parameter.grad.clone() for name, parameter in student.named_parameters() if parameter.grad is not None
     }
     student.zero_grad()
     for pooling in ("cls", "last", "mean"):
-        take = Take(middle, pooling=pooling)
+        take = Take(layers, pooling=pooling)
         output = student(**rows, take=take)
         assert largest(output.logits, theirs.logits) < TOLERANCE
-        for layer in middle:
+        for layer in layers:
             whole = expected[layer][inputs["attention_mask"].bool()]
             assert largest(take.states[layer], pool(whole, rows["packing"], pooling)) < TOLERANCE
         if pooling == "cls":
             loss_of(
-                torch.cat([output.logits.flatten(), *(take.states[layer].flatten() for layer in middle)])
+                torch.cat([output.logits.flatten(), *(take.states[layer].flatten() for layer in layers)])
             ).backward()
     for name, parameter in student.named_parameters():
         if parameter.grad is not None:
             assert largest(parameter.grad, gradients[name]) < 1e-11 * max(1, gradients[name].abs().max().item()), name
-    take = Take((*middle, depth), all_tokens=True)
+    take = Take(layers, all_tokens=True)
     assert largest(student(**rows, take=take).logits, theirs.logits) < TOLERANCE
-    for layer in middle:
+    for layer in layers:
         assert largest(take.states[layer][0], expected[layer][inputs["attention_mask"].bool()]) < TOLERANCE
 
 

@@ -20,12 +20,14 @@ from peakd_ds.errors import UserError
 from peakd_ds.ranks import host, liveness, parents
 
 RANK = """
-import itertools, os, sys, time
+import itertools, os, sys, time, types
 import torch
 if "JUMPS" in os.environ:
     clock, number = time.time, itertools.count()
     time.time = lambda: clock() + (1e6 if next(number) % 2 else -1e6)
 torch.cuda.device_count = lambda: int(os.environ.get("NUM_GPUS", "0"))
+uuid = os.environ.get("GPU_UUID", f"GPU-of-rank-{os.environ['RANK']}")
+torch.cuda.get_device_properties = lambda index: types.SimpleNamespace(uuid=uuid)
 from peakd_ds.errors import UserError
 from peakd_ds.ranks import launch, liveness
 try:
@@ -273,6 +275,13 @@ def test_ranks_and_gpus_of_a_node(ranks: Ranks, num_gpus: int, accelerator: str)
             assert f"UserError: rank 2 on {HOST} has local rank 2 but sees only 2 GPUs; start at most 2" in output
         else:
             assert process.stdout.readline() == "there\n"
+
+
+def test_two_ranks_with_one_gpu(ranks: Ranks) -> None:
+    node = {"NUM_GPUS": "1", "DS_ACCELERATOR": "", "GPU_UUID": "GPU-7"}  # `--num_gpus 2` on a machine with one
+    for process in [ranks.start(rank, 20, **node) for rank in (0, 1)]:
+        output = process.communicate(timeout=60)[1]
+        assert f"UserError: ranks 0 and 1 on {HOST} have one GPU, GPU-7; start one rank a GPU" in output
 
 
 def test_a_host_without_a_gpu_among_others(ranks: Ranks) -> None:

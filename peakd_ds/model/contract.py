@@ -17,6 +17,7 @@ from peakd_ds.families import BERT, STUDENTS, has_token_types, num_positions
 from peakd_ds.model.config_file import Pretrained, read_config
 from peakd_ds.model.pooling import natural_pooling, teacher_pooling
 from peakd_ds.model.weights_file import OUTPUTS, check_weights, layout_of
+from peakd_ds.sps import check_init_layers
 
 VOCABULARY_FILES = (
     "tokenizer.json",
@@ -222,7 +223,7 @@ def check_contract(
         teacher_tokenizer: None: the student's.
 
     Raises:
-        UserError: vocabularies, label orders, token types, poolings, depths or lengths do not fit; names both sides.
+        UserError: vocabularies, label orders, token types, poolings, layers or lengths do not fit; names both sides.
     """
     check_student(student_init)
     teacher_tokenizer = tokenizer if teacher_tokenizer is None else teacher_tokenizer
@@ -257,6 +258,14 @@ def check_contract(
             f"layer {max(layers)} of --{student_init.option} {student_init.path} is needed, but it has "
             f"{student_init.config.num_hidden_layers}; lower --num_hidden_layers or set --init_layers"
         )
+    try:
+        check_init_layers(student_init.family, layers)
+    except ValueError as error:
+        example = ",".join(map(str, range(1, config.num_hidden_layers + 1)))
+        chosen = ",".join(map(str, layers))
+        raise UserError(
+            f"--init_layers {chosen} does not fit {student_init.name}: {error}; begin with 1, as {example} does"
+        ) from error
 
 
 def _check_head(task: Task, teacher: Pretrained) -> None:

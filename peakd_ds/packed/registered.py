@@ -83,8 +83,9 @@ def enable(model: nn.Module, layers: Sequence[nn.Module], family: families.Famil
             model.set_submodule(name, Dropout(module.p).train(module.training))
     model.register_forward_pre_hook(_own_inputs, with_kwargs=True)
     layers[-1].register_forward_pre_hook(partial(_first_tokens, len(layers), family), with_kwargs=True)
+    norm = model.base_model.get_submodule(family.final_norm) if family.final_norm else None
     for number, layer in enumerate(layers, start=1):
-        layer.register_forward_hook(partial(_after_layer, number, number == len(layers)), with_kwargs=True)
+        layer.register_forward_hook(partial(_after_layer, number, number == len(layers), norm), with_kwargs=True)
 
 
 def _own_inputs(
@@ -140,13 +141,23 @@ def _split(states: Tensor, num_heads: int) -> Tensor:
 
 def _join(states: Tensor) -> Tensor:
     """[1, heads, T, D] -> [T, H]."""
-    return states[0].transpose(0, 1).flatten(1)
+    return states.squeeze(0).transpose(0, 1).flatten(1)
 
 
 def _after_layer(
-    number: int, is_last: bool, layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any
+    number: int,
+    is_last: bool,
+    norm: nn.Module | None,
+    layer: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: dict[str, Any],
+    output: Any,
 ) -> Any:
-    """Keep what `take` asks for; after the last layer, give the head first tokens as [B, 1, H]."""
+    """Keep what `take` asks for; after the last layer, give the head first tokens as [B, 1, H].
+
+    Args:
+        norm: What transformers applies to the last layer's states before it returns them, and the head, too.
+    """
     packing: Packing | None = kwargs.get("packing")
     take: Take | None = kwargs.get("take")
     if packing is None:
@@ -154,7 +165,10 @@ def _after_layer(
     states = output[0] if isinstance(output, tuple) else output
     is_short = "key_value" in kwargs
     if take is not None and number in take.layers:
-        states = take.from_layer(number, states, None if is_short else packing)
+        if is_last and norm is not None:
+            take.from_layer(number, norm(states), None if is_short else packing)
+        else:
+            states = take.from_layer(number, states, None if is_short else packing)
     if is_last:
         states = (states if is_short else states.index_select(1, packing.starts)).transpose(0, 1)
     return (states, *output[1:]) if isinstance(output, tuple) else states

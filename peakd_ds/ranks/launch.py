@@ -52,19 +52,23 @@ def find_ranks(timeout_s: float, needs_devices: bool = True) -> PrefixStore | No
     if torch.distributed.is_initialized():
         return None
     _use_loopback_on_one_host()
-    device, trouble = _device_and_trouble() if needs_devices else ("cpu", "")
-    return liveness.call_roll(timeout_s, device, trouble)
+    device, trouble, gpu = _device_of_this_rank() if needs_devices else ("cpu", "", "")
+    return liveness.call_roll(timeout_s, device, trouble, gpu)
 
 
-def _device_and_trouble() -> tuple[str, str]:
-    """The kind of device that DeepSpeed will choose here, and why this rank gets none ("" if it gets one)."""
+def _device_of_this_rank() -> tuple[str, str, str]:
+    """The kind of device that DeepSpeed will choose here, why this rank gets none ("" if it does), and a GPU's UUID."""
     count = 0 if os.environ.get("DS_ACCELERATOR") == "cpu" else torch.cuda.device_count()
-    if count <= 1 or _local_rank < count:  # a launcher may show each rank one GPU, its own
-        return ("cuda" if count else "cpu"), ""
-    return "cuda", (
+    if not count:
+        return "cpu", "", ""
+    if count == 1 or _local_rank < count:  # a launcher may show each rank one GPU, its own
+        properties = torch.cuda.get_device_properties(0 if count == 1 else _local_rank)
+        return "cuda", "", str(getattr(properties, "uuid", ""))
+    trouble = (
         f"has local rank {_local_rank} but sees only {count} GPUs; start at most {count} ranks per node "
         "(--nproc_per_node, --num_gpus, --ntasks-per-node), or set DS_ACCELERATOR=cpu"
     )
+    return "cuda", trouble, ""
 
 
 def local_rank() -> int:

@@ -49,19 +49,22 @@ class _Arrival(NamedTuple):
     start: str
     device: str
     trouble: str
+    gpu: str = ""
+    """UUID of its GPU; "" on a CPU, or where the driver tells none."""
 
 
-def call_roll(timeout_s: float, device: str = "cpu", trouble: str = "") -> PrefixStore:
+def call_roll(timeout_s: float, device: str = "cpu", trouble: str = "", gpu: str = "") -> PrefixStore:
     """Wait until all ranks have come (collective); returns the store in which they met.
 
     Args:
         device: The kind that this rank computes on, cpu or cuda; it must be the same on all ranks.
         trouble: Why this rank cannot take part; if there is a reason, all ranks raise it.
+        gpu: UUID of this rank's GPU, which no other rank may have.
 
     Raises:
         LostRank: a rank did not come within the timeout; the message names it.
         UserError: a rank has trouble, the ranks do not belong together (another start, another job, another kind of
-            device), or they run on fewer nodes than the job has.
+            device), two of them have one GPU, or they run on fewer nodes than the job has.
     """
     rank, world_size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
@@ -81,7 +84,7 @@ def call_roll(timeout_s: float, device: str = "cpu", trouble: str = "") -> Prefi
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's store outlives its ranks
         store = PrefixStore(f"peakd_ds/{attempt}", server)
         start = f"job {os.environ.get('SLURM_JOB_ID', '-')} start {os.environ.get('SLURM_RESTART_COUNT', '0')}"
-        store.set(f"here/{rank}", json.dumps(_Arrival(socket.gethostname(), start, device, trouble)))
+        store.set(f"here/{rank}", json.dumps(_Arrival(socket.gethostname(), start, device, trouble, gpu)))
         if rank == 0:
             store.set("roll", _read_roll(store, world_size, timeout_s))
         store.wait(["roll"], timedelta(seconds=timeout_s + 10))
@@ -137,8 +140,8 @@ def _read_roll(store: Store, world_size: int, timeout_s: float) -> str:
 
 def _why_not_together(arrivals: list[_Arrival]) -> str:
     """Why these ranks cannot train together; "" if they can."""
-    first = arrivals[0]
-    for rank, (host, start, device, trouble) in enumerate(arrivals):
+    first, rank_of_gpu = arrivals[0], dict[tuple[str, str], int]()
+    for rank, (host, start, device, trouble, gpu) in enumerate(arrivals):
         if start != first.start:
             return (
                 f"rank {rank} on {host} belongs to {start}, but rank 0 to {first.start}; they must not train together: "
@@ -150,6 +153,12 @@ def _why_not_together(arrivals: list[_Arrival]) -> str:
             return (
                 f"rank {rank} on {host} computes on {device}, but rank 0 on {first.host} on {first.device}; leave out "
                 "the host that sees no GPU, or set DS_ACCELERATOR=cpu for all"
+            )
+        other = rank_of_gpu.setdefault((host, gpu), rank) if gpu else rank
+        if other != rank:
+            return (
+                f"ranks {other} and {rank} on {host} have one GPU, {gpu}; start one rank a GPU (--num_gpus, "
+                "--nproc_per_node, --gpus-per-task=1), or set DS_ACCELERATOR=cpu"
             )
     hosts, num_nodes = sorted({host for host, *_ in arrivals}), num_nodes_of_this_start()
     if len(hosts) < num_nodes:

@@ -18,7 +18,14 @@ from peakd_ds.sps.bert import (
     init_from_encoder,
 )
 from peakd_ds.sps.order import SHARINGS, execution_order
-from peakd_ds.sps.shared import SharedClasses, classes_of, init_shared, plain_config, unrolled_state
+from peakd_ds.sps.shared import (
+    SharedClasses,
+    check_init_layers,
+    classes_of,
+    init_shared,
+    plain_config,
+    unrolled_state,
+)
 
 __all__ = [
     "COMPUTED_VALUES",
@@ -28,6 +35,7 @@ __all__ = [
     "SPSBertModel",
     "SharedClasses",
     "Take",
+    "check_init_layers",
     "classes_of",
     "execution_order",
     "init_from_encoder",

@@ -119,9 +119,8 @@ class SPSBertSelfAttention(BertSelfAttention):
             query, key = key, query
         dropout_p = self.dropout.p if self.training else 0.0
         if packing is not None:
-            attended = attend(
-                query[0], key[0], value[0], packing, self.num_attention_heads, float(self.scaling), dropout_p
-            )
+            query, key, value = (states.squeeze(0) for states in (query, key, value))  # [0] would fill zeros backwards
+            attended = attend(query, key, value, packing, self.num_attention_heads, float(self.scaling), dropout_p)
             return attended[None], None
         implementation = self.config._attn_implementation
         interface = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager_attention_forward)

@@ -193,6 +193,15 @@ _CLASSES = {name: _register(FAMILIES[name]) for name in STUDENTS if name != BERT
 # -- Weights -----------------------------------------------------------------------------------------------------------
 
 
+def check_init_layers(family: Family, init_layers: Sequence[int]) -> None:
+    """Raise ValueError if these layers of an encoder, from 1, cannot become stored layers in this order."""
+    if family.fused_qkv and (init_layers[0] != 1 or 1 in init_layers[1:]):
+        raise ValueError(
+            f"layer 1 of a {family.model_type} has no LayerNorm before attention, and the others have one, so the "
+            "first stored layer must be layer 1, and no other"
+        )
+
+
 def init_shared(student: PreTrainedModel, encoder: PreTrainedModel, init_layers: Sequence[int]) -> None:
     """Copy everything outside the layers, and chosen layers, of a plain encoder into a student; its head stays.
 
@@ -202,14 +211,10 @@ def init_shared(student: PreTrainedModel, encoder: PreTrainedModel, init_layers:
         init_layers: n layer numbers of `encoder`, from 1: the i-th becomes stored layer i.
 
     Raises:
-        ValueError: the first layer of a modernbert is not used first, or a weight has another shape.
+        ValueError: as `check_init_layers`, or a weight has another shape.
     """
     config, family = student.config, family_of(student.config)
-    if family.fused_qkv and (init_layers[0] != 1 or 1 in init_layers[1:]):
-        raise ValueError(
-            f"init_layers {list(init_layers)} must begin with 1 and have it once: the first layer of a "
-            f"{family.model_type} has no LayerNorm before attention, and the others have one"
-        )
+    check_init_layers(family, init_layers)
     body = student.base_model
     source, prefix = encoder.state_dict(), f"{family.layers}."
     layers = list(body.get_submodule(family.layers).children())
