@@ -41,6 +41,7 @@ def write(run: Run, log: RunLog) -> None:
     What an earlier start has made and is still whole is kept; if that is everything, the log says where it is.
     """
     if dist.on_main(lambda: finished.lacks(run.config)) is None:
+        dist.on_main(lambda: finished.forget_failure(run.folder))
         log.say(f"everything is there, and nothing is done again\n{finished.where(run.folder)}")
         return
     earlier = dist.on_main(lambda: _earlier(run))
@@ -242,7 +243,7 @@ def _write_files(run: Run, results: dict[str, Any], log: RunLog, earlier: dict[s
     results["files"] = finished.checksums(run.folder)
     results = finished.with_checksum(json.loads(json.dumps(results)))
     write_atomically(run.folder / finished.RESULTS, json.dumps(results, indent=2) + "\n")
-    Path(f"{run.folder}.failed").unlink(missing_ok=True)  # peakd-sweep's, of an earlier start
+    finished.forget_failure(run.folder)
     final = {
         f"{name}/{key}": value for name in ("teacher", "student") for key, value in _metrics(results, name).items()
     }
@@ -263,7 +264,7 @@ def _export(run: Run, results: dict[str, Any], log: RunLog, earlier: dict[str, A
     model_type, split = student.config.model_type, _reported(run, tokenizer)
     plain = unroll(student) if run.config.export_unrolled else None
     kept = {} if earlier is None else earlier["exports"]
-    exports: dict[str, Any] = {}
+    exports: dict[str, Any] = {} if plain is not None else kept
     if earlier is None:
         results["student"] |= _measured(log, "student", run.folder / "student", split, tokenizer)
     if plain is not None:
