@@ -47,7 +47,7 @@ def export(run: Run, results: dict[str, Any], log: RunLog, earlier: dict[str, An
     model_type, split = student.config.model_type, _reported(run, tokenizer)
     plain = unroll(student) if run.config.export_unrolled else None
     kept = {} if earlier is None else earlier["exports"]
-    exports: dict[str, Any] = {}
+    exports: dict[str, Any] = {} if plain is not None else kept
     if earlier is None:
         results["student"] |= _measured(log, "student", run.folder / "student", split, tokenizer)
     if plain is not None:

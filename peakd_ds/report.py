@@ -38,6 +38,7 @@ def write(run: Run, log: RunLog) -> None:
     What an earlier start has made and is still whole is kept; if that is everything, the log says where it is.
     """
     if dist.on_main(lambda: finished.lacks(run.config)) is None:
+        dist.on_main(lambda: finished.forget_failure(run.folder))
         log.say(f"everything is there, and nothing is done again\n{finished.where(run.folder)}")
         return
     earlier, matrices = dist.on_main(lambda: _earlier(run)), dict[str, Figure]()
@@ -230,7 +231,7 @@ def _write_files(
     results["files"] = finished.checksums(run.folder)
     results = finished.with_checksum(json.loads(json.dumps(results)))
     write_atomically(run.folder / finished.RESULTS, json.dumps(results, indent=2) + "\n")
-    Path(f"{run.folder}.failed").unlink(missing_ok=True)  # peakd-sweep's, of an earlier start
+    finished.forget_failure(run.folder)
     text, use = markdown_table(results), verdict.how_to_use(run.folder)
     _log_results(run, results, text, matrices, log)
     title = f"== {run.task.name}: {results['verdict'] or 'no student yet'} =="

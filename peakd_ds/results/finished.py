@@ -134,7 +134,13 @@ def say_if_finished(config: RunConfig) -> str | None:
             return None
     except (OSError, ValueError, LookupError, TypeError, UserError):
         return None
+    forget_failure(folder)
     return f"this run is finished, and nothing is done again\n{where(folder)}"
+
+
+def forget_failure(folder: Path) -> None:
+    """Remove peakd-sweep's note of an earlier start that failed."""
+    Path(f"{folder}.failed").unlink(missing_ok=True)
 
 
 def _sources(config: RunConfig) -> Iterator[str]:
