@@ -177,7 +177,7 @@ def build_parser() -> Parser:
     """The command line of train.py: every setting, under the heading of its group."""
     parser = Parser(
         "train.py",
-        "Distil a BERT classifier into a small student with shuffled parameter sharing (SPS) and pretraining with the "
+        "Distil a text classifier into a small student with shuffled parameter sharing (SPS) and pretraining with the "
         "teacher's predictions (PTP).",
     )
     parser.add_argument(
