@@ -18,6 +18,7 @@ import walk
 import yaml
 from docs_blocks import PAGES, ROOT, Block, blocks_of
 from test_own_pipeline import write_rows
+from transformers import BertConfig, MPNetConfig
 
 from peakd_ds import train
 from peakd_ds.command_line import build_parser, parse
@@ -81,6 +82,9 @@ def readers_folder(
     Path("TEACHER").symlink_to(tiny_teacher("rte"))
     save_family(Path("my-deberta"), "deberta-v2")
     save_family(Path("xlm-roberta-base"), "xlm-roberta")
+    MPNetConfig(max_position_embeddings=514).save_pretrained("mpnet")
+    minilm = {"hidden_size": 384, "num_hidden_layers": 6, "intermediate_size": 1536}
+    BertConfig(**minilm).save_pretrained("minilm")
     write_rows(Path("tickets.csv"), conftest.ticket_rows(60, "tickets"))
     write_rows(Path("new-tickets.csv"), conftest.ticket_rows(20, "new"))
     write_rows(Path("mails.jsonl"), [{"text": row["text"]} for row in conftest.ticket_rows(40, "mails")])

@@ -44,7 +44,7 @@ from peakd_ds.results.log import RunLog
 from peakd_ds.run import open_run
 
 WITHIN = 0.01
-SLACK = 16_000
+SLACK = 24_000
 """Bytes of what is not planned (inputs, norms, flags, AdamW's step counts), in engines that hold megabytes."""
 EXACT = ("weights", "gradients", "masters", "moments")
 BUCKET = 3_000_017

@@ -105,6 +105,7 @@ class Engine:
                 for rank in range(start // part, (start + size - 1) // part + 1):
                     elements[rank] += size
                 start += size
+            elements[-1] += flat - start  # zeros that fill the last part
         return max(elements)
 
 
