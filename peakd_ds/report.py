@@ -262,7 +262,8 @@ def _verdict(run: Run, results: dict[str, Any]) -> str:
 def _log_results(run: Run, results: dict[str, Any], text: str, matrices: dict[str, Figure], log: RunLog) -> None:
     """Put the results into TensorBoard. Its HPARAMS page sorts columns by name, so main scores among the settings, in
     brackets, are the first columns."""
-    final, columns = dict[str, float](), dict[str, Any]()
+    final: dict[str, float] = {}
+    columns: dict[str, Any] = {}
     for stage, model in (("distill", "student"), ("teacher", "teacher")):
         scores = {**_metrics(results, model), AGREEMENT: (results[model] or {}).get("agreement")}
         known = {name: score for name, score in scores.items() if score is not None}

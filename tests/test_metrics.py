@@ -22,6 +22,7 @@ from peakd_ds.data.metrics import class_weights, compute_metrics, higher_is_bett
 from peakd_ds.data.tasks import OWN_METRICS, TASKS, Task, own_task
 from peakd_ds.errors import UserError
 from peakd_ds.results import evaluation
+from peakd_ds.run import Run
 from peakd_ds.teacher.online import OnlineTeacher
 
 NAMES = ("red", "green", "blue")
@@ -196,8 +197,9 @@ def test_the_better_end() -> None:
     assert not higher_is_better("loss"), "ptp's"
     for metric in STARS.metrics:
         task = own_task("stars", "scores", ("text",), (), metric)
-        teacher = object.__new__(OnlineTeacher)
-        stage = stages._teacher_stage(cast(Any, SimpleNamespace(task=task, teacher=teacher)), cast(Any, None))
+        run = object.__new__(Run)
+        run.task, run.teacher = task, object.__new__(OnlineTeacher)
+        stage = stages._teacher_stage(run, cast(Any, None))
         assert (stage.score, stage.higher_is_better) == (metric, metric != "rmse")
 
 

@@ -10,14 +10,17 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from test_resume import ROOT, assert_same_curve, curve
 
-from peakd_ds import command_line
+from peakd_ds import command_line, plan
+from peakd_ds.model.sizes import Parameters
 from peakd_ds.ranks import dist, parents, preempt, signals
 from peakd_ds.ranks.outcome import noted
+from peakd_ds.teacher.online import OnlineTeacher
 
 
 def signal_one_rank(number: int) -> tuple[str | None, str | None]:
@@ -189,3 +192,21 @@ def test_a_run_without_a_launcher_outlives_its_shell_and_terminal(
     while not (run_dir / "results.json").exists():
         assert time.monotonic() < deadline
         time.sleep(0.1)
+
+
+def test_the_plan_warns_where_deepspeed_would_kill_before_all_is_saved(monkeypatch: pytest.MonkeyPatch) -> None:
+    teacher, student = Parameters(100_000_000, 300_000_000, 0), Parameters(30_000_000, 40_000_000, 0)
+    source = SimpleNamespace(is_classifier=False)
+    trained = object.__new__(OnlineTeacher)
+    trained.source = cast(Any, source)
+    run = SimpleNamespace(config=SimpleNamespace(stages=("teacher", "distill")), teacher=trained)
+    run.used_tokens = run.teacher_used_tokens = range(10)
+    run.tokenizer = run.teacher_tokenizer = range(20)
+    monkeypatch.delenv("CROSS_RANK", raising=False)
+    assert plan._stopping(cast(Any, run), teacher, student) == []
+    monkeypatch.setenv("CROSS_RANK", "0")
+    (line,) = plan._stopping(cast(Any, run), teacher, student)
+    assert "a checkpoint has 5.6 GB, which takes some 56 s to write at 100 MB/s (assumed)" in line
+    assert "after Ctrl-C deepspeed waits 30 s and kills; start with torchrun --shutdown_timeout 112 instead" in line
+    source.is_classifier = True
+    assert plan._stopping(cast(Any, run), teacher, student) == [], "the student alone is trained"
