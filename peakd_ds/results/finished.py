@@ -92,8 +92,8 @@ def lacks(config: RunConfig) -> str | None:
     changed = next((name for name in TOLD if before.get(name) != getattr(config, name)), None)
     if changed is not None:
         return f"{changed} is another"
-    if "distill" in config.stages and not has_student(folder, results):
-        return "student/ is missing or was changed"
+    if "distill" in config.stages and not results["student"]:
+        return "there is no student"
     missing = next((name for name in _wanted(config, results) if not (folder / name).exists()), None)
     if missing is None and results["student"] and config.export_onnx and "onnx" not in results["exports"]:
         missing = "model.onnx"
