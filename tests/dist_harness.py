@@ -4,6 +4,7 @@ Importing torch, transformers and DeepSpeed takes seconds, so a pool lives for t
 raises or hangs leaves the others inside a collective: the pool is then killed, and the next call starts a new one.
 """
 
+import gc
 import multiprocessing
 import os
 import socket
@@ -69,8 +70,13 @@ def _serve(pipe: Any, rank: int, world_size: int, port: int) -> None:
     from peakd_ds.ranks import dist
 
     dist.init(timeout_s=TIMEOUT_S)
+    is_frozen = False
     while True:
         function, args = pipe.recv()
+        if not is_frozen:  # the end of every engine collects garbage, and need not search all modules for it
+            gc.collect()
+            gc.freeze()
+            is_frozen = True
         try:
             pipe.send((True, function(*args)))
         except BaseException:

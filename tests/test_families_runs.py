@@ -23,6 +23,7 @@ from peakd_ds.results import figures
 HEAD = head_of(*get_task("rte").label_names)
 WORDS = "--task rte --num_hidden_layers 2 --epochs 1 --max_seq_length 32 --global_batch_size 32 --micro_batch_size 8"
 MORE_WORDS = "--log_steps 1 --save_steps 0 --lr 1e-3 --dtype fp32 --layer_map 1:1,2:2,3:4"
+MODES = ("online", "cached")
 TEXTS = ("the film likes a good dog .", "the dog likes .")
 
 Made = Callable[[str, bool], Path]
@@ -95,42 +96,37 @@ def check_saved(folder: Path, teacher: str, student: str) -> None:
         assert logits_of(folder / "teacher").shape == (len(TEXTS), 2)
 
 
-def test_a_classifier_of_every_family_teaches(two_ranks, made: Made, run_of: Any) -> None:
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_classifier_teaches(model_type: str, two_ranks, made: Made, run_of: Any) -> None:
     """Online and cached, with the same losses; the student is a BERT."""
-    runs = {}
-    for model_type in FAMILIES:
-        for mode in ("online", "cached"):
-            words = ("--teacher_mode", mode, "--no_ptp")
-            runs[model_type, mode] = run_of(f"{model_type}-{mode}", made(model_type, True), made(BERT, False), *words)
+    models = made(model_type, True), made(BERT, False)
+    runs = {mode: run_of(f"{model_type}-{mode}", *models, "--teacher_mode", mode, "--no_ptp") for mode in MODES}
     two_ranks.run(run_all, [argv for argv, _ in runs.values()])
-    for (model_type, _), (_, folder) in runs.items():
+    online, cached = (folder for _, folder in runs.values())
+    for folder in (online, cached):
         check_saved(folder, model_type, BERT)
-    for model_type in FAMILIES:
-        online, cached = (runs[model_type, mode][1] for mode in ("online", "cached"))
-        assert (cached / "teacher_cache").is_dir() and not (online / "teacher_cache").exists()
-        assert_same_losses(online, cached, ("distill",))
+    assert (cached / "teacher_cache").is_dir() and not (online / "teacher_cache").exists()
+    assert_same_losses(online, cached, "distill")
 
 
-def assert_same_losses(one: Path, other: Path, stages: tuple[str, ...], tolerance: float = 2e-5) -> None:
-    for stage in stages:
-        ours, theirs = records_of(one, stage), records_of(other, stage)
-        assert len(ours) == len(theirs) >= 2
-        for mine, their in zip(ours, theirs, strict=True):
-            for name in ("loss", "hard_loss", "soft_loss", "hidden_loss"):
-                assert mine[name] == pytest.approx(their[name], rel=tolerance, abs=tolerance), (one, name, mine, their)
+def assert_same_losses(one: Path, other: Path, stage: str, tolerance: float = 2e-5) -> None:
+    ours, theirs = records_of(one, stage), records_of(other, stage)
+    assert len(ours) == len(theirs) >= 2
+    for mine, their in zip(ours, theirs, strict=True):
+        for name in ("loss", "hard_loss", "soft_loss", "hidden_loss"):
+            assert mine[name] == pytest.approx(their[name], rel=tolerance, abs=tolerance), (name, mine, their)
 
 
-def test_an_encoder_of_every_family_is_fine_tuned_and_teaches(two_ranks, made: Made, run_of: Any) -> None:
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_an_encoder_is_fine_tuned_and_teaches(model_type: str, two_ranks, made: Made, run_of: Any) -> None:
     """All three stages; the student is of the teacher's family where that can learn, else a BERT."""
-    runs = {}
-    for model_type in FAMILIES:
-        student = None if model_type in STUDENTS else made(BERT, False)
-        runs[model_type] = run_of(f"{model_type}-encoder", made(model_type, False), student)
-    two_ranks.run(run_all, [argv for argv, _ in runs.values()])
-    for model_type, (_, folder) in runs.items():
-        check_saved(folder, model_type, model_type if model_type in STUDENTS else BERT)
-        assert all(len(records_of(folder, stage)) >= 2 for stage in ("teacher", "ptp", "distill"))
-        assert (folder / "teacher" / "model.safetensors").exists()
+    student = model_type if model_type in STUDENTS else BERT
+    init = None if student == model_type else made(BERT, False)
+    argv, folder = run_of(f"{model_type}-encoder", made(model_type, False), init)
+    two_ranks.run(run_all, [argv])
+    check_saved(folder, model_type, student)
+    assert all(len(records_of(folder, stage)) >= 2 for stage in ("teacher", "ptp", "distill"))
+    assert (folder / "teacher" / "model.safetensors").exists()
 
 
 # -- Wrong input -------------------------------------------------------------------------------------------------------

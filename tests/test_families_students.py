@@ -131,27 +131,20 @@ def trained_plainly(config: RunConfig) -> Trained:
     }
 
 
-def differences(argvs: list[list[str]]) -> list[dict[tuple[int, str], float]]:
-    """Runs on every rank. For each run, by ZeRO stage and kind: the largest relative error of a tensor."""
-    return [_differences(parse(argv)) for argv in argvs]
-
-
-def _differences(config: RunConfig) -> dict[tuple[int, str], float]:
+def differences(argv: list[str]) -> dict[tuple[int, str], float]:
+    """Runs on every rank: by ZeRO stage and kind, the largest relative error of a tensor."""
+    config = parse(argv)
     first = {name: parameter.detach() for name, parameter in new_student(config).named_parameters()}
     expected, errors = trained_plainly(config), {}
     for stage in STAGES:
         ours = trained_by_engine(config, stage)
         assert ours.keys() == expected.keys()
-        pairs = [(*ours[name], *expected[name], first[name]) for name in expected]
-        errors[stage, "weights"] = relative(
-            torch.cat([(w - other).flatten() for w, _, other, _, _ in pairs]),
-            torch.cat([other.flatten() for _, _, other, _, _ in pairs]),
-        )
-        errors[stage, "change"] = max(relative(w - other, other - start) for w, _, other, _, start in pairs)
-        errors[stage, "moments"] = relative(
-            torch.cat([(m - other).flatten() for _, m, _, other, _ in pairs]),
-            torch.cat([other.flatten() for _, _, _, other, _ in pairs]),
-        )
+        for number, kind in enumerate(("weights", "moments")):
+            pairs = [(ours[name][number].flatten(), expected[name][number].flatten()) for name in expected]
+            mine, other = map(torch.cat, zip(*pairs, strict=True))
+            errors[stage, kind] = relative(mine - other, other)
+        changes = [(ours[name][0] - weight, weight - first[name]) for name, (weight, _) in expected.items()]
+        errors[stage, "change"] = max(relative(*change) for change in changes)
     return errors
 
 
@@ -159,19 +152,17 @@ def relative(error: Tensor, size: Tensor) -> float:
     return (error.norm() / size.norm().clamp(min=1e-9)).item()
 
 
-def test_engines_equal_plain_pytorch(two_ranks, encoder_of: Callable[[str], Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize("model_type", STUDENTS)
+def test_engines_equal_plain_pytorch(
+    model_type: str, two_ranks, encoder_of: Callable[[str], Path], tmp_path: Path
+) -> None:
     """AdamW, accumulation, clipping and the schedule, at ZeRO 1 and 3, over a few steps."""
     batch = f"--global_batch_size {GLOBAL} --micro_batch_size {MICRO} --warmup_ratio 0"
-    argvs = [
-        [*ENGINE_WORDS.split(), *batch.split(), "--teacher", str(encoder_of(name)), "--run_dir", str(tmp_path / name)]
-        for name in STUDENTS
-    ]
-    # A key's bias starts at 0 and has a gradient near 0, which Adam enlarges with its rounding.
+    paths = ["--teacher", str(encoder_of(model_type)), "--run_dir", str(tmp_path)]
+    # A key's bias starts at 0 and has a gradient near 0, whose rounding Adam enlarges.
     tolerances = {"weights": 2e-6, "moments": 1e-4, "change": 2e-3}
-    for found in two_ranks.run(differences, argvs):
-        for model_type, errors in zip(STUDENTS, found, strict=True):
-            print(model_type, errors)
-            assert all(error < tolerances[kind] for (_, kind), error in errors.items()), (model_type, errors)
+    for errors in two_ranks.run(differences, [*ENGINE_WORDS.split(), *batch.split(), *paths]):
+        assert all(error < tolerances[kind] for (_, kind), error in errors.items()), errors
 
 
 # -- Whole runs --------------------------------------------------------------------------------------------------------
