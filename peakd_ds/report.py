@@ -54,6 +54,7 @@ def write(run: Run, log: RunLog) -> None:
         "method": run.method,
         "seed": run.config.seed,
         "selected_on": run.selection.name,
+        "finished_stages": [name for name in STAGES if checkpoint.finished(run.checkpoint_folder(name)) is not None],
         "settings": {**asdict(run.config), "layer_pairs": run.pairs},
         **judged,
         **_primary_metric(run),

@@ -153,8 +153,10 @@ def _teacher_stage(run: Run, log: RunLog) -> Stage:
     assert isinstance(teacher, OnlineTeacher)
 
     def finish(module: PreTrainedModel) -> None:
-        tokenizer = run.teacher_tokenizer
-        dist.on_main(lambda: export_model(unroll(module), tokenizer, teacher.folder, "", with_checksums=True))
+        tokenizer, pooling = run.teacher_tokenizer, teacher.source.pooling
+        dist.on_main(
+            lambda: export_model(unroll(module), tokenizer, teacher.folder, "", with_checksums=True, pooling=pooling)
+        )
 
     return Stage(
         name="teacher",

@@ -32,6 +32,7 @@ from peakd_ds.errors import UserError
 from peakd_ds.plan import forecast, plan
 from peakd_ds.ranks import dist, preempt
 from peakd_ds.ranks.outcome import noted
+from peakd_ds.results import finished
 from peakd_ds.results.log import RunLog
 from peakd_ds.results.meter import StepMeter
 from peakd_ds.run import Run, open_run
@@ -47,6 +48,10 @@ def run_rank(config: RunConfig) -> None:
 def main(config: RunConfig) -> None:
     """Open the run, train its stages and report."""
     dist.init(config.rank_timeout)
+    where = dist.on_main(lambda: finished.say_if_finished(config))
+    if where is not None:
+        RunLog(Path(config.run_dir)).say(where)
+        return
     run = open_run(config)
     log = RunLog(run.folder)
     log.say(plan(run))

@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tiny_families import head_of, save_family
+from transformers import AutoModelForSequenceClassification
 
 from peakd_ds.command_line import parse
 from peakd_ds.data.tasks import get_task
@@ -365,3 +366,17 @@ def test_every_family_of_a_config_is_found() -> None:
 
     for name in FAMILIES:
         assert family_of(AutoConfig.for_model(name)).model_type == name
+
+
+@pytest.mark.parametrize("pooling", ["cls", "last", "mean"])
+def test_a_saved_teacher_keeps_the_pooling_of_its_run(pooling: str, tmp_path: Path) -> None:
+    from peakd_ds.results.export import export_model
+
+    folder = save_family(tmp_path / "mpnet", "mpnet", head_of("no", "yes"))
+    source = contract.find_encoder(str(folder), "teacher")
+    tokenizer = contract.load_tokenizer(source)
+    model = AutoModelForSequenceClassification.from_pretrained(folder)
+    export_model(model, tokenizer, tmp_path / "teacher", "", with_checksums=True, pooling=pooling)
+    saved = contract.find_encoder(str(tmp_path / "teacher"), "teacher")
+    assert contract.teacher_pooling("auto", saved, tokenizer) == pooling
+    assert (tmp_path / "teacher" / "1_Pooling").exists() == (pooling != "cls")

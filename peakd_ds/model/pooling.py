@@ -89,6 +89,14 @@ def stored_pooling(encoder: Pretrained) -> str | None:
     return POOLINGS[modes[0]]
 
 
+def write_pooling(folder: Path, pooling: str, config: PreTrainedConfig) -> None:
+    """Write to a model's folder what its pooling is, as sentence-transformers does, unless its own head reads that."""
+    if pooling != natural_pooling(config):
+        mode = next(name for name, ours in POOLINGS.items() if ours == pooling)
+        (folder / FILE).parent.mkdir()
+        (folder / FILE).write_text(json.dumps({f"{PREFIX}{mode}": True}, indent=2) + "\n", encoding="utf-8")
+
+
 def _modes(document: dict[str, Any]) -> list[str]:
     """Names of the poolings that a file switches on: `pooling_mode` in new ones, `pooling_mode_...: true` in old."""
     named = document.get("pooling_mode")

@@ -28,6 +28,7 @@ from transformers import (
 
 from peakd_ds.families import SHARED
 from peakd_ds.files import checked_folder, needs_space, whole_file, whole_folder
+from peakd_ds.model.pooling import write_pooling
 from peakd_ds.sps import SPSBertConfig, shared
 from peakd_ds.sps.order import order_of
 
@@ -90,6 +91,7 @@ def export_model(
     card: str,
     with_checksums: bool = False,
     keeps_others: bool = False,
+    pooling: str = "",
 ) -> None:
     """Write config, safetensors weights, tokenizer and README.md to `folder`, which is complete as soon as it exists.
 
@@ -101,6 +103,7 @@ def export_model(
         card: Text of README.md, see `results.card`.
         with_checksums: Write SHA256SUMS too, for a model that later stages read and nobody edits.
         keeps_others: Keep what an earlier export's folder holds under other names than those that are written.
+        pooling: Of a teacher, the vector of a row that its run has matched; a later run then matches the same.
 
     Raises:
         ValueError: `folder` holds something other than an export, which would be deleted; or the disk is full.
@@ -119,6 +122,8 @@ def export_model(
             backend.no_padding()
         tokenizer.save_pretrained(new)
         (new / "README.md").write_text(card, encoding="utf-8")
+        if pooling:
+            write_pooling(new, pooling, model.config)
         if keeps_others:
             _keep_others(folder, new)
 

@@ -17,7 +17,7 @@ from peakd_ds.command_line import differences, saved_settings
 from peakd_ds.config import RunConfig
 from peakd_ds.engine import checkpoint
 from peakd_ds.errors import UserError
-from peakd_ds.files import parse_json, sha256_of
+from peakd_ds.files import damage_of, parse_json, sha256_of
 
 RESULTS = "results.json"
 ONNX_FILES = ("model.onnx", "model_int8.onnx")
@@ -129,6 +129,10 @@ def say_if_finished(config: RunConfig) -> str | None:
             config = replace(config, dtype=saved_settings(saved_yaml)["dtype"])
         if config.dry_run or differences(config, saved_yaml) or lacks(config) is not None:
             return None
+        if not all(
+            _is_as_left(folder, stage) for stage in parse_json((folder / RESULTS).read_text())["finished_stages"]
+        ):
+            return None
         written = (folder / RESULTS).stat().st_mtime
         if any(Path(name).stat().st_mtime > written for name in _sources(config)):
             return None
@@ -136,6 +140,18 @@ def say_if_finished(config: RunConfig) -> str | None:
         return None
     forget_failure(folder)
     return f"this run is finished, and nothing is done again\n{where(folder)}"
+
+
+SAVED = {"teacher": "teacher", "ptp": "checkpoints/ptp/student"}
+"""Folders of the models that finished stages have saved for later ones."""
+
+
+def _is_as_left(folder: Path, stage: str) -> bool:
+    """Whether a stage is still finished, and the model that it has saved for later ones is what it saved."""
+    if checkpoint.finished(folder / "checkpoints" / stage) is None:
+        return False
+    model = folder / SAVED[stage] if stage in SAVED else None
+    return model is None or damage_of(model) is None
 
 
 def forget_failure(folder: Path) -> None:
