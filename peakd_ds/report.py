@@ -37,6 +37,9 @@ def write(run: Run, log: RunLog) -> None:
 
     What an earlier start has made and is still whole is kept; if that is everything, the log says where it is.
     """
+    if isinstance(run.teacher, OnlineTeacher) and not run.teacher.is_trained():
+        folder = run.teacher.folder
+        dist.on_main(lambda: _check_never_trained(run, folder))
     if dist.on_main(lambda: finished.lacks(run.config)) is None:
         dist.on_main(lambda: finished.forget_failure(run.folder))
         log.say(f"everything is there, and nothing is done again\n{finished.where(run.folder)}")

@@ -87,7 +87,7 @@ def models_in(folder: Path) -> dict[str, str]:
 @contextlib.contextmanager
 def full_at(name: str, run_dir: Path, before: dict[str, str]) -> Iterator[None]:
     """Fill the disk when the model of that name is about to be exported; `before` gets what is there then."""
-    from peakd_ds import report, stages
+    from peakd_ds import exports, stages
     from peakd_ds.results.export import export_model
 
     def export(model: Any, tokenizer: Any, folder: Path, *args: Any, **settings: Any) -> None:
@@ -97,7 +97,7 @@ def full_at(name: str, run_dir: Path, before: dict[str, str]) -> Iterator[None]:
             (run_dir / "ballast").write_bytes(bytes(space.f_bavail * space.f_frsize - ROOM_KIB * 1024))
         export_model(model, tokenizer, folder, *args, **settings)
 
-    with mock.patch.object(stages, "export_model", export), mock.patch.object(report, "export_model", export):
+    with mock.patch.object(stages, "export_model", export), mock.patch.object(exports, "export_model", export):
         yield
     (run_dir / "ballast").unlink(missing_ok=True)
 
