@@ -96,16 +96,14 @@ def call(command: list[str]) -> None:
 
 
 def differences(name: str, before: dict[str, Any], now: dict[str, Any]) -> list[str]:
-    """A line for each value that is not equal."""
+    """A line for each recorded value that is not equal now; fields that are new say nothing of a change."""
     if len(before["records"]) != len(now["records"]):
         return [f"{name}: {len(before['records'])} records before, {len(now['records'])} now"]
     lines = []
     for old, new in zip(before["records"], now["records"], strict=True):
         place = f"{name} {old['stage']} step {old['step']}"
         lines += [
-            f"{place}: {key} was {old.get(key)!r}, is {new.get(key)!r}"
-            for key in old.keys() | new.keys()
-            if old.get(key) != new.get(key)
+            f"{place}: {key} was {old.get(key)!r}, is {new.get(key)!r}" for key in old if old.get(key) != new.get(key)
         ]
     return lines + [
         f"{name}: other weights in {form}/"
