@@ -1,7 +1,7 @@
 """The model families that can teach or learn, in one table: how transformers names their parts, and what they can do.
 
-A row says where a family keeps its layers, which projections of a layer make queries and keys, and whether its forward
-pass takes rows without padding. Everything else is asked of transformers' own classes.
+A row says where a family keeps its layers, which projections of a layer make queries and keys, and whether the model
+can run on packed rows. All other facts come from transformers' config and model classes.
 """
 
 from dataclasses import dataclass

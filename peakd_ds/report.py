@@ -38,8 +38,7 @@ def write(run: Run, log: RunLog) -> None:
     What an earlier start has made and is still whole is kept; if that is everything, the log says where it is.
     """
     if isinstance(run.teacher, OnlineTeacher) and not run.teacher.is_trained():
-        folder = run.teacher.folder
-        dist.on_main(lambda: _check_never_trained(run, folder))
+        dist.on_main(lambda: _check_never_trained(run))
     if dist.on_main(lambda: finished.lacks(run.config)) is None:
         dist.on_main(lambda: finished.forget_failure(run.folder))
         log.say(f"everything is there, and nothing is done again\n{finished.where(run.folder)}")
@@ -84,7 +83,6 @@ def _judge_teacher(run: Run) -> tuple[dict[str, Any] | None, dict[str, torch.Ten
         return _judge_outputs(run, run.teacher)
     teacher = run.teacher
     if not teacher.is_trained():
-        dist.on_main(lambda: _check_never_trained(run, teacher.folder))
         return None, {}
     engine, rows = teacher.engine(), {name: split.for_teacher() for name, split in run.dev.items()}
     scores, logits, speed = evaluation.evaluate(lambda inputs: engine(**inputs)[0], run.task, rows, run.eval_batch_size)
@@ -108,10 +106,10 @@ def _judge_outputs(run: Run, teacher: StoredTeacher) -> tuple[dict[str, Any] | N
     return {"metrics": scores, **sizes, **_per_class(run, logits)}, logits
 
 
-def _check_never_trained(run: Run, folder: Path) -> None:
+def _check_never_trained(run: Run) -> None:
     """Raise UserError if the teacher stage is finished, so that a teacher was there."""
     if checkpoint.finished(run.checkpoint_folder("teacher")) is not None:
-        check_saved_teacher(folder)
+        check_saved_teacher(run.folder / "teacher")
 
 
 def _judge_student(

@@ -4,13 +4,13 @@ import hashlib
 import io
 import sys
 import tarfile
-import zipfile
 from dataclasses import replace
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 from datasets import load_dataset
+from test_fetch import make_zip
 from transformers import AutoTokenizer, BertModel
 
 from peakd_ds.programs import demo, fetch, scripts
@@ -38,14 +38,6 @@ def make_tar(members: dict[str, bytes]) -> bytes:
             info = tarfile.TarInfo(name)
             info.size = len(content)
             opened.addfile(info, io.BytesIO(content))
-    return sink.getvalue()
-
-
-def make_zip(members: dict[str, bytes]) -> bytes:
-    sink = io.BytesIO()
-    with zipfile.ZipFile(sink, "w") as opened:
-        for name, content in members.items():
-            opened.writestr(name, content)
     return sink.getvalue()
 
 

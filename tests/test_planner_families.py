@@ -5,11 +5,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from conftest import new_pools
-from test_planner import ACCUM, bytes_of, check_memory, settings
+from test_planner import ACCUM, check_memory, kept_for_backward, settings
 from tiny_families import config_of, save_family, tokenizer_of
 from torch import nn
 
@@ -17,7 +16,6 @@ from peakd_ds.data.tasks import get_task
 from peakd_ds.engine.ds_config import DTYPES
 from peakd_ds.families import FAMILIES, STUDENTS, is_packed
 from peakd_ds.model.build import task_head
-from peakd_ds.packed.packing import pack
 from peakd_ds.programs import activations, planner, scripts
 from peakd_ds.programs.activations import Batch
 
@@ -96,17 +94,7 @@ def test_activations_are_bounded(
     encoder = family_config(model_type)
     _, matched = planner.build_on_meta(settings(hidden_loss=hidden_loss, dropout=dropout), encoder, encoder)
     module = filled(matched, dtype).train()
-    rows = [np.arange(5, 5 + length) for length in LENGTHS]
-    inputs = pack(rows, [row * 0 for row in rows])
-    weights, kept = bytes_of(module.parameters()), {}
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        module(**inputs)
-    measured = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in weights)
+    measured = kept_for_backward(module, LENGTHS)
     batch = Batch(len(LENGTHS), sum(LENGTHS), max(LENGTHS), DTYPES[dtype].itemsize, on_gpu=False)
     bound = activations.student_activations(module, 256, batch)
     print(f"{model_type} {dtype} {hidden_loss}: at most {bound:,}, kept {measured:,}, {bound / measured:.3f}")
@@ -118,17 +106,8 @@ def test_settings_of_deberta_are_bounded(single_rank: None, change: dict[str, An
     encoder = family_config("deberta-v2", position_buckets=64, **change)
     _, matched = planner.build_on_meta(settings(), encoder, encoder)
     assert not is_packed(encoder)
-    module, kept = filled(matched, "fp32").train(), {}
-    rows = [np.arange(5, 5 + length) for length in LENGTHS]
-    weights = bytes_of(module.parameters())
-
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        kept[tensor.untyped_storage().data_ptr()] = tensor
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        module(**pack(rows, [row * 0 for row in rows]))
-    measured = sum(t.untyped_storage().nbytes() for key, t in kept.items() if key not in weights)
+    module = filled(matched, "fp32").train()
+    measured = kept_for_backward(module, LENGTHS)
     bound = activations.student_activations(module, 256, Batch(4, sum(LENGTHS), max(LENGTHS), 4, on_gpu=False))
     print(f"{change}: at most {bound:,}, kept {measured:,}, {bound / measured:.3f}")
     assert measured <= bound <= 1.2 * measured

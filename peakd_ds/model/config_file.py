@@ -25,6 +25,7 @@ from peakd_ds.model.config_rules import (
     ONLY_VALUES,
     SPS_SETTINGS,
     as_json,
+    check_encoder,
     check_sizes,
     check_values,
     is_classifier_of,
@@ -57,7 +58,6 @@ SETTINGS = {
     "use_cache": FLAG,
     "tie_word_embeddings": FLAG,
 }
-"""Settings that are kept, with the values that can work."""
 """Settings of a BERT that are kept, with the values that can work."""
 
 
@@ -101,9 +101,7 @@ def read_config(path: str, option: str, takes_shared: bool = False) -> tuple[Pre
     model_type = _check_model_type(document, option, takes_shared, source)
     if plain_type(model_type) != BERT:
         return build_other(document, model_type, source)
-    for name in ("is_decoder", "add_cross_attention"):
-        if document.get(name) is True:
-            raise UserError(f"{source} is a decoder by its config.json ({name} is true); take an encoder")
+    check_encoder(document, source)
     rules = SETTINGS | (SPS_SETTINGS if model_type == "sps_bert" else {})
     check_values(document, rules, ONLY_VALUES, source)
     is_classifier = is_classifier_of(document)

@@ -125,6 +125,13 @@ def check_sizes(config: PreTrainedConfig, source: str) -> None:
         )
 
 
+def check_encoder(document: dict[str, Any], source: str) -> None:
+    """Raise UserError if a config.json makes an encoder's family a decoder."""
+    for name in ("is_decoder", "add_cross_attention"):
+        if document.get(name) is True:
+            raise UserError(f"{source} is a decoder by its config.json ({name} is true); take an encoder")
+
+
 def is_classifier_of(document: dict[str, Any]) -> bool:
     """Whether a config.json is a text classifier's."""
     return any(name.endswith("ForSequenceClassification") for name in document.get("architectures") or [])

@@ -22,6 +22,7 @@ from peakd_ds.model.config_rules import (
     ONLY_VALUES,
     SPS_SETTINGS,
     Rule,
+    check_encoder,
     check_sizes,
     check_values,
     is_classifier_of,
@@ -118,9 +119,8 @@ def build_other(document: dict[str, Any], model_type: str, source: str) -> tuple
     config_class = CONFIG_MAPPING[model_type]
     family = FAMILIES[plain_type(model_type)]
     names = _names(config_class)
-    for name in ("is_decoder", "add_cross_attention"):
-        if document.get(name) is True and not family.is_decoder:
-            raise UserError(f"{source} is a decoder by its config.json ({name} is true); take an encoder")
+    if not family.is_decoder:
+        check_encoder(document, source)
     rules = {name: rule for name, rule in RULES.items() if name in names}
     rules |= SPS_SETTINGS if model_type.startswith(SHARED) else {}
     only_values = {name: values for name, values in ONLY_VALUES.items() if name not in names}

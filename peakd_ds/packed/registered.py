@@ -24,7 +24,7 @@ NAME = "peakd_packed"
 """The value of `attn_implementation` with which a model takes packed rows."""
 
 KeyValue = Callable[[nn.Module], tuple[Tensor, Tensor]]
-"""An attention module -> keys and values [1, heads, T, D] of all tokens, where only first tokens are queries."""
+"""An attention module -> keys and values [T, H] of all tokens, where only first tokens are queries."""
 
 
 def _attention(
@@ -52,13 +52,12 @@ def _attention(
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
-    if key_value is not None:
-        key, value = key_value(module)
     num_heads = query.shape[1]
+    keys, values = (_join(key), _join(value)) if key_value is None else key_value(module)
     attended = attend(
         _join(query),
-        _join(key),
-        _join(value),
+        keys,
+        values,
         packing,
         num_heads,
         query.shape[-1] ** -0.5 if scaling is None else float(scaling),
@@ -124,20 +123,14 @@ def _first_tokens(
 
 
 def _key_value(states: Tensor, names: tuple[str, str], module: nn.Module) -> tuple[Tensor, Tensor]:
-    key, value = (module.get_submodule(name)(states) for name in names)
-    num_heads: Any = module.num_attention_heads if hasattr(module, "num_attention_heads") else module.n_heads
-    return _split(key, num_heads), _split(value, num_heads)
+    key, value = (module.get_submodule(name)(states).squeeze(0) for name in names)
+    return key, value
 
 
 def _rotated_key_value(states: Tensor, cos: Tensor, sin: Tensor, module: nn.Module) -> tuple[Tensor, Tensor]:
     _, key, value = module.get_submodule("Wqkv")(states).chunk(3, dim=-1)
-    key, value = (_split(states, states.shape[-1] // module.head_dim) for states in (key, value))
-    return apply_rotary_pos_emb(key, key, cos, sin)[1], value
-
-
-def _split(states: Tensor, num_heads: int) -> Tensor:
-    """[1, T, H] -> [1, heads, T, D]."""
-    return states.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    heads = key.unflatten(-1, (-1, module.head_dim)).transpose(1, 2)
+    return _join(apply_rotary_pos_emb(heads, heads, cos, sin)[1]), value.squeeze(0)
 
 
 def _join(states: Tensor) -> Tensor:

@@ -100,7 +100,7 @@ def model_card(
         *([_onnx_usage(onnx_file, settings)] if onnx_file else []),
         "## Training settings",
         markdown.table(("setting", "value"), worth_telling(settings).items()),
-        "Made with this command; words in capitals stand for paths that are not told here:",
+        "Made with this command; words in capitals stand for the author's paths:",
         f"```\n{command(settings)}\n```",
         "## Method",
         "Pea-KD (Cho and Kang): [arXiv:2009.14822](https://arxiv.org/abs/2009.14822).",
@@ -154,12 +154,12 @@ def _was_set(name: str, value: object) -> bool:
 
 def command(settings: Mapping[str, object]) -> str:
     """The command of a run, quoted for a shell: settings that differ from their defaults, and names for paths."""
-    told, words = publishable(settings), []
+    public, words = publishable(settings), []
     for name, spec in SPECS.items():
         value = settings.get(name)
         if name == "dry_run" or value in (None, "") or _plain(value) == _plain(spec.default):
             continue
-        if name in told:
+        if name in public:
             words += to_words("", {name: _plain(value)})
         else:
             words.append(f"--{name}={name.upper()}")

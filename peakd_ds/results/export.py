@@ -20,7 +20,6 @@ from safetensors import safe_open
 from torch import nn
 from transformers import (
     AutoModelForSequenceClassification,
-    BertConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -49,27 +48,17 @@ def unroll(model: PreTrainedModel) -> PreTrainedModel:
     config: Any = model.config
     if not config.model_type.startswith(SHARED):
         return model
-    plain_config: PreTrainedConfig
-    state: Mapping[str, torch.Tensor]
     if isinstance(config, SPSBertConfig):
-        plain_config, state = _plain_bert_config(config), _unrolled_state(model.state_dict(), order_of(config))
+        state: Mapping[str, torch.Tensor] = _unrolled_state(model.state_dict(), order_of(config))
     else:
-        plain_config, state = shared.plain_config(config), shared.unrolled_state(model)
+        state = shared.unrolled_state(model)
     # Exporting during training must not change the run's random numbers. The values drawn here are overwritten.
     with torch.random.fork_rng(devices=[]):
-        plain = AutoModelForSequenceClassification.from_config(plain_config)
+        plain = AutoModelForSequenceClassification.from_config(shared.plain_config(config))
     plain.config.architectures = [type(plain).__name__]
     nn.Module.to(plain, model.device, model.dtype)  # transformers' own `to` has no type signature
     plain.load_state_dict(state)
     return plain.train(model.training)
-
-
-def _plain_bert_config(config: SPSBertConfig) -> BertConfig:
-    settings = config.to_dict()
-    for name in ("model_type", "sharing", "shuffle_qk"):
-        del settings[name]
-    settings["num_hidden_layers"] = config.num_effective_layers
-    return BertConfig.from_dict(settings, attn_implementation=config._attn_implementation)
 
 
 def _unrolled_state(state: Mapping[str, torch.Tensor], order: tuple[tuple[int, bool], ...]) -> dict[str, torch.Tensor]:

@@ -23,7 +23,7 @@ RESULTS = "results.json"
 ONNX_FILES = ("model.onnx", "model_int8.onnx")
 CHECKSUM = "sha256"
 """Key of results.json's own checksum."""
-TOLD = ("max_int8_drop", "model_license", "language")
+CARD_SETTINGS = ("max_int8_drop", "model_license", "language")
 """Settings that only change what is said of a model."""
 WORDS = {
     "README.md": "scores, sizes and speed",
@@ -89,7 +89,7 @@ def lacks(config: RunConfig) -> str | None:
     for stage in config.stages:
         if stage not in before["stages"] and checkpoint.finished(folder / "checkpoints" / stage) is None:
             return f"stage {stage} did not run"
-    changed = next((name for name in TOLD if before.get(name) != getattr(config, name)), None)
+    changed = next((name for name in CARD_SETTINGS if before.get(name) != getattr(config, name)), None)
     if changed is not None:
         return f"{changed} is another"
     if "distill" in config.stages and not results["student"]:
@@ -129,9 +129,8 @@ def say_if_finished(config: RunConfig) -> str | None:
             config = replace(config, dtype=saved_settings(saved_yaml)["dtype"])
         if config.dry_run or differences(config, saved_yaml) or lacks(config) is not None:
             return None
-        if not all(
-            _is_as_left(folder, stage) for stage in parse_json((folder / RESULTS).read_text())["finished_stages"]
-        ):
+        stages = (read(folder) or {})["finished_stages"]
+        if not all(_is_as_left(folder, stage) for stage in stages):
             return None
         written = (folder / RESULTS).stat().st_mtime
         if any(Path(name).stat().st_mtime > written for name in _sources(config)):
